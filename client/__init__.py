@@ -1,0 +1,55 @@
+"""The ZeroMQ client library and the wire protocol. Importable without torch or numpy."""
+
+from typing import TYPE_CHECKING, Any
+
+from euryale.client.errors import (
+    Cancelled,
+    Draining,
+    EuryaleError,
+    GroupLost,
+    InvalidRequest,
+    Overloaded,
+    ProtocolError,
+    ServerLost,
+    TimedOut,
+    TooLarge,
+    UnsupportedVersion,
+)
+from euryale.client.protocol import Delta, HealthReply, ServerInfo, Usage
+from euryale.client.session import Completion
+from euryale.client.sync import Client, Generation
+
+if TYPE_CHECKING:
+    from euryale.client.asynchronous import AsyncClient, AsyncGeneration
+
+__all__ = [
+    "AsyncClient",
+    "AsyncGeneration",
+    "Cancelled",
+    "Client",
+    "Completion",
+    "Delta",
+    "Draining",
+    "EuryaleError",
+    "Generation",
+    "GroupLost",
+    "HealthReply",
+    "InvalidRequest",
+    "Overloaded",
+    "ProtocolError",
+    "ServerInfo",
+    "ServerLost",
+    "TimedOut",
+    "TooLarge",
+    "UnsupportedVersion",
+    "Usage",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # asyncio takes longer to import than everything else here together, so only those pay who ask for it.
+    if name in ("AsyncClient", "AsyncGeneration"):
+        from euryale.client import asynchronous
+
+        return getattr(asynchronous, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

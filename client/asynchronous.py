@@ -1,0 +1,250 @@
+"""``AsyncClient``: the same methods as ``Client``, for asyncio."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, Self
+
+import zmq
+import zmq.asyncio
+from euryale.client import protocol
+from euryale.client.connection import close_sockets, is_connected, open_sockets
+from euryale.client.errors import EuryaleError, ProtocolError, ServerLost, TimedOut
+from euryale.client.protocol import Delta, HealthReply, ServerInfo
+from euryale.client.session import Answer, Completion, Exchange, Session, build_generate, lost_error
+
+
+class AsyncClient:
+    """A connection to the server at ``address``, for one event loop; see ``Client`` for arguments and errors."""
+
+    def __init__(
+        self,
+        address: str = protocol.DEFAULT_ADDRESS,
+        *,
+        timeout: float = 60.0,
+        connect_timeout: float = 5.0,
+        max_message_bytes: int = protocol.DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        self.address = address
+        self.timeout = timeout
+        self.connect_timeout = connect_timeout
+        self._session = Session(max_message_bytes)
+        self._context: zmq.asyncio.Context | None = zmq.asyncio.Context()
+        self._sockets: tuple[zmq.asyncio.Socket, zmq.asyncio.Socket] | None = None
+        self._connected = asyncio.Event()
+        self._reader: asyncio.Task[None] | None = None
+        self._senders: set[asyncio.Task[None]] = set()
+
+    async def hello(self, timeout: float = 5.0) -> ServerInfo:
+        """Who is there: model, limits, defaults. Later messages are held to the server's size limit."""
+        info = await self._call(protocol.Hello(), ServerInfo, timeout)
+        self._session.max_message_bytes = info.max_message_bytes
+        return info
+
+    def generate(
+        self, prompt: str | None = None, *, prompt_tokens: Any = None, messages: Any = None, **params: Any
+    ) -> "AsyncGeneration":
+        """Starts a generation; see ``Client.generate``. Returns at once: the request is sent in the background."""
+        exchange, frames = self._session.start(build_generate(prompt, prompt_tokens, messages, params))
+        task = asyncio.get_running_loop().create_task(self._send_or_fail(exchange, frames))
+        self._senders.add(task)
+        task.add_done_callback(self._senders.discard)
+        return AsyncGeneration(self, exchange)
+
+    async def cancel(self, generation: "AsyncGeneration") -> bool:
+        """Ends a generation; False if it had ended already. Reading it raises Cancelled after its last delta."""
+        message = protocol.Cancel(target=generation.answer.exchange.request_id)
+        return (await self._call(message, protocol.CancelReply, self.timeout)).found
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters and gauges of the server."""
+        return (await self._call(protocol.Stats(), protocol.StatsReply, self.timeout)).values
+
+    async def health(self, timeout: float = 5.0) -> HealthReply:
+        """Whether the server works: its status, the age of its engine's last sign of life, its uptime."""
+        return await self._call(protocol.Health(), HealthReply, timeout)
+
+    async def drain(self, timeout: float = 60.0) -> None:
+        """Has the server finish what runs, take nothing new, and stop; returns when all is finished."""
+        await self._call(protocol.Drain(), protocol.Drained, timeout)
+
+    async def close(self) -> None:
+        """Closes the connection; the server cancels what was in flight. May be called twice."""
+        context, self._context = self._context, None
+        if context is None:
+            return
+        tasks = [*self._senders, *([self._reader] if self._reader else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._close_sockets()
+        self._session.lose(ServerLost("the client was closed"))
+        context.term()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    # ---- moving frames
+
+    async def _call(self, message: Any, reply_type: type, timeout: float) -> Any:
+        exchange, frames = self._session.start(message)
+        try:
+            await self._send(frames)
+            reply = await self._wait(exchange, timeout)
+        finally:
+            self._session.in_flight.pop(exchange.request_id, None)
+        if not isinstance(reply, reply_type):
+            raise ProtocolError(f"the server answered {message.type} with {reply.type}")
+        return reply
+
+    async def _send_or_fail(self, exchange: Exchange, frames: list[bytes]) -> None:
+        try:
+            await self._send(frames, exchange)
+        except EuryaleError as error:
+            self._session.in_flight.pop(exchange.request_id, None)
+            exchange.fail(error)
+
+    async def _send(self, frames: list[bytes], exchange: Exchange | None = None) -> None:
+        if self._context is None:
+            raise ServerLost("the client was closed")
+        if self._reader is None:
+            self._reader = asyncio.get_running_loop().create_task(self._read())
+        try:
+            async with asyncio.timeout(self.connect_timeout):
+                await self._connected.wait()
+        except TimeoutError:
+            raise ServerLost(f"no server answers at {self.address} within {self.connect_timeout} seconds") from None
+        if exchange is not None and exchange.error is not None:
+            return  # given up while waiting for the connection
+        for cancel_frames in self._session.overdue():
+            self._send_soon(cancel_frames)
+        sent = self._sockets[0].send_multipart(frames)
+        await asyncio.wait([sent], timeout=self.connect_timeout)
+        if not sent.done():
+            sent.cancel()
+            raise TimedOut(f"the server took no message for {self.connect_timeout} seconds")
+        if sent.cancelled() or sent.exception():  # the socket was closed under it
+            raise lost_error(self.address)
+
+    def _send_soon(self, frames: list[bytes]) -> None:
+        future = self._sockets[0].send_multipart(frames)
+        future.add_done_callback(lambda sent: sent.cancelled() or sent.exception())  # the server may be gone by now
+
+    async def _wait(self, exchange: Exchange, timeout: float) -> Any:
+        changed = asyncio.Event()
+        exchange.on_change = changed.set
+        try:
+            async with asyncio.timeout(timeout):
+                while (reply := exchange.next_reply()) is None:
+                    changed.clear()
+                    await changed.wait()
+        except TimeoutError as error:
+            if isinstance(error, EuryaleError):
+                raise
+            raise TimedOut(f"nothing arrived for this request within {timeout} seconds") from None
+        return reply
+
+    async def _read(self) -> None:
+        """Hands on all that arrives, for as long as the client lives."""
+        try:
+            while True:
+                self._sockets = open_sockets(self._context, self.address)
+                await self._read_connection(*self._sockets)
+                self._close_sockets()  # a fresh socket: this one would send old requests to a restarted server
+                self._session.lose(lost_error(self.address))
+        except ValueError as error:
+            self._session.lose(ServerLost(str(error)))
+
+    async def _read_connection(self, dealer: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket) -> None:
+        poller = zmq.asyncio.Poller()
+        poller.register(dealer, zmq.POLLIN)
+        poller.register(monitor, zmq.POLLIN)
+        while True:
+            await poller.poll()
+            # The monitor first: what arrived before the connection broke is then in the DEALER for certain.
+            events = [is_connected(frames) for frames in await _receive_all(monitor)]
+            for frames in await _receive_all(dealer):
+                self._session.receive(frames)
+            if False in events and (self._connected.is_set() or True in events):
+                return
+            if True in events:
+                self._connected.set()
+
+    def _close_sockets(self) -> None:
+        sockets, self._sockets = self._sockets, None
+        self._connected.clear()
+        if sockets is not None:
+            close_sockets(*sockets)
+
+    def _abandon(self, exchange: Exchange) -> None:
+        frames = self._session.abandon(exchange)
+        if frames and self._connected.is_set():
+            self._send_soon(frames)
+
+
+class AsyncGeneration:
+    """An answer being written. Iterate over it with ``async for``, or await ``result()``.
+
+    Leaving a loop over it early, closing it, or dropping it cancels the request.
+    """
+
+    def __init__(self, client: AsyncClient, exchange: Exchange) -> None:
+        self.answer = Answer(exchange)
+        self._client = client
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        try:
+            while (delta := await self._next()) is not None:
+                yield delta
+        finally:
+            self.close()
+
+    async def _next(self) -> Delta | None:
+        while self.answer.done is None:
+            delta = self.answer.take(await self._client._wait(self.answer.exchange, self._client.timeout))
+            if delta is not None:
+                return delta
+        return None
+
+    async def result(self) -> Completion:
+        """Waits for the end; the whole answer, deltas read before included."""
+        try:
+            while await self._next() is not None:
+                pass
+        finally:
+            self.close()
+        return self.answer.completion()
+
+    async def text(self) -> str:
+        """Waits for the end; the whole text."""
+        return (await self.result()).text
+
+    def partial(self) -> Completion:
+        """What was read so far, without waiting."""
+        return self.answer.completion()
+
+    def close(self) -> None:
+        """Cancels the request if it still runs, without waiting for an answer."""
+        if not self.answer.closed:
+            self.answer.closed = True
+            self._client._abandon(self.answer.exchange)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+async def _receive_all(socket: zmq.asyncio.Socket) -> list[list[bytes]]:
+    messages = []
+    while True:
+        try:
+            messages.append(await socket.recv_multipart(zmq.DONTWAIT))
+        except zmq.Again:
+            return messages

@@ -1,0 +1,234 @@
+"""The client's side of the protocol without any input or output: what to send, and what arrived for whom.
+
+``Client`` and ``AsyncClient`` move the frames; everything they have in common is here. No sockets, no clocks.
+"""
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from euryale.client import protocol, wire
+from euryale.client.errors import (
+    Cancelled,
+    EuryaleError,
+    InvalidRequest,
+    ProtocolError,
+    ServerLost,
+    TooLarge,
+    error_from_code,
+)
+from euryale.client.protocol import Accepted, Delta, Done, Usage
+
+logger = logging.getLogger("euryale.client")
+
+
+class Exchange:
+    """One request in flight: the replies that arrived and were not read yet."""
+
+    def __init__(self, request_id: bytes) -> None:
+        self.request_id = request_id
+        self.replies: deque[Any] = deque()
+        self.error: EuryaleError | None = None
+        self.on_change: Callable[[], None] = lambda: None
+
+    def next_reply(self) -> Any | None:
+        """The oldest unread reply, None if there is none yet. Raises the error that ended the request."""
+        if self.replies:
+            return self.replies.popleft()
+        if self.error is not None:
+            raise self.error
+        return None
+
+    def fail(self, error: EuryaleError) -> None:
+        """Ends the request; what arrived before can still be read."""
+        self.error = error
+        self.on_change()
+
+
+class Session:
+    """All requests of one connection. Not for use from several threads, except ``abandon``."""
+
+    def __init__(self, max_message_bytes: int = protocol.DEFAULT_MAX_MESSAGE_BYTES) -> None:
+        self.max_message_bytes = max_message_bytes
+        self.in_flight: dict[bytes, Exchange] = {}
+        self._num_requests = 0
+        self._abandoned: deque[Exchange] = deque()
+        self._thread = threading.get_ident()
+
+    def start(self, message: Any) -> tuple[Exchange, list[bytes]]:
+        """Opens an exchange for a request: what to wait on, and the frames to send.
+
+        Raises InvalidRequest or TooLarge if the message cannot be sent; then nothing was opened.
+        """
+        try:
+            body = wire.encode(message)
+        except ValueError as error:
+            raise InvalidRequest(f"{message.type}: {error}") from None
+        if len(body) > self.max_message_bytes:
+            raise TooLarge(f"a {message.type} message of {len(body)} bytes; the server takes {self.max_message_bytes}")
+        self._num_requests += 1
+        exchange = Exchange(self._num_requests.to_bytes(8, "big"))
+        self.in_flight[exchange.request_id] = exchange
+        return exchange, [exchange.request_id, body]
+
+    def receive(self, frames: Sequence[bytes]) -> None:
+        """Hands a reply to its exchange. Replies to requests that were given up are dropped."""
+        if len(frames) != 2:
+            logger.warning("dropped a message of %d frames", len(frames))
+            return
+        request_id, body = frames
+        exchange = self.in_flight.get(request_id)
+        if exchange is None and request_id:
+            return
+        try:
+            reply = wire.decode(body, protocol.REPLIES, strict=False)
+        except wire.WireError as error:
+            reply = protocol.Error(code="malformed", message=f"the server's reply cannot be read: {error}")
+        if exchange is None:
+            self._receive_for_connection(reply)
+        elif isinstance(reply, protocol.STREAMED):
+            exchange.replies.append(reply)
+            exchange.on_change()
+        else:
+            del self.in_flight[request_id]
+            if isinstance(reply, protocol.Error):
+                exchange.fail(error_from_code(reply.code, reply.message, reply.retry_after))
+            else:
+                exchange.replies.append(reply)
+                exchange.on_change()
+
+    def _receive_for_connection(self, reply: Any) -> None:
+        if not isinstance(reply, protocol.Error):
+            return  # alive
+        error = error_from_code(reply.code, reply.message, reply.retry_after)
+        if reply.request_id is None:
+            self.lose(error)
+        elif exchange := self.in_flight.pop(reply.request_id, None):
+            exchange.fail(error)
+
+    def lose(self, error: EuryaleError) -> None:
+        """Ends every exchange with this error: the connection is gone."""
+        lost, self.in_flight = self.in_flight, {}
+        for exchange in lost.values():
+            exchange.fail(error)
+
+    def abandon(self, exchange: Exchange) -> list[bytes] | None:
+        """Gives an exchange up: the frames that cancel it, None if nothing has to be sent now.
+
+        The garbage collector may call this from any thread; then the frames come from ``overdue`` later.
+        """
+        if threading.get_ident() != self._thread:
+            self._abandoned.append(exchange)
+            return None
+        if self.in_flight.pop(exchange.request_id, None) is None:
+            return None
+        exchange.fail(Cancelled("the request was given up by its reader"))
+        reply, frames = self.start(protocol.Cancel(target=exchange.request_id))
+        del self.in_flight[reply.request_id]  # nobody waits for the answer
+        return frames
+
+    def overdue(self) -> Iterable[list[bytes]]:
+        """The frames that cancel what was given up in other threads; call it from the owner's, now its thread."""
+        self._thread = threading.get_ident()
+        while self._abandoned:
+            if frames := self.abandon(self._abandoned.popleft()):
+                yield frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A whole answer, or what arrived of it.
+
+    ``finish_reason`` is stop, length or cancelled, None while it runs; ``stop`` the stop string or token id that
+    ended it; ``accepted`` the number of tokens that each decoding step gave; ``usage`` None until the end.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str | None
+    stop: str | int | None
+    usage: Usage | None
+    accepted: tuple[int, ...]
+    prompt_tokens: tuple[int, ...]
+    seed: int | None
+    fingerprint: str | None
+
+
+class Answer:
+    """Collects the replies of one generate request."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.accepted: Accepted | None = None
+        self.done: Done | None = None
+        self.closed = False
+        self._tokens: list[int] = []
+        self._steps: list[int] = []
+        self._texts: list[str] = []
+
+    def take(self, reply: Any) -> Delta | None:
+        """Notes a reply; a delta for the caller, or None if there is nothing to show.
+
+        Raises Cancelled if the answer ended by cancellation, ProtocolError if the reply is out of order.
+        """
+        if isinstance(reply, Accepted) and self.accepted is None:
+            self.accepted = reply
+            return None
+        if isinstance(reply, Delta) and self.accepted is not None and reply.index == len(self._tokens):
+            self._tokens += reply.tokens
+            self._steps += reply.accepted
+            self._texts.append(reply.text)
+            return reply
+        if isinstance(reply, Done) and self.accepted is not None:
+            self.done = reply
+            self._texts.append(reply.text)
+            if reply.finish_reason == "cancelled":
+                raise Cancelled("the request was cancelled", completion=self.completion())
+            return Delta(index=len(self._tokens), tokens=(), text=reply.text, accepted=()) if reply.text else None
+        raise ProtocolError(f"the server sent {reply.type} out of order")
+
+    def completion(self) -> Completion:
+        """What is known by now."""
+        done, accepted = self.done, self.accepted
+        return Completion(
+            text="".join(self._texts),
+            tokens=tuple(self._tokens),
+            finish_reason=done and done.finish_reason,
+            stop=done and done.stop,
+            usage=done and done.usage,
+            accepted=tuple(self._steps),
+            prompt_tokens=accepted.prompt_tokens if accepted else (),
+            seed=accepted and accepted.seed,
+            fingerprint=accepted and accepted.fingerprint,
+        )
+
+
+def build_generate(prompt: str | None, prompt_tokens: Any, messages: Any, params: dict[str, Any]) -> protocol.Generate:
+    """The generate message of a call. A request without a seed gets a random one, so that it can be repeated.
+
+    Raises InvalidRequest for anything that cannot be written down; what the values mean is the server's to judge.
+    """
+    given = [x is not None for x in (prompt, prompt_tokens, messages)]
+    if sum(given) != 1:
+        raise InvalidRequest("generate takes exactly one of prompt, prompt_tokens and messages")
+    if prompt is not None and not isinstance(prompt, str):
+        raise InvalidRequest(f"prompt must be a string, not {type(prompt).__name__}; token ids go to prompt_tokens")
+    params = {name: value for name, value in params.items() if value is not None}
+    params.setdefault("seed", int.from_bytes(os.urandom(8), "big"))
+    if isinstance(params.get("stop"), str):
+        params["stop"] = [params["stop"]]
+    try:
+        tokens = None if prompt_tokens is None else wire.unpack_tokens(wire.pack_tokens(prompt_tokens))
+        chat = None if messages is None else tuple(dict(item) for item in messages)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"{'messages' if prompt_tokens is None else 'prompt_tokens'}: {error}") from None
+    return protocol.Generate(prompt=prompt, prompt_tokens=tokens, messages=chat, params=params)
+
+
+def lost_error(address: str) -> ServerLost:
+    """The error of a connection that broke."""
+    return ServerLost(f"the connection to {address} broke while requests were in flight")

@@ -1,0 +1,15 @@
+"""KV compaction: the accepted rows' K/V of all layers go from the step's scratch to the tail of the pages."""
+
+import torch
+
+from euryale.kernels.commit import reference
+
+
+def commit(cache: torch.Tensor, scratch: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
+    """Copy scratch rows into the cache, in place and for all layers, K and V at once.
+
+    ``cache`` [layers, 2, pages, kv_heads, page_size, head_dim]; ``scratch`` [layers, 2, R, kv_heads, head_dim];
+    ``rows`` int64 [n]; ``slots`` int64 [n], distinct, page * page_size + offset. Source and destination are
+    different tensors, so the order of the copies does not matter.
+    """
+    reference.commit(cache, scratch, rows, slots)

@@ -1,0 +1,1 @@
+"""Thin entry points, run by torchrun or python."""

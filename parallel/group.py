@@ -1,0 +1,124 @@
+"""The tensor-parallel group: one process per rank, and the few collectives the runtime needs.
+
+Everything above this package sees a ``Group`` and asks it to reduce, gather or broadcast; only this package
+knows that there are ranks and how they talk (NCCL on CUDA, gloo on CPU).
+"""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+PLAN_HEAD = 1024  # int32 words of a plan that travel in the first broadcast
+
+
+@dataclass(frozen=True)
+class Group:
+    """A rank's view of its group. ``size`` 1 needs no process group: every collective is the identity."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this process plans the steps and talks to the outside."""
+        return self.rank == 0
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum of ``x`` over the ranks, the same bits on every rank. Sums are taken in float32."""
+        if self.size == 1:
+            return x
+        total = x.float() if x.dtype != torch.float32 else x.contiguous()
+        dist.all_reduce(total)
+        return total.to(x.dtype)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank's ``x`` [...], stacked in rank order: [size, ...]."""
+        if self.size == 1:
+            return x[None]
+        out = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
+        dist.all_gather_into_tensor(out.flatten(0, 1) if x.ndim else out, x.contiguous())
+        return out
+
+    def gather_last(self, x: torch.Tensor) -> torch.Tensor:
+        """Concatenate every rank's [..., n] along the last axis: [..., size * n]."""
+        if self.size == 1:
+            return x
+        return torch.cat(self.all_gather(x).unbind(0), dim=-1)
+
+    def minimum(self, value: int) -> int:
+        """The smallest of the ranks' values."""
+        return int(self.all_gather(torch.tensor([value], device=self.device)).min())
+
+    def broadcast(self, buffer: np.ndarray | None) -> np.ndarray:
+        """Send the leader's int32 ``buffer`` [n] to all ranks; others pass None. What it means is not known here.
+
+        The first PLAN_HEAD words travel with the length, so that a small buffer costs one collective.
+        """
+        if self.size == 1:
+            return buffer
+        head = torch.zeros(PLAN_HEAD + 1, dtype=torch.int32)
+        if buffer is not None:
+            whole = torch.from_numpy(buffer)
+            head[0] = len(whole)
+            head[1 : 1 + min(len(whole), PLAN_HEAD)] = whole[:PLAN_HEAD]
+        head = self._broadcast(head)
+        length = int(head[0])
+        if length <= PLAN_HEAD:
+            return head[1 : 1 + length].numpy()
+        rest = whole[PLAN_HEAD:] if buffer is not None else torch.empty(length - PLAN_HEAD, dtype=torch.int32)
+        return torch.cat([head[1:], self._broadcast(rest)]).numpy()
+
+    def _broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        on_device = x.to(self.device)
+        dist.broadcast(on_device, src=0)
+        return on_device.cpu()
+
+    def agree(self, error: str | None) -> None:
+        """Raise on every rank if any rank has an error to report, so that none waits for one that gave up.
+
+        Raises RuntimeError with all ranks' messages.
+        """
+        if self.size == 1:
+            errors = [error]
+        else:
+            text = torch.zeros(1024, dtype=torch.uint8)
+            raw = (error or "").encode()[:1024]
+            text[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else text[:0]
+            gathered = self.all_gather(text.to(self.device)).cpu()
+            errors = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in gathered]
+        distinct = list(dict.fromkeys(e for e in errors if e))
+        if distinct:
+            raise RuntimeError("; ".join(distinct))
+
+    def close(self) -> None:
+        """Leave the group. Does not wait for the others."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def single(device: str | torch.device = "cpu") -> Group:
+    """A group of one, for offline use and tests."""
+    return Group(0, 1, torch.device(device))
+
+
+def join(timeout: float = 60.0) -> Group:
+    """Join the group that torchrun started this process for; alone if there is none.
+
+    ``timeout`` seconds bound every collective: a rank that waits longer raises instead of hanging.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    return Group(rank, size, device)

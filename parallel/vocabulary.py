@@ -1,0 +1,102 @@
+"""Reductions over logits whose vocabulary is shared out. Full logits never cross the wire.
+
+Every function returns the same bits on every rank, because what it decides from was gathered. Legend: R rows,
+V local vocabulary (padded), S ranks, C candidates a rank sends. Ties go to the smallest token id.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from euryale.parallel.group import Group
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Which token ids this rank's logits are about: ``offset`` to ``offset + V``, of which those below
+    ``vocab_size`` exist; the rest is padding."""
+
+    group: Group
+    vocab_size: int
+    length: int
+
+    @property
+    def offset(self) -> int:
+        return self.group.rank * self.length
+
+    @property
+    def num_valid(self) -> int:
+        return max(0, min(self.length, self.vocab_size - self.offset))
+
+    def hide_padding(self, logits_RV: torch.Tensor) -> torch.Tensor:
+        """Float32 logits with -inf where no token exists."""
+        logits_RV = logits_RV.float()
+        if self.num_valid < self.length:
+            logits_RV[:, self.num_valid :] = -torch.inf
+        return logits_RV
+
+    def pick(self, logits_RV: torch.Tensor, tokens_R: torch.Tensor) -> torch.Tensor:
+        """This rank's logit of one token per row, -inf where another rank has it: float32 [R]."""
+        local = tokens_R - self.offset
+        is_mine = (local >= 0) & (local < self.length)
+        values = logits_RV.gather(1, local.clamp(0, self.length - 1)[:, None])[:, 0]
+        return torch.where(is_mine, values, -torch.inf)
+
+
+def best(values_NR: torch.Tensor, ids_NR: torch.Tensor) -> torch.Tensor:
+    """The id of the largest value over the first axis, the smallest id among equals: int64 [R]."""
+    top = values_NR.max(dim=0).values
+    return torch.where(values_NR == top, ids_NR, torch.iinfo(torch.int64).max).min(dim=0).values
+
+
+def local_best(shard: VocabShard, scores_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's largest score of each row and its global token id: float32 [R], int64 [R]."""
+    values, local = scores_RV.max(dim=1)
+    return values, local + shard.offset
+
+
+def argmax(shard: VocabShard, scores_RV: torch.Tensor) -> torch.Tensor:
+    """The token of the largest score in each row over all ranks: int64 [R]. 16 bytes per row and rank."""
+    values, ids = local_best(shard, scores_RV)
+    if shard.group.size == 1:
+        return ids
+    columns = pack([values], [ids])
+    (values_SR,), (ids_SR,) = unpack(shard.group.all_gather(columns), 1)
+    return best(values_SR, ids_SR)
+
+
+def top_k(shard: VocabShard, logits_RV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``k`` largest logits of each row and their token ids, largest first: float32 [R, k], int64 [R, k].
+
+    16 k bytes per row and rank. Where the vocabulary has fewer than ``k`` tokens the rest is -inf.
+    """
+    values, ids = local_top_k(shard, logits_RV, k)
+    if shard.group.size > 1:
+        packed = pack(list(values.unbind(1)), list(ids.unbind(1)))
+        all_values, all_ids = unpack(shard.group.all_gather(packed), values.shape[1])
+        values = torch.stack(all_values).flatten(0, 1).T  # [R, k * S]
+        ids = torch.stack(all_ids).flatten(0, 1).T
+    ids, order = ids.sort(dim=1)
+    values, by_value = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values[:, :k], ids.gather(1, by_value)[:, :k]
+
+
+def local_top_k(shard: VocabShard, logits_RV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's ``k`` largest of each row, padded with -inf where it has fewer tokens."""
+    values, local = logits_RV.topk(min(k, shard.length), dim=1)
+    if k > shard.length:
+        values = torch.nn.functional.pad(values, (0, k - shard.length), value=-torch.inf)
+        local = torch.nn.functional.pad(local, (0, k - shard.length))
+    return values, local + shard.offset
+
+
+def pack(floats: list[torch.Tensor], ids: list[torch.Tensor]) -> torch.Tensor:
+    """Columns of float32 [R] and of int64 [R] as one int32 tensor [columns, R], to travel in one collective."""
+    return torch.stack([f.contiguous().view(torch.int32) for f in floats] + [i.to(torch.int32) for i in ids])
+
+
+def unpack(packed_SCR: torch.Tensor, num_floats: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The columns of every rank, each [S, R]: float32, then int64."""
+    columns = packed_SCR.unbind(1)
+    floats = [c.contiguous().view(torch.float32) for c in columns[:num_floats]]
+    return floats, [c.to(torch.int64) for c in columns[num_floats:]]

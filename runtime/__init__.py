@@ -1,0 +1,1 @@
+"""What every rank executes: model, heads, KV cache, the step and the engine loop."""

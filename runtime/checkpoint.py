@@ -1,0 +1,135 @@
+"""Reading safetensors: every rank reads only its slices, and every tensor of a checkpoint must be accounted for."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from euryale.parallel.shard import WHOLE, Shard
+
+
+class Checkpoint:
+    """The tensors of a Hugging Face directory, one file or a sharded index.
+
+    ValueError, naming the file, for anything missing, damaged or of the wrong shape.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.used: set[str] = set()
+        self._handles: dict[str, object] = {}
+        self._file_of = self._index()
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def files(self) -> list[Path]:
+        return [self.directory / name for name in sorted(set(self._file_of.values()))]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, shape: tuple[int, ...], shard: Shard, dtype: torch.dtype) -> torch.Tensor:
+        """This rank's part of tensor ``name`` whose whole must have ``shape``."""
+        if name not in self._file_of:
+            raise ValueError(f"{self.directory} has no tensor {name}: the checkpoint is incomplete or of another kind")
+        self.used.add(name)
+        part = self._slice(name)
+        if tuple(part.get_shape()) != shape:
+            raise ValueError(
+                f"tensor {name} in {self._file_of[name]} has shape {list(part.get_shape())}, "
+                f"but the configuration says {list(shape)}"
+            )
+        return cut(part, shard).to(dtype)
+
+    def refuse_unused(self, ignored: tuple[str, ...] = ()) -> None:
+        """ValueError if the checkpoint holds tensors that nothing asked for, which would change its results."""
+        extra = sorted(n for n in self.names - self.used if not n.endswith(ignored))
+        if extra:
+            raise ValueError(
+                f"{self.directory} holds {len(extra)} tensors this model does not know, such as {extra[0]}: "
+                "config.json does not describe this checkpoint"
+            )
+
+    def _slice(self, name: str):
+        file = self._file_of[name]
+        return self._open(file).get_slice(name)
+
+    def _open(self, file: str):
+        if file not in self._handles:
+            path = self.directory / file
+            try:
+                self._handles[file] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} is missing or damaged ({error}): copy it again") from error
+        return self._handles[file]
+
+    def _index(self) -> dict[str, str]:
+        index = self.directory / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                file_of = json.loads(index.read_text())["weight_map"]
+            except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+                raise ValueError(f"{index} is damaged ({error!r}): copy it again") from error
+            for file in sorted(set(file_of.values())):
+                missing = {n for n, f in file_of.items() if f == file} - set(_keys(self._open(file)))
+                if missing:
+                    raise ValueError(f"{self.directory / file} lacks {sorted(missing)[0]}, which the index promises")
+            return file_of
+        if not (self.directory / "model.safetensors").is_file():
+            raise ValueError(f"{self.directory} has neither model.safetensors nor model.safetensors.index.json")
+        return dict.fromkeys(_keys(self._open("model.safetensors")), "model.safetensors")
+
+
+def _keys(handle) -> list[str]:
+    return list(handle.keys())
+
+
+def cut(tensor, shard: Shard) -> torch.Tensor:
+    """The shard of a tensor or of a safetensors slice, padded with zeros."""
+    if shard.dim is None:
+        return tensor[:]
+    parts = [tensor[a:b] if shard.dim == 0 else tensor[:, a:b] for a, b in shard.ranges]
+    part = torch.cat(parts, dim=shard.dim) if len(parts) > 1 else parts[0]
+    missing = shard.length - part.shape[shard.dim]
+    if missing:
+        shape = list(part.shape)
+        shape[shard.dim] = missing
+        part = torch.cat([part, part.new_zeros(shape)], dim=shard.dim)
+    return part
+
+
+def read_heads(directory: str | Path) -> dict[str, torch.Tensor]:
+    """All tensors of a Medusa heads directory (``medusa_lm_head.safetensors`` or ``.pt``), unsharded.
+
+    ``.pt`` files are read without executing anything in them.
+    """
+    directory = Path(directory)
+    safe, pickled = directory / "medusa_lm_head.safetensors", directory / "medusa_lm_head.pt"
+    try:
+        if safe.is_file():
+            with safe_open(safe, framework="pt") as handle:
+                return {name: cut(handle.get_slice(name), WHOLE) for name in _keys(handle)}
+        if pickled.is_file():
+            return torch.load(pickled, map_location="cpu", weights_only=True, mmap=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+        raise ValueError(f"the Medusa heads in {directory} are damaged ({error}): copy them again") from error
+    except Exception as error:  # the unpickler's own errors
+        raise ValueError(f"{pickled} is not a plain file of tensors ({error})") from error
+    raise ValueError(f"{directory} holds neither medusa_lm_head.safetensors nor medusa_lm_head.pt")
+
+
+def fingerprint(files: list[Path]) -> str:
+    """16 hex digits that name a set of weights: file sizes, and the first and last MiB of each file."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,123 @@
+"""Configuration: the engine's settings (flags are generated from them) and the backbone's shape."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def flag(default, help: str, choices: tuple[str, ...] | None = None):
+    """A dataclass field that becomes a command-line flag."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What one worker group runs. Every field is a flag of the same name in ``launch/``."""
+
+    model: str = flag("", "directory of the backbone in Hugging Face format")
+    medusa: str = flag("", "directory of the Medusa heads (default: those inside --model, if any)")
+    tree: str = flag("", "candidate tree: a JSON file of paths, 'chain' or 'off' (default: tree.json beside the heads)")
+    dtype: str = flag("auto", "weights and activations", ("auto", *DTYPES))
+    max_model_len: int = flag(0, "longest prompt plus answer in tokens (default: what the model was made for)")
+    max_num_seqs: int = flag(64, "requests decoded at the same time")
+    max_num_batched_tokens: int = flag(512, "rows of one step: certain tokens and tree nodes together")
+    kv_cache_memory: float = flag(0.0, "GiB of KV cache per rank (default: what the requests can use, at most 1 GiB)")
+    gpu_memory_utilization: float = flag(0.9, "share of a GPU's memory to fill when --kv-cache-memory is not given")
+    page_size: int = flag(16, "tokens of one KV-cache page")
+    step_timeout: float = flag(60.0, "seconds a rank waits for the others before the group is given up")
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("--model is missing: give the directory of a model in Hugging Face format")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least --max-num-seqs "
+                f"({self.max_num_seqs}): every running request needs a row"
+            )
+        if self.max_model_len < 0 or self.kv_cache_memory < 0 or not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError("--max-model-len and --kv-cache-memory must not be negative, utilization within (0, 1]")
+        if self.step_timeout < 1:
+            raise ValueError(f"--step-timeout must be at least 1 second, not {self.step_timeout}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The backbone's shape. ``windows``: the sliding window of each layer in tokens, None for full attention.
+    ``hf`` is the transformers config it was read from."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    max_positions: int
+    tied: bool
+    windows: tuple[int | None, ...]
+    dtype: torch.dtype
+    hf: object = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def has_qk_norm(self) -> bool:
+        return self.family == "qwen3"
+
+
+def load_model_config(directory: str, dtype: str) -> ModelConfig:
+    """Read ``config.json``; ValueError for a model this runtime cannot run exactly."""
+    if not (Path(directory) / "config.json").is_file():
+        raise ValueError(f"{directory} holds no config.json: give the directory of a model in Hugging Face format")
+    try:
+        hf = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot read {directory}/config.json: {error}") from error
+    if hf.model_type not in SUPPORTED:
+        raise ValueError(f"model_type {hf.model_type!r} is not supported: it must be one of {', '.join(SUPPORTED)}")
+    if hf.hidden_act != "silu":
+        raise ValueError(f"hidden_act {hf.hidden_act!r} is not supported: it must be 'silu'")
+    if getattr(hf, "quantization_config", None):
+        raise ValueError("quantized checkpoints are not supported: give float32, float16 or bfloat16 weights")
+    num_heads = hf.num_attention_heads
+    return ModelConfig(
+        family=hf.model_type,
+        num_layers=hf.num_hidden_layers,
+        hidden_size=hf.hidden_size,
+        intermediate_size=hf.intermediate_size,
+        num_heads=num_heads,
+        num_kv_heads=getattr(hf, "num_key_value_heads", None) or num_heads,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // num_heads,
+        vocab_size=hf.vocab_size,
+        rms_norm_eps=hf.rms_norm_eps,
+        max_positions=hf.max_position_embeddings,
+        tied=hf.tie_word_embeddings,
+        windows=_windows(hf),
+        dtype=_dtype(hf, dtype),
+        hf=hf,
+    )
+
+
+def _windows(hf) -> tuple[int | None, ...]:
+    window = getattr(hf, "sliding_window", None)
+    types = getattr(hf, "layer_types", None)
+    if types is None:
+        return (window if hf.model_type == "mistral" else None,) * hf.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _dtype(hf, wanted: str) -> torch.dtype:
+    if wanted != "auto":
+        return DTYPES[wanted]
+    stored = hf.dtype if isinstance(hf.dtype, torch.dtype) else getattr(torch, str(hf.dtype or "float32"))
+    # float16's range is too small for some activations; bfloat16 holds what float16 checkpoints were trained with.
+    return torch.float32 if stored == torch.float32 else torch.bfloat16

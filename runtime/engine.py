@@ -1,0 +1,66 @@
+"""The engine loop. Rank 0 plans, all ranks execute, rank 0 applies the result; the others follow.
+
+The leader calls ``step`` while there is work and ``heartbeat`` while there is none; the other ranks sit in
+``follow`` until the leader's ``stop``. No rank waits longer than the step timeout for another.
+"""
+
+import secrets
+
+import numpy as np
+
+from euryale.parallel.group import Group
+from euryale.runtime.config import EngineConfig
+from euryale.runtime.loading import Loaded, load
+from euryale.scheduler import plan as plans
+from euryale.scheduler.plan import PlanKind, StepPlan
+from euryale.scheduler.scheduler import Output, Scheduler
+
+
+class GroupDiverged(RuntimeError):
+    """A rank accepted other tokens than rank 0: the group must not go on."""
+
+
+class Engine:
+    """One rank of a worker group. ``scheduler`` is the leader's; the other ranks have none."""
+
+    def __init__(self, config: EngineConfig, group: Group) -> None:
+        """Raises ValueError, on every rank, for a model that cannot be served."""
+        self.config = config
+        self.group = group
+        self.loaded: Loaded = load(config, group)
+        self.runner = self.loaded.runner
+        # The epoch tells this run of the group from an earlier one.
+        drawn = np.asarray([secrets.randbits(31)], dtype=np.int32) if group.is_leader else None
+        self.epoch = int(group.broadcast(drawn)[0])
+        self.scheduler = Scheduler(self.loaded.limits, self.loaded.tree) if group.is_leader else None
+
+    def step(self) -> list[Output]:
+        """Plan one step, run it on all ranks, and say what each request gained."""
+        plan = self.scheduler.plan(self.epoch, self.runner.digest)
+        self.group.broadcast(plans.encode(plan))
+        return self.scheduler.advance(plan, self.runner.run(plan))
+
+    def heartbeat(self) -> None:
+        """Tell the other ranks that the leader lives though it has nothing for them."""
+        self._send(PlanKind.HEARTBEAT)
+
+    def stop(self) -> None:
+        """Let the other ranks leave ``follow``."""
+        self._send(PlanKind.STOP)
+
+    def follow(self) -> None:
+        """Execute the leader's plans until it stops. Raises GroupDiverged if this rank's tokens differ."""
+        while True:
+            plan = plans.decode(self.group.broadcast(None), self.epoch)
+            if plan.digest != self.runner.digest:
+                raise GroupDiverged(
+                    f"step {plan.step}: this rank's digest is {self.runner.digest:08x}, rank 0's {plan.digest:08x}"
+                )
+            if plan.kind == PlanKind.STOP:
+                return
+            self.runner.run(plan)
+
+    def _send(self, kind: PlanKind) -> None:
+        if self.group.size > 1:
+            plan = StepPlan(kind=kind, epoch=self.epoch, step=self.scheduler.step, digest=self.runner.digest)
+            self.group.broadcast(plans.encode(plan))

@@ -1,0 +1,56 @@
+"""The KV cache's tensors. Who owns which page is the scheduler's business; this file only stores and commits.
+
+Rows of a step go to a scratch first. Only ``commit`` writes pages, so a step that is never committed leaves
+the cache as it was.
+"""
+
+import torch
+
+from euryale.kernels.commit import commit
+from euryale.kernels.geometry import StepGeometry
+from euryale.kernels.tree_attention import tree_attention
+from euryale.parallel.group import Group
+from euryale.runtime.config import EngineConfig, ModelConfig
+
+GIB = 1 << 30
+
+
+class KVCache:
+    """``pages`` [layers, 2, pages, kv_heads, page_size, head_dim], ``scratch`` [layers, 2, rows, kv_heads, head_dim]."""
+
+    def __init__(self, config: ModelConfig, num_kv_heads: int, num_pages: int, page_size: int, rows: int, device) -> None:
+        head = (config.num_layers, 2)
+        kind = {"dtype": config.dtype, "device": device}
+        # Zeros, not empty: attention multiplies unwritten slots by a weight of zero, and 0 * NaN is NaN.
+        self.pages = torch.zeros(*head, num_pages, num_kv_heads, page_size, config.head_dim, **kind)
+        self.scratch = torch.zeros(*head, rows, num_kv_heads, config.head_dim, **kind)
+        self.page_size = page_size
+        self._scale = config.head_dim**-0.5
+        self._windows = config.windows
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: StepGeometry):
+        """Keep the rows' ``k``, ``v`` [R, kv_heads, head_dim] in the scratch and attend with ``q`` [R, heads, head_dim]."""
+        self.scratch[layer, 0, : len(k)] = k
+        self.scratch[layer, 1, : len(v)] = v
+        return tree_attention(q, k, v, self.pages[layer], geometry, self._scale, self._windows[layer])
+
+    def commit(self, geometry: StepGeometry, rows: torch.Tensor) -> None:
+        """Make ``rows`` int64 [n] of the last step permanent, in all layers at once."""
+        commit(self.pages, self.scratch, rows, geometry.slots[rows])
+
+
+def count_pages(engine: EngineConfig, config: ModelConfig, num_kv_heads: int, max_len: int, group: Group) -> int:
+    """Pages that fit the memory allowed, the smallest number over the ranks; ValueError if that is none."""
+    page = 2 * config.num_layers * num_kv_heads * engine.page_size * config.head_dim * config.dtype.itemsize
+    useful = engine.max_num_seqs * -(-max_len // engine.page_size)
+    if engine.kv_cache_memory:
+        allowed = engine.kv_cache_memory * GIB
+    elif group.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(group.device)
+        allowed = free - (1 - engine.gpu_memory_utilization) * total
+    else:
+        allowed = 1 * GIB
+    pages = group.minimum(min(useful, int(allowed // page)))
+    if pages < 1:
+        raise ValueError(f"{allowed / GIB:.3f} GiB hold no KV page of {page} bytes: give --kv-cache-memory more")
+    return pages

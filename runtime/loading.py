@@ -1,0 +1,108 @@
+"""From an EngineConfig to a rank's step runner, with every check that a bad checkpoint should meet before a
+request does."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from euryale.parallel.group import Group
+from euryale.parallel.layout import Layout
+from euryale.runtime import generation, heads_format, rope
+from euryale.runtime.checkpoint import Checkpoint, fingerprint
+from euryale.runtime.config import EngineConfig, ModelConfig, load_model_config
+from euryale.runtime.kv_cache import KVCache, count_pages
+from euryale.runtime.medusa import MedusaHeads
+from euryale.runtime.model import SHARDING, Decoder
+from euryale.runtime.step import StepRunner
+from euryale.runtime.weights import Weights
+from euryale.scheduler.scheduler import Limits
+from euryale.scheduler.tree import TreeShape, load_tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """All that an engine needs of a model. ``tree`` None: no speculation."""
+
+    runner: StepRunner
+    limits: Limits
+    tree: TreeShape | None
+    model: ModelConfig
+    fingerprint: str
+
+
+def load(config: EngineConfig, group: Group) -> Loaded:
+    """Load this rank's share. Raises ValueError on every rank if any rank cannot (see ``Group.agree``)."""
+    _set_threads(group)
+    parts, error = None, None
+    try:
+        parts = _load_parts(config, group)
+    except (ValueError, OSError) as problem:
+        error = str(problem) or repr(problem)
+    try:
+        group.agree(error)
+    except RuntimeError as problem:
+        raise ValueError(str(problem)) from None
+    decoder, heads, tree, model, layout, marks = parts
+    max_len = config.max_model_len or model.max_positions
+    num_pages = count_pages(config, model, layout.num_kv_heads, max_len, group)
+    rows = config.max_num_batched_tokens
+    cache = KVCache(model, layout.num_kv_heads, num_pages, config.page_size, rows, group.device)
+    limits = Limits(
+        max_model_len=max_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        vocab_size=model.vocab_size,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        end_ids=generation.end_ids(config.model, model),
+    )
+    runner = StepRunner(decoder, heads if tree else None, cache, tree.num_candidates if tree else 0)
+    return Loaded(runner=runner, limits=limits, tree=tree, model=model, fingerprint=marks)
+
+
+def _load_parts(config: EngineConfig, group: Group):
+    model = load_model_config(config.model, config.dtype)
+    max_len = config.max_model_len or model.max_positions
+    rope.check(model, max_len)
+    layout = Layout(group, model.num_heads, model.num_kv_heads, model.head_dim)
+    checkpoint = Checkpoint(config.model)
+    tensors = None
+    if config.tree != "off":
+        tensors = heads_format.load_heads(config.medusa, checkpoint, model.hidden_size, model.vocab_size)
+    else:
+        checkpoint.used |= {n for n in checkpoint.names if n.startswith(heads_format.MERGED_PREFIX)}
+    tree = _load_tree(config, tensors.num_heads if tensors else 0, model.vocab_size)
+    weights = Weights(checkpoint, layout, SHARDING, model.dtype)
+    # Draft rows of a request that is nearly done lie beyond its last token, never beyond the tree's depth.
+    decoder = Decoder(model, weights, max_len + (tree.depth if tree else 0))
+    checkpoint.refuse_unused(("rotary_emb.inv_freq", *(("lm_head.weight",) if model.tied else ())))
+    heads = None
+    if tensors:
+        heads = MedusaHeads(tensors, layout, decoder.lm_head.weight, decoder.shard, model.dtype)
+    files = checkpoint.files()
+    return decoder, heads, tree, model, layout, fingerprint(files)
+
+
+def _load_tree(config: EngineConfig, num_heads: int, vocab_size: int) -> TreeShape | None:
+    if config.tree == "off" or not num_heads:
+        if config.tree not in ("", "off"):
+            raise ValueError(f"--tree {config.tree} needs Medusa heads: give --medusa, or --tree off")
+        return None
+    source = config.tree or heads_format.tree_beside(config.medusa, config.model)
+    tree = load_tree(source, num_heads)
+    if tree.num_candidates > vocab_size:
+        raise ValueError(f"the tree asks for rank {tree.num_candidates - 1} of a vocabulary of {vocab_size}")
+    if tree.num_drafts + 1 > config.max_num_batched_tokens:
+        raise ValueError(
+            f"the tree has {tree.num_drafts + 1} nodes and a step {config.max_num_batched_tokens} rows: "
+            "raise --max-num-batched-tokens or give a smaller tree"
+        )
+    return tree
+
+
+def _set_threads(group: Group) -> None:
+    """Share the cores among the ranks of this host; torchrun's default of one thread wastes the rest."""
+    if group.device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))

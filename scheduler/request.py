@@ -1,0 +1,73 @@
+"""One request as the scheduler sees it."""
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from euryale.scheduler.params import SamplingParams
+
+
+class FinishReason(enum.StrEnum):
+    """Why an answer ended."""
+
+    STOP = "stop"  # end-of-sequence token, stop token id or stop string
+    LENGTH = "length"  # max_tokens reached
+    CANCELLED = "cancelled"
+
+
+@dataclass(eq=False, kw_only=True)
+class Request:
+    """``prompt`` int32 [length]. *Known* tokens are the prompt and the answer so far; *computed* tokens are those
+    whose K/V are committed to pages. Scheduling means letting computed catch up with known, drafts included."""
+
+    key: int
+    prompt: np.ndarray
+    params: SamplingParams
+    output: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    candidates: np.ndarray | None = None  # int32 [heads, k]: the heads' guesses after the last output token
+    accepted: list[int] = field(default_factory=list)  # tokens emitted by each decoding step
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_known(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return self.num_known - self.num_computed
+
+    @property
+    def remaining(self) -> int:
+        """Output tokens still allowed."""
+        return self.params.max_tokens - len(self.output)
+
+    def known_tokens(self, start: int, stop: int) -> np.ndarray:
+        """Known tokens ``start`` to ``stop``, int32."""
+        split = len(self.prompt)
+        head = self.prompt[start : min(stop, split)]
+        tail = self.output[max(start - split, 0) : max(stop - split, 0)]
+        return np.concatenate([head, np.asarray(tail, dtype=np.int32)]) if tail else head
+
+    def append(self, tokens: list[int], end_ids: frozenset[int]) -> list[int]:
+        """Take what a step emitted, up to the first token that ends the answer; returns the tokens taken.
+
+        Tokens after an end token or after ``max_tokens``, which an accepted path may hold, are not part of
+        the answer.
+        """
+        stops = frozenset(self.params.stop_token_ids)
+        if not self.params.ignore_eos:
+            stops |= end_ids
+        taken = []
+        for token in tokens:
+            taken.append(token)
+            if token in stops:
+                self.finish_reason = FinishReason.STOP
+            elif len(self.output) + len(taken) >= self.params.max_tokens:
+                self.finish_reason = FinishReason.LENGTH
+            if self.finish_reason:
+                break
+        self.output.extend(taken)
+        return taken

@@ -1,0 +1,155 @@
+"""Candidate trees: which guesses of the Medusa heads are verified together.
+
+A *node* is a position in the tree; node 0 is the root, the last sampled token. Every other node is one guess,
+named by its path of ranks as in the ``medusa_choices`` format: path [0, 2] is the third likeliest token of the
+second head below the likeliest token of the first. This file knows shapes only; it never sees a probability of
+a running request, nor a tensor.
+"""
+
+import heapq
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+MAX_NODES = 128  # root included: two words of ancestor bits
+
+# Survival of a guess by head and rank where nothing was measured: the shape of the accuracies published for
+# heads on 7B to 33B chat models, rounded. Only the order of the products matters.
+_GENERIC_TOP1 = (0.62, 0.42, 0.31, 0.25, 0.21)
+_GENERIC_RANK_FALL = 0.45
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """A static tree. ``parents`` [nodes] int32 with parents[0] = -1 and parents[i] < i; ``ranks`` [nodes] int32,
+    the rank of each guess among its head's candidates (root: -1). Any prefix of the nodes is a tree too."""
+
+    parents: np.ndarray
+    ranks: np.ndarray
+
+    @classmethod
+    def from_paths(cls, paths: Sequence[Sequence[int]]) -> "TreeShape":
+        """Build from ``medusa_choices``. Prefixes that are not listed are added before their first descendant.
+
+        Raises ValueError for an empty or repeated path, a rank that is not a whole number >= 0, or too many nodes.
+        """
+        index: dict[tuple[int, ...], int] = {(): 0}
+        listed: set[tuple[int, ...]] = set()
+        for path in paths:
+            if not isinstance(path, list | tuple) or not path or any(type(r) is not int or r < 0 for r in path):
+                raise ValueError(f"a tree path is a non-empty list of ranks >= 0, not {path!r}")
+            if tuple(path) in listed:
+                raise ValueError(f"the tree lists path {list(path)} twice: remove one")
+            listed.add(tuple(path))
+            for depth in range(1, len(path) + 1):
+                index.setdefault(tuple(path[:depth]), len(index))
+        if len(index) > MAX_NODES:
+            raise ValueError(f"the tree has {len(index)} nodes with its root; at most {MAX_NODES} are supported")
+        parents = [-1] + [index[path[:-1]] for path in index if path]
+        ranks = [-1] + [path[-1] for path in index if path]
+        return cls(np.asarray(parents, dtype=np.int32), np.asarray(ranks, dtype=np.int32))
+
+    @cached_property
+    def depths(self) -> np.ndarray:
+        """Depth of every node, int32 [nodes]; the root's is 0."""
+        depths = np.zeros(len(self.parents), dtype=np.int32)
+        for node in range(1, len(depths)):
+            depths[node] = depths[self.parents[node]] + 1
+        return depths
+
+    @property
+    def num_drafts(self) -> int:
+        """Nodes without the root."""
+        return len(self.parents) - 1
+
+    @property
+    def depth(self) -> int:
+        return int(self.depths.max())
+
+    @property
+    def num_candidates(self) -> int:
+        """How many of each head's likeliest tokens the tree can ask for."""
+        return int(self.ranks.max()) + 1
+
+    def limited(self, num_drafts: int, depth: int) -> "TreeShape":
+        """The first ``num_drafts`` guesses no deeper than ``depth``; still closed under ancestors."""
+        if num_drafts >= self.num_drafts and depth >= self.depth:
+            return self
+        keep = np.flatnonzero(self.depths <= depth)[: max(num_drafts, 0) + 1]
+        renumbered = np.full(len(self.parents), -1, dtype=np.int32)
+        renumbered[keep] = np.arange(len(keep), dtype=np.int32)
+        parents = np.where(self.parents[keep] < 0, -1, renumbered[self.parents[keep]]).astype(np.int32)
+        return TreeShape(parents, self.ranks[keep])
+
+    def tokens(self, candidates: np.ndarray) -> np.ndarray:
+        """Token ids of the guesses (without the root), int32 [nodes - 1], from ``candidates`` [heads, k]."""
+        return candidates[self.depths[1:] - 1, self.ranks[1:]].astype(np.int32)
+
+    def paths(self) -> list[list[int]]:
+        """The tree in the ``medusa_choices`` format."""
+        paths: list[list[int]] = [[]]
+        for node in range(1, len(self.parents)):
+            paths.append([*paths[self.parents[node]], int(self.ranks[node])])
+        return paths[1:]
+
+
+def search_tree(accuracy: np.ndarray, num_drafts: int) -> TreeShape:
+    """The static tree of ``num_drafts`` guesses that maximises the expected accepted length if heads were
+    independent (Medusa paper, section 2.3.3): greedily the largest products along paths.
+
+    ``accuracy`` [heads, ranks]: probability that the head's guess of that rank is right.
+    """
+    num_heads, num_ranks = accuracy.shape
+    heap: list[tuple[float, tuple[int, ...]]] = [(-float(accuracy[0, rank]), (rank,)) for rank in range(num_ranks)]
+    heapq.heapify(heap)
+    paths: list[tuple[int, ...]] = []
+    while heap and len(paths) < num_drafts:
+        negative, path = heapq.heappop(heap)
+        paths.append(path)
+        if len(path) < num_heads:
+            for rank in range(num_ranks):
+                heapq.heappush(heap, (negative * float(accuracy[len(path), rank]), (*path, rank)))
+    return TreeShape.from_paths(paths)
+
+
+def default_tree(num_heads: int, num_drafts: int = 15) -> TreeShape:
+    """A tree for heads nothing is known of."""
+    top1 = np.asarray([_GENERIC_TOP1[min(h, len(_GENERIC_TOP1) - 1)] for h in range(num_heads)])
+    ranks = np.arange(8)
+    # A rank's share of what the ranks above it left over.
+    fall = _GENERIC_RANK_FALL * (1 - _GENERIC_RANK_FALL) ** np.maximum(ranks - 1, 0) / 1.5
+    accuracy = np.where(ranks == 0, top1[:, None], (1 - top1[:, None]) * fall)
+    return search_tree(accuracy, num_drafts)
+
+
+def chain(num_heads: int) -> TreeShape:
+    """The likeliest guess of every head, one below the other."""
+    return TreeShape.from_paths([(0,) * depth for depth in range(1, num_heads + 1)])
+
+
+def load_tree(source: str | Path | None, num_heads: int) -> TreeShape:
+    """The tree that ``source`` names: a JSON file of paths, "chain", or None for the default tree.
+
+    Raises ValueError if the file is not such a tree or is deeper than there are heads.
+    """
+    if source is None:
+        return default_tree(num_heads)
+    if source == "chain":
+        return chain(num_heads)
+    try:
+        paths = json.loads(Path(source).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read the tree {source}: {error}") from error
+    if not isinstance(paths, list) or not paths:
+        raise ValueError(f"the tree {source} must be a JSON list of paths such as [[0], [1], [0, 0]]")
+    try:
+        shape = TreeShape.from_paths(paths)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    if shape.depth > num_heads:
+        raise ValueError(f"the tree {source} is {shape.depth} deep but there are {num_heads} Medusa heads: prune it")
+    return shape

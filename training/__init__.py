@@ -1,0 +1,1 @@
+"""Training of backbones' Medusa heads and of the demo checkpoint."""

@@ -1,0 +1,90 @@
+"""The demo corpus: the Python standard library's source of the running interpreter.
+
+This file knows where the source lies, how it is split and how it becomes a stream of token ids. It does not
+know any model.
+"""
+
+import hashlib
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+# Files that are tables rather than code, and the packages that are not part of the standard library.
+_EXCLUDED = {"site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__", "lib2to3", "config-3"}
+_CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + '\n' }}"
+    "{% else %}{{ '# ' + m['content'] + '\n' }}{% endif %}{% endfor %}"
+)
+
+
+def standard_library_files() -> list[Path]:
+    """Every ``.py`` file of the standard library, in a fixed order; ValueError if there is none."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [p for p in sorted(root.rglob("*.py")) if not _EXCLUDED & set(p.relative_to(root).parts)]
+    files = [p for p in files if 200 < p.stat().st_size < 400_000]
+    if not files:
+        raise ValueError(f"no Python source under {root}: install the interpreter's standard library source")
+    return files
+
+
+def split(files: list[Path], held_out_percent: int = 3) -> tuple[list[Path], list[Path]]:
+    """Training and held-out files. A file's side depends on its name alone, so it is the same everywhere."""
+
+    def is_held_out(path: Path) -> bool:
+        return int(hashlib.sha256(path.name.encode()).hexdigest(), 16) % 100 < held_out_percent
+
+    return [p for p in files if not is_held_out(p)], [p for p in files if is_held_out(p)]
+
+
+def read(path: Path) -> str:
+    """The text of a source file; undecodable bytes become U+FFFD."""
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def train_tokenizer(files: list[Path], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer whose id 0 is the end-of-text token (also the first token of every prompt)."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((read(p) for p in files), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        model_max_length=context,
+        chat_template=_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def token_stream(tokenizer: PreTrainedTokenizerFast, files: list[Path]) -> np.ndarray:
+    """All files as one uint16 stream, each preceded by the end-of-text token."""
+    parts = []
+    for path in files:
+        parts.append([tokenizer.bos_token_id, *tokenizer(read(path), add_special_tokens=False)["input_ids"]])
+    return np.concatenate([np.asarray(p, dtype=np.uint16) for p in parts])
+
+
+def windows(stream: np.ndarray, length: int, batch: int, step: int, seed: int) -> np.ndarray:
+    """Batch ``step`` of the endless, seeded order of windows: int64 [batch, length].
+
+    A function of its arguments alone, so that a resumed training sees what an undisturbed one would have seen.
+    """
+    per_epoch = (len(stream) - length) // length
+    if per_epoch < batch:
+        raise ValueError(f"{len(stream)} tokens are too few for a batch of {batch} windows of {length}: add text")
+    epoch, index = divmod(step, per_epoch // batch)
+    rng = np.random.default_rng((seed, epoch))
+    offset = int(rng.integers(length))
+    starts = rng.permutation(per_epoch)[index * batch : (index + 1) * batch] * length + offset
+    return np.stack([stream[s : s + length] for s in starts]).astype(np.int64)

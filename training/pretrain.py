@@ -1,0 +1,141 @@
+"""Train the demo backbone: a small Llama from scratch on the standard library's source.
+
+``python -m euryale.training.pretrain --out DIR`` writes a Hugging Face directory (bfloat16). A killed run goes
+on where its last checkpoint was written when the same command is given again.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from euryale.training import corpus
+
+
+def demo_config(vocab_size: int) -> LlamaConfig:
+    """About 5.8 M parameters; sizes that a group of 1, 2, 4 or 8 ranks can share."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+def lm_loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean next-token cross-entropy (nats) of int64 tokens [batch, length]."""
+    hidden = model.model(tokens).last_hidden_state[:, :-1]
+    logits = F.linear(hidden, model.lm_head.weight).float()
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def held_out_loss(model: LlamaForCausalLM, stream: np.ndarray, length: int = 1024, limit: int = 64) -> float:
+    """Mean loss over consecutive held-out windows, in nats per token."""
+    count = min(limit, (len(stream) - 1) // length)
+    losses = []
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for i in range(count):
+            window = torch.from_numpy(stream[i * length : (i + 1) * length].astype(np.int64))[None]
+            losses.append(lm_loss(model, window).item())
+    return sum(losses) / count
+
+
+def make_optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices, AdamW for embedding and norms."""
+    hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    muon = torch.optim.Muon(hidden, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(rest, lr=lr / 2, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def schedule(step: int, steps: int, warmup: int = 40, decay: float = 0.4) -> float:
+    """Learning-rate factor: warm-up, constant, then linear to zero over the last ``decay`` of the steps."""
+    return min(1.0, (step + 1) / warmup, (steps - step) / max(1.0, decay * steps))
+
+
+def save_checkpoint(path: Path, model, optimizers, step: int) -> None:
+    """Write weights, optimizer states and the step; the rename makes it whole or absent."""
+    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def train(args: argparse.Namespace, model, train_stream, held_stream, work: Path) -> None:
+    """Run the training loop in place, resuming from ``work/state.pt`` if it is there."""
+    optimizers = make_optimizers(model, args.lr)
+    base_lrs = [o.param_groups[0]["lr"] for o in optimizers]
+    checkpoint, first = work / "state.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        first = state["step"]
+    steps = math.ceil(args.tokens / (args.batch * args.length))
+    compiled = torch.compile(lm_loss) if args.compile else lm_loss
+    started = time.monotonic()
+    for step in range(first, steps):
+        tokens = torch.from_numpy(corpus.windows(train_stream, args.length, args.batch, step, args.seed))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = compiled(model, tokens)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, base in zip(optimizers, base_lrs, strict=True):
+            optimizer.param_groups[0]["lr"] = base * schedule(step, steps)
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 20 == 0:
+            rate = (step - first + 1) * tokens.numel() / (time.monotonic() - started)
+            print(f"step {step}/{steps} loss {loss.item():.3f} {rate:.0f} tokens/s", flush=True)
+        if step % 100 == 99 or step == steps - 1:
+            save_checkpoint(checkpoint, model, optimizers, step + 1)
+            print(f"step {step + 1} held-out loss {held_out_loss(model, held_stream, limit=16):.3f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--tokens", type=float, default=12e6)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--lr", type=float, default=6e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    work = args.out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    train_files, held_files = corpus.split(corpus.standard_library_files())
+    config = demo_config(args.vocab_size)
+    if not (args.out / "tokenizer.json").exists():
+        corpus.train_tokenizer(train_files, args.vocab_size, config.max_position_embeddings).save_pretrained(args.out)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
+    train_stream = corpus.token_stream(tokenizer, train_files)
+    held_stream = corpus.token_stream(tokenizer, held_files)
+    print(f"{len(train_stream)} training tokens, {len(held_stream)} held out", flush=True)
+    model = LlamaForCausalLM(config)
+    train(args, model, train_stream, held_stream, work)
+    report = {"held_out_loss": held_out_loss(model, held_stream), "train_tokens": len(train_stream)}
+    report |= {"held_out_tokens": len(held_stream), "parameters": sum(p.numel() for p in model.parameters())}
+    model.to(torch.bfloat16).save_pretrained(args.out)
+    (work / "pretrain.json").write_text(json.dumps(report, indent=1))
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
