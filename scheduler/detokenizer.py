@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 REPLACEMENT = "\ufffd"
-MAX_HELD = 3  # bytes of an unfinished UTF-8 character, hence of replacement characters that may still change
+MAX_HELD = 3  # bytes of an unfinished UTF-8 character, hence of replacement characters at the end that may still change
 CONTEXT_TOKENS = 8
 WINDOW_TOKENS = 16  # how long the window grows before its settled part is dropped
-GARBAGE_TOKENS = 64  # how long it grows where no token ends a character
+GARBAGE_TOKENS = 32  # how many tokens may go by without one that ends a character
 
 
 class Detokenizer:
@@ -24,58 +24,61 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._window = list(context[-CONTEXT_TOKENS:])
-        text = self._decode(self._window)
-        if text.endswith(REPLACEMENT):  # half a character before the answer: nothing the answer could complete
-            self._window, text = [], ""
-        self._emitted = len(text)  # characters of the window's text that were handed out
+        self._shown = self._decode(self._window)  # the part of the window's text that was handed out
+        if self._shown.endswith(REPLACEMENT):  # half a character before the answer: not the answer's to complete
+            self._window, self._shown = [], ""
         self._settled = len(self._window)  # the window's tokens up to here end a character and are handed out
 
     def push(self, tokens: Iterable[int]) -> str:
         """The text that these tokens complete."""
         self._window.extend(tokens)
         text = self._decode(self._window)
-        held = len(text) - len(text.rstrip(REPLACEMENT)) if text.endswith(REPLACEMENT) else 0
-        end = len(text) - min(held, MAX_HELD)
-        piece = text[self._emitted : end]
-        self._emitted = max(self._emitted, end)
-        if not held:
-            self._settle(text, changed=bool(piece))
-        elif len(self._window) > GARBAGE_TOKENS:
-            self._cut(text)
+        unfinished = len(text) - len(text.rstrip(REPLACEMENT))
+        if unfinished == 0:
+            piece = text[len(self._shown) :]
+            self._settle(text)
+            return piece
+        if len(self._window) - self._settled > GARBAGE_TOKENS:
+            return self._cut(text)
+        # A byte-fallback tokenizer turns a whole run of bytes into replacement characters while its end is
+        # unfinished, whole characters included; then nothing can be said yet.
+        if unfinished > MAX_HELD or not text.startswith(self._shown):
+            return ""
+        piece = text[len(self._shown) : len(text) - unfinished]
+        self._shown += piece
         return piece
 
     def finish(self) -> str:
         """What was held back; call it once, at the end of the answer."""
-        return self._decode(self._window)[self._emitted :]
+        return self._decode(self._window)[len(self._shown) :]
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True) if tokens else ""
 
-    def _settle(self, text: str, *, changed: bool) -> None:
-        """Notes that the window ends with a whole character, and drops what the next one no longer depends on."""
-        if not changed and self._emitted and self._settled:
+    def _settle(self, text: str) -> None:
+        """Notes that all of the window's text is out, and drops the tokens that later text cannot depend on."""
+        if text == self._shown and text and self._settled:
             del self._window[self._settled :]  # special tokens: without text, they must not become the only context
         elif len(self._window) > WINDOW_TOKENS:
             kept = self._window[self._settled :]
             kept_text = self._decode(kept)
-            if kept_text and text.endswith(kept_text):
-                self._window, self._emitted = kept, len(kept_text)
-            elif not text:
-                self._window = []
+            if (kept_text and text.endswith(kept_text)) or not text:
+                self._window, text = kept, kept_text
+        self._shown = text
         self._settled = len(self._window)
 
-    def _cut(self, text: str) -> None:
-        """Shortens a window in which nothing ever ends a character, where two halves decode to the same text."""
-        for position in range(len(self._window) - MAX_HELD, len(self._window) - 12, -1):
+    def _cut(self, text: str) -> str:
+        """Hands out most of a window in which nothing ends a character, where its halves decode as the whole does."""
+        last = len(self._window) - MAX_HELD
+        for position in range(last, last - 8, -1):
             left = self._decode(self._window[:position])
-            if len(left) <= self._emitted and left + self._decode(self._window[position:]) == text:
+            if left + self._decode(self._window[position:]) == text:
                 break
         else:  # no such place: give up exactness for what is no text anyway
-            position = len(self._window) - MAX_HELD
-            left = text[: max(0, len(text) - len(self._decode(self._window[position:])))]
-        self._window = self._window[position:]
-        self._emitted = max(0, self._emitted - len(left))
-        self._settled = 0
+            position, left = last, self._decode(self._window[:last])
+        piece = left[len(self._shown) :]
+        self._window, self._shown, self._settled = self._window[position:], self._shown[len(left) :], 0
+        return piece
 
 
 class StopMatcher:

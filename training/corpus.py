@@ -75,6 +75,12 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, files: list[Path]) -> np.nd
     return np.concatenate([np.asarray(p, dtype=np.uint16) for p in parts])
 
 
+def streams(tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]:
+    """The training and the held-out stream of the standard library, uint16 each."""
+    train_files, held_files = split(standard_library_files())
+    return token_stream(tokenizer, train_files), token_stream(tokenizer, held_files)
+
+
 def windows(stream: np.ndarray, length: int, batch: int, step: int, seed: int) -> np.ndarray:
     """Batch ``step`` of the endless, seeded order of windows: int64 [batch, length].
 

@@ -5,9 +5,11 @@ on where its last checkpoint was written when the same command is given again.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +20,47 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from euryale.training import corpus
 
 
-def demo_config(vocab_size: int) -> LlamaConfig:
-    """About 5.8 M parameters; sizes that a group of 1, 2, 4 or 8 ranks can share."""
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions:
+    """The command's flags. ``tokens`` counts repetitions too; ``batch`` windows of ``length`` tokens per step."""
+
+    out: Path
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    num_layers: int = 6
+    tokens: float = 12e6
+    batch: int = 8
+    length: int = 1024
+    lr: float = 6e-3
+    seed: int = 0
+    compile: bool = True
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.tokens / (self.batch * self.length))
+
+
+def options_from_flags(options_class, description: str):
+    """An instance of the dataclass from the command line: every field is a flag, without a default required."""
+    parser = argparse.ArgumentParser(description=description)
+    for field in dataclasses.fields(options_class):
+        required = field.default is dataclasses.MISSING
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        default = {} if required else {"default": field.default}
+        parser.add_argument("--" + field.name.replace("_", "-"), required=required, **default, **kind)
+    return options_class(**vars(parser.parse_args()))
+
+
+def demo_config(vocab_size: int, hidden_size: int = 256, num_layers: int = 6) -> LlamaConfig:
+    """About 5.8 M parameters with the defaults; sizes that a group of 1, 2, 4 or 8 ranks can share."""
     return LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers,
         num_attention_heads=8,
         num_key_value_heads=4,
-        head_dim=32,
+        head_dim=hidden_size // 8,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -74,18 +107,23 @@ def save_checkpoint(path: Path, model, optimizers, step: int) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def train(args: argparse.Namespace, model, train_stream, held_stream, work: Path) -> None:
+def load_checkpoint(path: Path, model, optimizers) -> int:
+    """Restore what ``save_checkpoint`` wrote, if it did; the step to go on with."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state["step"]
+
+
+def train(args: PretrainOptions, model, train_stream, held_stream, work: Path) -> None:
     """Run the training loop in place, resuming from ``work/state.pt`` if it is there."""
     optimizers = make_optimizers(model, args.lr)
     base_lrs = [o.param_groups[0]["lr"] for o in optimizers]
-    checkpoint, first = work / "state.pt", 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        first = state["step"]
-    steps = math.ceil(args.tokens / (args.batch * args.length))
+    checkpoint, steps = work / "state.pt", args.steps
+    first = load_checkpoint(checkpoint, model, optimizers)
     compiled = torch.compile(lm_loss) if args.compile else lm_loss
     started = time.monotonic()
     for step in range(first, steps):
@@ -106,27 +144,17 @@ def train(args: argparse.Namespace, model, train_stream, held_stream, work: Path
             print(f"step {step + 1} held-out loss {held_out_loss(model, held_stream, limit=16):.3f}", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--tokens", type=float, default=12e6)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--lr", type=float, default=6e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    args = parser.parse_args()
+def run(args: PretrainOptions) -> dict:
+    """Tokenizer, training and the written checkpoint; returns the numbers of ``work/pretrain.json``."""
     torch.manual_seed(args.seed)
     work = args.out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    train_files, held_files = corpus.split(corpus.standard_library_files())
-    config = demo_config(args.vocab_size)
+    config = demo_config(args.vocab_size, args.hidden_size, args.num_layers)
     if not (args.out / "tokenizer.json").exists():
+        train_files, _ = corpus.split(corpus.standard_library_files())
         corpus.train_tokenizer(train_files, args.vocab_size, config.max_position_embeddings).save_pretrained(args.out)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
-    train_stream = corpus.token_stream(tokenizer, train_files)
-    held_stream = corpus.token_stream(tokenizer, held_files)
+    train_stream, held_stream = corpus.streams(tokenizer)
     print(f"{len(train_stream)} training tokens, {len(held_stream)} held out", flush=True)
     model = LlamaForCausalLM(config)
     train(args, model, train_stream, held_stream, work)
@@ -135,7 +163,8 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(args.out)
     (work / "pretrain.json").write_text(json.dumps(report, indent=1))
     print(json.dumps(report))
+    return report
 
 
 if __name__ == "__main__":
-    main()
+    run(options_from_flags(PretrainOptions, __doc__))

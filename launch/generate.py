@@ -1,0 +1,61 @@
+"""Offline generation: ``torchrun --nproc-per-node N launch/generate.py --model DIR --prompts IN --out OUT``.
+
+Also runs without torchrun, as a group of one. The last line on stdout is one JSON object of figures.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import types
+from pathlib import Path
+
+try:
+    import euryale.runtime  # noqa: F401
+except ModuleNotFoundError:
+    sys.modules["euryale"] = types.ModuleType("euryale")
+    sys.modules["euryale"].__path__ = [str(Path(__file__).resolve().parents[1])]
+
+from euryale.runtime import offline
+from euryale.runtime.config import EngineConfig
+from euryale.runtime.flags import add_flags, from_flags
+from euryale.runtime.tokenizer import load_tokenizer
+from euryale.runtime.worker import run_worker
+from euryale.scheduler.params import ACCEPTANCE_RULES, SamplingParams
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--prompts", type=Path, required=True, help='JSONL of {"id", "prompt" or "prompt_tokens"}')
+    parser.add_argument("--out", type=Path, required=True, help="JSONL of answers, in input order")
+    parser.add_argument("--no-speculation", action="store_true", help="one token a step; same as --tree off")
+    for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed"):
+        default = getattr(SamplingParams, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    parser.add_argument("--acceptance", choices=ACCEPTANCE_RULES, default=SamplingParams.acceptance)
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after end-of-sequence tokens")
+    add_flags(parser, EngineConfig)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+
+    def config() -> EngineConfig:
+        engine = from_flags(EngineConfig, args)
+        return dataclasses.replace(engine, tree="off") if args.no_speculation else engine
+
+    def lead(engine) -> None:
+        names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "acceptance", "ignore_eos")
+        params = SamplingParams(**{name: getattr(args, name) for name in names})
+        tokenizer = load_tokenizer(args.model)
+        jobs = offline.read_jobs(args.prompts, tokenizer, params)
+        summary = offline.generate(engine, jobs)
+        offline.write_answers(args.out, jobs, tokenizer)
+        print(json.dumps(summary), flush=True)
+
+    return run_worker(config, lead)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Offline generation: a list of prompts in, their answers out, through the same engine that serves."""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from euryale.runtime.engine import Engine
+from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.request import Request
+
+
+@dataclass
+class Job:
+    """One line of the input: its ``request``, or the ``error`` that kept it from becoming one."""
+
+    id: object
+    request: Request | None = None
+    error: str | None = None
+
+
+def read_jobs(path: Path, tokenizer, params: SamplingParams) -> list[Job]:
+    """Jobs of a JSONL file with ``{"id", "prompt" | "prompt_tokens", "max_tokens"?}`` lines. A bad line becomes a
+    job with an error; only a file that cannot be read raises ValueError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the prompts {path}: {error}") from error
+    return [_job(key, line, tokenizer, params) for key, line in enumerate(lines) if line.strip()]
+
+
+def _job(key: int, line: str, tokenizer, params: SamplingParams) -> Job:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        return Job(None, error=f"line {key + 1} is not JSON: {error}")
+    if not isinstance(row, dict):
+        return Job(None, error=f"line {key + 1} must be an object with a prompt")
+    try:
+        return Job(row.get("id"), request=_request(key, row, tokenizer, params))
+    except ValueError as error:
+        return Job(row.get("id"), error=str(error))
+
+
+def _request(key: int, row: dict, tokenizer, params: SamplingParams) -> Request:
+    if unknown := set(row) - {"id", "prompt", "prompt_tokens", "max_tokens"}:
+        raise ValueError(f"unknown field {sorted(unknown)[0]!r}: a line has id, prompt or prompt_tokens, max_tokens")
+    if ("prompt" in row) == ("prompt_tokens" in row):
+        raise ValueError("give exactly one of prompt and prompt_tokens")
+    if "prompt" in row:
+        if not isinstance(row["prompt"], str):
+            raise ValueError(f"prompt must be a string, not {type(row['prompt']).__name__}")
+        tokens = tokenizer.encode(row["prompt"]) if row["prompt"] else []
+    else:
+        tokens = row["prompt_tokens"]
+        if not isinstance(tokens, list) or any(type(t) is not int or abs(t) >= 2**31 for t in tokens):
+            raise ValueError("prompt_tokens must be a list of token ids")
+    if "max_tokens" in row:
+        params = dataclasses.replace(params, max_tokens=row["max_tokens"])
+    return Request(key=key, prompt=np.asarray(tokens, dtype=np.int32), params=params)
+
+
+def generate(engine: Engine, jobs: list[Job]) -> dict:
+    """Run all jobs on the leader, to the end; returns the summary. Loading is not part of ``seconds``."""
+    for job in jobs:
+        if job.request is not None:
+            try:
+                engine.scheduler.add(job.request)
+            except ValueError as error:
+                job.error, job.request = str(error), None
+    requests = [job.request for job in jobs if job.request is not None]
+    started = time.perf_counter()
+    with tqdm(total=len(requests), desc="generating", unit="prompt") as bar:
+        while engine.scheduler.has_work:
+            bar.update(sum(o.finish_reason is not None for o in engine.step()))
+    seconds = time.perf_counter() - started
+    steps = sum(len(r.accepted) for r in requests)
+    tokens = sum(len(r.output) for r in requests)
+    return {
+        "requests": len(jobs),
+        "output_tokens": tokens,
+        "seconds": round(seconds, 4),
+        "tokens_per_second": round(tokens / seconds, 2) if tokens else 0.0,
+        "mean_accepted_length": round(tokens / steps, 4) if steps else 0.0,
+        "decode_steps": steps,
+        "world_size": engine.group.size,
+        "dtype": str(engine.loaded.model.dtype).removeprefix("torch."),
+        "errors": sum(job.error is not None for job in jobs),
+    }
+
+
+def write_answers(path: Path, jobs: list[Job], tokenizer) -> None:
+    """One JSON line per job, in input order."""
+    with path.open("w", encoding="utf-8") as file:
+        for job in jobs:
+            row: dict = {"id": job.id, "text": "", "tokens": [], "finish_reason": None, "accepted": []}
+            if job.request is not None:
+                row["text"] = tokenizer.decode(job.request.output, skip_special_tokens=True)
+                row["tokens"] = job.request.output
+                row["finish_reason"] = job.request.finish_reason
+                row["accepted"] = job.request.accepted
+            else:
+                row["error"] = job.error
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

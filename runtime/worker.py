@@ -1,0 +1,55 @@
+"""The life of one worker process: tie it to its agent, join the group, load, lead or follow, leave.
+
+Errors a user can mend end all ranks with exit code 2 and one line that says what to do.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from euryale.parallel.group import join
+from euryale.runtime.config import EngineConfig
+from euryale.runtime.engine import Engine
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, so that nothing outlives a killed agent."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died in between
+        os._exit(1)
+
+
+def run_worker(make_config: Callable[[], EngineConfig], lead: Callable[[Engine], None]) -> int:
+    """Run this rank: ``lead(engine)`` on the leader, following elsewhere. Returns the exit code."""
+    die_with_parent()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    group = None
+    try:
+        config = make_config()
+        group = join(config.step_timeout)
+        engine = Engine(config, group)
+        if group.is_leader:
+            try:
+                lead(engine)
+            finally:
+                engine.stop()
+        else:
+            # The leader hears the signal, drains and says when to stop.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            engine.follow()
+    except ValueError as error:
+        if group is None or group.is_leader:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    group.close()
+    return 0

@@ -1,0 +1,56 @@
+"""Greedy float32 answers are transformers' at every group size, tree and batch."""
+
+import pytest
+from support import answer, family_config, head_tensors, make_model, oracle_greedy, prompts, save_heads
+
+from euryale.runtime.config import EngineConfig
+from euryale.scheduler.params import SamplingParams
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+LENGTH = 20
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Every family's directory, heads directory, prompts and transformers' answers."""
+    made = {}
+    for family in FAMILIES:
+        directory = tmp_path_factory.mktemp(family)
+        model = make_model(directory, family_config(family), shard_size="600KB" if family == "qwen2" else "5GB")
+        heads = save_heads(directory / "heads", head_tensors(model))
+        asked = prompts(8)
+        made[family] = (directory, heads, asked, [oracle_greedy(model, p, LENGTH) for p in asked])
+    return made
+
+
+def run(ranks, size, directory, heads, asked, **changes):
+    settings = {"max_num_seqs": 8, "max_num_batched_tokens": 40, "dtype": "float32"} | changes
+    config = EngineConfig(model=str(directory), medusa=str(heads), **settings)
+    params = SamplingParams(max_tokens=LENGTH, ignore_eos=True)
+    return ranks(size).run(answer, config, [(p, params) for p in asked])[0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_transformers(models, ranks, family, size):
+    directory, heads, asked, expected = models[family]
+    tree = run(ranks, size, directory, heads, asked)
+    assert tree["outputs"] == expected
+    assert sum(map(sum, tree["accepted"])) == LENGTH * len(asked)
+
+
+@pytest.mark.parametrize("changes", [{"tree": "off"}, {"tree": "chain"}, {"max_num_seqs": 1}, {"max_num_seqs": 3}])
+@pytest.mark.parametrize("size", [1, 2])
+def test_no_setting_changes_greedy_tokens(models, ranks, changes, size):
+    directory, heads, asked, expected = models["mistral"]
+    got = run(ranks, size, directory, heads, asked, **changes)
+    assert got["outputs"] == expected
+    if changes.get("tree") == "off":
+        assert all(n == 1 for accepted in got["accepted"] for n in accepted)
+
+
+def test_some_drafts_are_accepted(models, ranks):
+    """Without this, identity would say nothing about trees."""
+    directory, heads, asked, _ = models["llama"]
+    got = run(ranks, 1, directory, heads, asked)
+    assert sum(len(a) for a in got["accepted"]) < LENGTH * len(asked)

@@ -1,0 +1,194 @@
+"""What the tests share: tiny random models of every family, and pools of real ranks.
+
+Importing this module makes a bare checkout importable, in spawned children too.
+"""
+
+import multiprocessing
+import socket
+import sys
+import traceback
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+try:
+    import euryale.client  # noqa: F401
+except ModuleNotFoundError:
+    sys.modules["euryale"] = types.ModuleType("euryale")
+    sys.modules["euryale"].__path__ = [str(ROOT)]
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import save_file
+
+VOCAB, HEADS, KV_HEADS, HEAD_DIM = 3001, 4, 2, 24  # odd on purpose: nothing divides among 4 ranks but the heads
+
+
+def family_config(family: str, **changes):
+    """A two-layer config of a family, with sizes that do not divide."""
+    kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 72,
+        "intermediate_size": 130,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+        "pad_token_id": None,
+    }
+    if family != "qwen2":  # Qwen2 derives it
+        sizes["head_dim"] = HEAD_DIM
+    if family == "mistral":
+        sizes["sliding_window"] = 24
+    return getattr(transformers, f"{kind}Config")(**(sizes | changes))
+
+
+def make_model(directory: Path, config, seed: int = 0, shard_size: str = "5GB"):
+    """Save a random float32 model; returns it for use as the oracle."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            # Larger than the usual initialisation, so that greedy answers vary instead of repeating one token.
+            p.normal_(0, 0.12) if p.ndim > 1 or "bias" in name else p.uniform_(0.8, 1.2)
+        if config.tie_word_embeddings:
+            model.tie_weights()
+    model.save_pretrained(directory, max_shard_size=shard_size)
+    return model
+
+
+def head_tensors(model, num_heads: int = 3, num_layers: int = 1, own_lm_head: bool = True, seed: int = 0) -> dict:
+    """Random Medusa heads in format A names (B without lm_heads). They start from the model's lm_head, so that
+    some of their guesses are right."""
+    torch.manual_seed(seed)
+    lm_head = model.lm_head.weight.detach()
+    hidden = lm_head.shape[1]
+    tensors = {}
+    for head in range(num_heads):
+        for layer in range(num_layers):
+            tensors[f"{head}.{layer}.linear.weight"] = torch.randn(hidden, hidden) * 0.05
+            tensors[f"{head}.{layer}.linear.bias"] = torch.randn(hidden) * 0.05
+        if own_lm_head:
+            tensors[f"{head}.{num_layers}.weight"] = lm_head + torch.randn_like(lm_head) * 0.02
+    return tensors
+
+
+def save_heads(directory: Path, tensors: dict) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "medusa_lm_head.safetensors")
+    return directory
+
+
+def prompts(count: int, vocab: int = VOCAB, seed: int = 0) -> list[np.ndarray]:
+    """Random prompts from 1 token to several chunks of 32."""
+    rng = np.random.default_rng(seed)
+    lengths = [1, 2, 31, 32, 33, 64, 70, 100]
+    return [rng.integers(3, vocab, size=lengths[i % len(lengths)]).astype(np.int32) for i in range(count)]
+
+
+def oracle_greedy(model, prompt: np.ndarray, max_tokens: int) -> list[int]:
+    """transformers' greedy answer without stopping at end-of-sequence tokens."""
+    ids = torch.from_numpy(prompt)[None].long()
+    options = {"max_new_tokens": max_tokens, "min_new_tokens": max_tokens, "do_sample": False, "pad_token_id": 0}
+    saved, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
+    try:
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    finally:
+        model.generation_config.eos_token_id = saved
+    return out[0, len(prompt) :].tolist()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _rank_main(rank: int, size: int, port: int, pipe) -> None:
+    import os
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from euryale.parallel.group import join
+
+    torch.set_num_threads(1)
+    group = join(timeout=30)
+    while True:
+        job = pipe.recv()
+        if job is None:
+            break
+        function, args = job
+        try:
+            pipe.send((True, function(group, *args)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+    group.close()
+
+
+class Ranks:
+    """A group of real processes joined by gloo that runs functions ``f(group, *args)`` on every rank."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "transformers", "transformers.modeling_rope_utils"])
+        port, self.pipes, self.processes = free_port(), [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_rank_main, args=(rank, size, port, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function, *args) -> list:
+        """The function's result on every rank, in rank order."""
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        answers = [pipe.recv() for pipe in self.pipes]
+        failures = [text for ok, text in answers if not ok]
+        assert not failures, "\n".join(failures)
+        return [value for _, value in answers]
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(10)
+            assert process.exitcode == 0, f"a rank ended with {process.exitcode}"
+
+
+def answer(group, config, wanted: list[tuple], arrivals: int = 0) -> dict | None:
+    """Run requests (prompt, SamplingParams) through an engine of this group; the leader returns what came out.
+
+    ``arrivals``: steps between one request's arrival and the next (0: all at once).
+    """
+    from euryale.runtime.engine import Engine
+    from euryale.scheduler.request import Request
+
+    engine = Engine(config, group)
+    if not group.is_leader:
+        engine.follow()
+        return None
+    requests = [Request(key=i, prompt=prompt, params=params) for i, (prompt, params) in enumerate(wanted)]
+    queue, steps = list(requests), 0
+    while queue or engine.scheduler.has_work:
+        while queue and (not arrivals or steps % arrivals == 0 or not engine.scheduler.has_work):
+            engine.scheduler.add(queue.pop(0))
+            if arrivals:
+                break
+        engine.step()
+        steps += 1
+    engine.stop()
+    pool = engine.scheduler.pages
+    assert pool.num_free == pool.num_pages, "pages were not given back"
+    return {
+        "outputs": [r.output for r in requests],
+        "accepted": [r.accepted for r in requests],
+        "reasons": [str(r.finish_reason) for r in requests],
+        "steps": steps,
+    }

@@ -1,0 +1,194 @@
+"""Medusa-1: train heads on a frozen backbone (Medusa paper, arXiv 2401.10774, sections 2.1 and 2.2.1).
+
+``python -m euryale.training.heads --model DIR`` reads the backbone in DIR and writes ``DIR/medusa/`` in the
+layout of the first published heads: ``medusa_lm_head.safetensors`` (bfloat16) and ``config.json``. A killed run
+goes on where its last checkpoint was written when the same command is given again.
+
+Shape suffixes: B windows, L positions, D hidden size. This file does not know trees or acceptance.
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from euryale.training import corpus, pretrain
+
+WEIGHTS_NAME = "medusa_lm_head.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsOptions:
+    """The command's flags. ``model``: the backbone's directory; ``tokens`` counts repetitions too; ``batch``
+    windows of ``length`` tokens per step; ``head_decay``: weight of head k's loss is its k-th power."""
+
+    model: Path
+    num_heads: int = 4
+    num_layers: int = 1
+    tokens: float = 3.3e6
+    batch: int = 4
+    length: int = 1024
+    lr: float = 3e-3
+    head_decay: float = 0.8
+    seed: int = 1
+    compile: bool = True
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.tokens / (self.batch * self.length))
+
+
+class ResidualBlock(nn.Module):
+    """x + SiLU(W x + b), the identity at the start (paper, section 2.1.1)."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, hidden_size)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.silu(self.linear(x))
+
+
+class Heads(nn.ModuleList):
+    """Medusa heads with an lm_head each. Head k, applied to the hidden state of position t after the backbone's
+    final norm, predicts token t + 2 + k. The names of its parameters are those of the published files."""
+
+    def __init__(self, num_heads: int, num_layers: int, hidden_size: int, vocab_size: int) -> None:
+        super().__init__()
+        for _ in range(num_heads):
+            blocks = [ResidualBlock(hidden_size) for _ in range(num_layers)]
+            self.append(nn.Sequential(*blocks, nn.Linear(hidden_size, vocab_size, bias=False)))
+
+    @classmethod
+    def like(cls, backbone: LlamaForCausalLM, num_heads: int, num_layers: int) -> "Heads":
+        """Fresh heads: at step zero every one predicts what the backbone predicts."""
+        weight_VD = backbone.lm_head.weight
+        heads = cls(num_heads, num_layers, weight_VD.shape[1], weight_VD.shape[0])
+        with torch.no_grad():
+            for head in heads:
+                head[-1].weight.copy_(weight_VD)
+        return heads
+
+    @classmethod
+    def load(cls, directory: Path) -> "Heads":
+        """Heads written by ``save``, in float32. The sizes are those of the tensors; RuntimeError for a missing
+        or unknown tensor."""
+        tensors = {name: tensor.float() for name, tensor in load_file(directory / WEIGHTS_NAME).items()}
+        num_heads = 1 + max(int(name.split(".")[0]) for name in tensors)
+        num_layers = max(int(name.split(".")[1]) for name in tensors)
+        vocab_size, hidden_size = tensors[f"0.{num_layers}.weight"].shape
+        heads = cls(num_heads, num_layers, hidden_size, vocab_size)
+        heads.load_state_dict(tensors)
+        return heads
+
+    def save(self, directory: Path, base_model: str) -> None:
+        """Write the weights in bfloat16 and, last, ``config.json``."""
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+        config = {"medusa_num_heads": len(self), "medusa_num_layers": len(self[0]) - 1}
+        config["base_model_name_or_path"] = base_model
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def heads_losses(heads: Heads, hidden_BLD: torch.Tensor, tokens_BL: torch.Tensor) -> list[torch.Tensor]:
+    """Mean cross-entropy (nats) of every head; ``hidden_BLD`` after the final norm, ``tokens_BL`` int64."""
+    losses = []
+    for k, head in enumerate(heads):
+        logits = head(hidden_BLD[:, : -2 - k]).float()
+        losses.append(F.cross_entropy(logits.flatten(0, 1), tokens_BL[:, 2 + k :].flatten()))
+    return losses
+
+
+def weighted(losses: list[torch.Tensor], head_decay: float) -> torch.Tensor:
+    """The training loss, sum over k of head_decay^k times head k's loss (paper, section 2.2.1)."""
+    return sum(head_decay**k * loss for k, loss in enumerate(losses))
+
+
+@torch.no_grad()
+def top1_accuracy(backbone, heads: Heads, stream: np.ndarray, length: int, limit: int = 16) -> list[float]:
+    """Share of positions of consecutive windows of the stream where a head's first guess is the text's token."""
+    count = min(limit, len(stream) // length)
+    right = torch.zeros(len(heads))
+    for i in range(count):
+        tokens = torch.from_numpy(stream[i * length : (i + 1) * length].astype(np.int64))[None]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = backbone.model(tokens).last_hidden_state
+            guesses = [head(hidden[:, : -2 - k]).argmax(-1) for k, head in enumerate(heads)]
+        right += torch.stack([(g == tokens[:, 2 + k :]).float().mean() for k, g in enumerate(guesses)])
+    return (right / count).tolist()
+
+
+def make_optimizers(heads: Heads, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the residual blocks' matrices, AdamW for biases and lm_heads."""
+    muon = [p for n, p in heads.named_parameters() if n.endswith("linear.weight")]
+    rest = [p for n, p in heads.named_parameters() if not n.endswith("linear.weight")]
+    optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    if muon:  # none without residual blocks
+        optimizers.append(torch.optim.Muon(muon, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def train(args: HeadsOptions, backbone, heads: Heads, train_stream, held_stream, work: Path) -> None:
+    """Run the training loop in place, resuming from ``work/heads.pt`` if it is there."""
+    optimizers = make_optimizers(heads, args.lr)
+    base_lrs = [o.param_groups[0]["lr"] for o in optimizers]
+    checkpoint, steps = work / "heads.pt", args.steps
+    first = pretrain.load_checkpoint(checkpoint, heads, optimizers)
+    body, losses_of = backbone.model, heads_losses
+    if args.compile:
+        body, losses_of = torch.compile(body), torch.compile(losses_of)
+    started = time.monotonic()
+    for step in range(first, steps):
+        tokens = torch.from_numpy(corpus.windows(train_stream, args.length, args.batch, step, args.seed))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.no_grad():
+                hidden = body(tokens, use_cache=False).last_hidden_state
+            losses = losses_of(heads, hidden, tokens)
+        weighted(losses, args.head_decay).backward()
+        torch.nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
+        for optimizer, base in zip(optimizers, base_lrs, strict=True):
+            optimizer.param_groups[0]["lr"] = base * pretrain.schedule(step, steps)
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 20 == 0:
+            rate = (step - first + 1) * tokens.numel() / (time.monotonic() - started)
+            shown = " ".join(f"{loss.item():.3f}" for loss in losses)
+            print(f"step {step}/{steps} losses {shown} {rate:.0f} tokens/s", flush=True)
+        if step % 100 == 99 or step == steps - 1:
+            pretrain.save_checkpoint(checkpoint, heads, optimizers, step + 1)
+            shown = " ".join(f"{a:.3f}" for a in top1_accuracy(backbone, heads, held_stream, args.length))
+            print(f"step {step + 1} held-out top-1 {shown}", flush=True)
+
+
+def run(args: HeadsOptions) -> dict:
+    """Train and write the heads; returns the numbers of ``work/heads.json``."""
+    torch.manual_seed(args.seed)
+    work = args.model / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.model)
+    train_stream, held_stream = corpus.streams(tokenizer)
+    backbone = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32).requires_grad_(False).eval()
+    heads = Heads.like(backbone, args.num_heads, args.num_layers)
+    train(args, backbone, heads, train_stream, held_stream, work)
+    report = {"top1": top1_accuracy(backbone, heads, held_stream, args.length, limit=64)}
+    report |= {"tokens": args.steps * args.batch * args.length, "steps": args.steps}
+    report["parameters"] = sum(p.numel() for p in heads.parameters())
+    heads.save(args.model / "medusa", backbone.config.name_or_path and "..")
+    (work / "heads.json").write_text(json.dumps(report, indent=1))
+    print(json.dumps(report))
+    return report
+
+
+if __name__ == "__main__":
+    run(pretrain.options_from_flags(HeadsOptions, __doc__))
