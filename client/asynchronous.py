@@ -1,11 +1,13 @@
 """``AsyncClient``: the same methods as ``Client``, for asyncio."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any, Self
 
 import zmq
 import zmq.asyncio
+
 from euryale.client import protocol
 from euryale.client.connection import close_sockets, is_connected, open_sockets
 from euryale.client.errors import EuryaleError, ProtocolError, ServerLost, TimedOut
@@ -181,7 +183,8 @@ class AsyncClient:
     def _abandon(self, exchange: Exchange) -> None:
         frames = self._session.abandon(exchange)
         if frames and self._connected.is_set():
-            self._send_soon(frames)
+            with contextlib.suppress(RuntimeError):  # dropped after its event loop ended, and the connection with it
+                self._send_soon(frames)
 
 
 class AsyncGeneration:

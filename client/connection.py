@@ -4,6 +4,7 @@ import struct
 from collections.abc import Sequence
 
 import zmq
+
 from euryale.client import protocol
 
 MAX_REPLY_BYTES = 64 << 20

@@ -219,8 +219,6 @@ def build_generate(prompt: str | None, prompt_tokens: Any, messages: Any, params
         raise InvalidRequest(f"prompt must be a string, not {type(prompt).__name__}; token ids go to prompt_tokens")
     params = {name: value for name, value in params.items() if value is not None}
     params.setdefault("seed", int.from_bytes(os.urandom(8), "big"))
-    if isinstance(params.get("stop"), str):
-        params["stop"] = [params["stop"]]
     try:
         tokens = None if prompt_tokens is None else wire.unpack_tokens(wire.pack_tokens(prompt_tokens))
         chat = None if messages is None else tuple(dict(item) for item in messages)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 import zmq
+
 from euryale.client import protocol
 from euryale.client.connection import close_sockets, is_connected, open_sockets
 from euryale.client.errors import ProtocolError, ServerLost, TimedOut

@@ -88,7 +88,10 @@ def message(name: str) -> Callable[[type], type]:
     def register(cls: type) -> type:
         hints = typing.get_type_hints(cls, include_extras=True)
         cls.type = name
-        cls.schema = {f.name: _field(hints[f.name], f.default is not MISSING) for f in fields(cls)}
+        cls.schema = {
+            f.name: _field(hints[f.name], f.default is not MISSING or f.default_factory is not MISSING)
+            for f in fields(cls)
+        }
         return cls
 
     return register

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from euryale.kernels.linear import FrozenLinear
 from euryale.parallel.group import Group
 
 
@@ -12,17 +13,13 @@ def parameter(x: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(x, requires_grad=False)
 
 
-class ColumnParallelLinear(nn.Module):
+class ColumnParallelLinear(FrozenLinear):
     """Output features are shared out: [T, in] -> [T, local out]. Several weights become one matrix product."""
 
     def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> None:
         """``weights`` [local out_i, in], ``biases`` [local out_i] or all None."""
-        super().__init__()
-        self.weight = parameter(torch.cat(weights) if len(weights) > 1 else weights[0])
-        self.bias = parameter(torch.cat(biases)) if biases[0] is not None else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        bias = torch.cat(biases) if biases[0] is not None else None
+        super().__init__(torch.cat(weights) if len(weights) > 1 else weights[0], bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -32,11 +29,11 @@ class RowParallelLinear(nn.Module):
         """``weight`` [out, local in]; ``bias`` [out] whole, added once after the sum."""
         super().__init__()
         self.group = group
-        self.weight = parameter(weight)
+        self.partial = FrozenLinear(weight)
         self.bias = parameter(bias) if bias is not None else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.group.all_reduce(F.linear(x, self.weight))
+        y = self.group.all_reduce(self.partial(x))
         return y if self.bias is None else y + self.bias
 
 

@@ -122,9 +122,10 @@ def read_heads(directory: str | Path) -> dict[str, torch.Tensor]:
     raise ValueError(f"{directory} holds neither medusa_lm_head.safetensors nor medusa_lm_head.pt")
 
 
-def fingerprint(files: list[Path]) -> str:
-    """16 hex digits that name a set of weights: file sizes, and the first and last MiB of each file."""
-    digest = hashlib.sha256()
+def fingerprint(files: list[Path], note: str) -> str:
+    """16 hex digits that name a set of weights as it is run: file sizes, the first and last MiB of each file, and a
+    ``note`` on how they are used."""
+    digest = hashlib.sha256(note.encode())
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size};".encode())

@@ -16,9 +16,12 @@ GIB = 1 << 30
 
 
 class KVCache:
-    """``pages`` [layers, 2, pages, kv_heads, page_size, head_dim], ``scratch`` [layers, 2, rows, kv_heads, head_dim]."""
+    """``pages`` [layers, 2, pages, kv_heads, page_size, head_dim]; ``scratch`` [layers, 2, rows, kv_heads, head_dim],
+    the K/V of the step under way."""
 
-    def __init__(self, config: ModelConfig, num_kv_heads: int, num_pages: int, page_size: int, rows: int, device) -> None:
+    def __init__(
+        self, config: ModelConfig, num_kv_heads: int, num_pages: int, page_size: int, rows: int, device
+    ) -> None:
         head = (config.num_layers, 2)
         kind = {"dtype": config.dtype, "device": device}
         # Zeros, not empty: attention multiplies unwritten slots by a weight of zero, and 0 * NaN is NaN.
@@ -29,7 +32,7 @@ class KVCache:
         self._windows = config.windows
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: StepGeometry):
-        """Keep the rows' ``k``, ``v`` [R, kv_heads, head_dim] in the scratch and attend with ``q`` [R, heads, head_dim]."""
+        """Keep the rows' ``k``, ``v`` [R, kv_heads, head_dim] in the scratch; attend with ``q``, returned likewise."""
         self.scratch[layer, 0, : len(k)] = k
         self.scratch[layer, 1, : len(v)] = v
         return tree_attention(q, k, v, self.pages[layer], geometry, self._scale, self._windows[layer])

@@ -3,6 +3,7 @@ request does."""
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -79,9 +80,9 @@ def _load_parts(config: EngineConfig, group: Group):
     checkpoint.refuse_unused(("rotary_emb.inv_freq", *(("lm_head.weight",) if model.tied else ())))
     heads = None
     if tensors:
-        heads = MedusaHeads(tensors, layout, decoder.lm_head.weight, decoder.shard, model.dtype)
-    files = checkpoint.files()
-    return decoder, heads, tree, model, layout, fingerprint(files)
+        heads = MedusaHeads(tensors, layout, decoder.lm_head, decoder.shard, model.dtype)
+    files = [Path(config.model) / "config.json", *checkpoint.files()]
+    return decoder, heads, tree, model, layout, fingerprint(files, str(model.dtype))
 
 
 def _load_tree(config: EngineConfig, num_heads: int, vocab_size: int) -> TreeShape | None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from euryale.kernels.linear import FrozenLinear
 from euryale.parallel import vocabulary
 from euryale.parallel.layout import Layout
 from euryale.parallel.linear import parameter
@@ -20,33 +21,40 @@ from euryale.runtime.heads_format import HeadTensors
 class MedusaHeads(nn.Module):
     """This rank's share of the heads. A residual block is x + SiLU(W x + b)."""
 
-    def __init__(self, heads: HeadTensors, layout: Layout, shared_lm_head: torch.Tensor, shard: VocabShard, dtype) -> None:
-        """``shared_lm_head`` [V, D] serves heads that have none of their own."""
+    def __init__(self, heads: HeadTensors, layout: Layout, lm_head: FrozenLinear, shard: VocabShard, dtype) -> None:
+        """``lm_head`` [V, D], the backbone's, serves heads that have none of their own."""
         super().__init__()
         self.group, self.shard, self.num_heads = layout.group, shard, heads.num_heads
-        self.hidden_size = shared_lm_head.shape[1]
+        self.hidden_size = lm_head.in_features
 
         def local(tensors: list[torch.Tensor], style: str) -> list[torch.Tensor]:
             parts = [cut(t, layout.shards(style, len(t), self.hidden_size)[0]) for t in tensors]
             return [p.to(layout.group.device, dtype) for p in parts]
 
-        blocks = range(heads.num_layers)
-        # [K, local D, D] and [K, local D] of each residual block
-        self.weights = nn.ParameterList(parameter(torch.stack(local(heads.weights[i], "column"))) for i in blocks)
-        self.biases = nn.ParameterList(parameter(torch.stack(local(heads.biases[i], "column"))) for i in blocks)
-        own = local(heads.lm_heads, "vocabulary") if heads.lm_heads else []
-        self.lm_heads = nn.ParameterList(parameter(w) for w in own)
-        self.shared_lm_head = shared_lm_head
+        def block(layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+            """Weights [K, local D, D] and biases [K, local D] of one residual block of all heads."""
+            weights, biases = local(heads.weights[layer], "column"), local(heads.biases[layer], "column")
+            return torch.stack(weights), torch.stack(biases)
+
+        # In the first block all heads see the same input, so that one matrix product does.
+        self.first = None
+        if heads.num_layers:
+            weights, biases = block(0)
+            self.first = FrozenLinear(weights.flatten(0, 1), biases.flatten())
+        later = [block(layer) for layer in range(1, heads.num_layers)]
+        self.weights = nn.ParameterList(parameter(w) for w, _ in later)
+        self.biases = nn.ParameterList(parameter(b) for _, b in later)
+        own = [FrozenLinear(w) for w in local(heads.lm_heads, "vocabulary")] if heads.lm_heads else None
+        self.lm_heads = nn.ModuleList(own or [lm_head] * self.num_heads)
 
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         """Float32 logits over this rank's vocabulary shard: [B * K, V], a request's heads next to each other."""
         x_BKD = hidden_BD[:, None].expand(-1, self.num_heads, -1)
+        if self.first is not None:
+            x_BKD = x_BKD + F.silu(self._gather(self.first(hidden_BD).unflatten(1, (self.num_heads, -1))))
         for weight, bias in zip(self.weights, self.biases, strict=True):
-            x_BKD = x_BKD + F.silu(self._block(x_BKD, weight, bias))
-        if self.lm_heads:
-            logits = torch.stack([F.linear(x_BKD[:, k], w) for k, w in enumerate(self.lm_heads)], dim=1)
-        else:
-            logits = F.linear(x_BKD, self.shared_lm_head)
+            x_BKD = x_BKD + F.silu(self._gather(torch.einsum("bkd,kod->bko", x_BKD, weight) + bias))
+        logits = torch.stack([lm_head(x_BKD[:, k]) for k, lm_head in enumerate(self.lm_heads)], dim=1)
         return self.shard.hide_padding(logits.flatten(0, 1))
 
     def candidates(self, hidden_BD: torch.Tensor, k: int) -> torch.Tensor:
@@ -54,10 +62,6 @@ class MedusaHeads(nn.Module):
         _, ids = vocabulary.top_k(self.shard, self.logits(hidden_BD), k)
         return ids.view(len(hidden_BD), self.num_heads, -1)
 
-    def _block(self, x_BKD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """W x + b of every head, gathered: [B, K, D]."""
-        if x_BKD.stride(1) == 0:  # the first block: all heads see the same input, so one product does
-            local = F.linear(x_BKD[:, 0], weight.flatten(0, 1)).view(len(x_BKD), self.num_heads, -1)
-        else:
-            local = torch.einsum("bkd,kod->bko", x_BKD, weight)
-        return self.group.gather_last(local + bias)[..., : self.hidden_size]
+    def _gather(self, local: torch.Tensor) -> torch.Tensor:
+        """Every rank's [B, K, local D] as [B, K, D], without the padding."""
+        return self.group.gather_last(local)[..., : self.hidden_size]

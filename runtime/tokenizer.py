@@ -10,7 +10,9 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
     """Load the model's fast tokenizer; ValueError if there is none."""
     logging.set_verbosity_error()
     if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ValueError(f"{directory} holds no tokenizer: copy tokenizer.json and tokenizer_config.json beside the model")
+        raise ValueError(
+            f"{directory} holds no tokenizer: copy tokenizer.json and tokenizer_config.json beside the model"
+        )
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library's errors are of many kinds

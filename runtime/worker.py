@@ -25,6 +25,16 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
+def _lead(engine: Engine, lead: Callable[[Engine], None]) -> None:
+    """Lead, then release the others; after an error of the group itself there is nobody to release."""
+    try:
+        lead(engine)
+    except (ValueError, KeyboardInterrupt):
+        engine.stop()
+        raise
+    engine.stop()
+
+
 def run_worker(make_config: Callable[[], EngineConfig], lead: Callable[[Engine], None]) -> int:
     """Run this rank: ``lead(engine)`` on the leader, following elsewhere. Returns the exit code."""
     die_with_parent()
@@ -36,10 +46,7 @@ def run_worker(make_config: Callable[[], EngineConfig], lead: Callable[[Engine],
         group = join(config.step_timeout)
         engine = Engine(config, group)
         if group.is_leader:
-            try:
-                lead(engine)
-            finally:
-                engine.stop()
+            _lead(engine, lead)
         else:
             # The leader hears the signal, drains and says when to stop.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import zmq
+
 from euryale.client import protocol, wire
 from euryale.scheduler import link as engine
 from euryale.scheduler.frontend_config import FrontEndConfig

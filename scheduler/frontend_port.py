@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
+
 from euryale.client import protocol, wire
 from euryale.scheduler.frontend_config import FrontEndConfig, check_socket_file
 
@@ -47,6 +48,7 @@ class ClientPort:
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         self._backlogs: dict[bytes, Backlog] = {}
         self._gone: set[bytes] = set()
+        self._socket_file: str | None = None
         try:
             self.endpoint = self._bind(config.bind)
         except (ValueError, zmq.ZMQError) as error:
@@ -64,6 +66,7 @@ class ClientPort:
         path = endpoint.removeprefix("ipc://")
         if path != endpoint and path[0] != "@":
             os.chmod(path, 0o600)
+            self._socket_file = path
         return endpoint
 
     def receive(self, limit: int) -> Iterator[list[bytes]]:
@@ -143,6 +146,9 @@ class ClientPort:
             self.socket.disable_monitor()
             self.monitor.close(0)
             self.socket.close(linger_ms)
+            if self._socket_file is not None:  # ZeroMQ leaves it
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._socket_file)
 
 
 def _is_listening(address: str) -> bool:

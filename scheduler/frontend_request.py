@@ -21,7 +21,7 @@ class RequestError(Exception):
 
 
 def _refuse(text: str) -> RequestError:
-    return RequestError("invalid_request", text)
+    return RequestError("invalid_request", text if len(text) <= 500 else f"{text[:500]}...")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,8 @@ def read_params(given: dict[str, Any], prompt_length: int, limits: Limits) -> Sa
     room = limits.max_tokens - prompt_length
     values = {**limits.defaults, **{name: value for name, value in given.items() if value is not None}}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    if isinstance(values.get("stop"), str):
+        values["stop"] = (values["stop"],)
     if given.get("max_tokens") is None:
         values["max_tokens"] = min(values.get("max_tokens", SamplingParams.max_tokens), room)
     if given.get("seed") is None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 import zmq
+
 from euryale.client import wire
 from euryale.client.wire import Kind, Tokens, message
 from euryale.scheduler.params import SamplingParams

@@ -1,10 +1,14 @@
-"""Medusa-1: train heads on a frozen backbone (Medusa paper, arXiv 2401.10774, sections 2.1 and 2.2.1).
+"""Medusa-1: train heads on a frozen backbone (Medusa paper, arXiv 2401.10774, sections 2.1, 2.2.1 and 2.3.2).
+
+What a head should say is what the backbone will say, which a small backbone seldom has in common with the text.
+So the labels are the backbone's own choices (the argmax at every position), on its own greedy answers to prompts
+of the corpus and, every third step, on the corpus itself.
 
 ``python -m euryale.training.heads --model DIR`` reads the backbone in DIR and writes ``DIR/medusa/`` in the
 layout of the first published heads: ``medusa_lm_head.safetensors`` (bfloat16) and ``config.json``. A killed run
 goes on where its last checkpoint was written when the same command is given again.
 
-Shape suffixes: B windows, L positions, D hidden size. This file does not know trees or acceptance.
+Shape suffixes: B sequences, L positions, D hidden size, V vocabulary. This file does not know trees or acceptance.
 """
 
 import json
@@ -20,26 +24,34 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from euryale.training import corpus, pretrain
+from euryale.training import answers, corpus, pretrain
 
 WEIGHTS_NAME = "medusa_lm_head.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsOptions:
-    """The command's flags. ``model``: the backbone's directory; ``tokens`` counts repetitions too; ``batch``
-    windows of ``length`` tokens per step; ``head_decay``: weight of head k's loss is its k-th power."""
+    """The command's flags. ``model``: the backbone's directory; ``answers`` prompts of ``prompt_tokens`` are each
+    continued by ``answer_tokens``; ``tokens`` of training, repetitions counted, ``batch`` sequences per step;
+    ``head_decay``: the weight of head k's loss is its k-th power."""
 
     model: Path
     num_heads: int = 4
     num_layers: int = 1
+    answers: int = 4096
+    prompt_tokens: int = 64
+    answer_tokens: int = 192
     tokens: float = 3.3e6
-    batch: int = 4
-    length: int = 1024
+    batch: int = 16
     lr: float = 3e-3
     head_decay: float = 0.8
     seed: int = 1
     compile: bool = True
+
+    @property
+    def length(self) -> int:
+        """Tokens of every training sequence."""
+        return self.prompt_tokens + self.answer_tokens
 
     @property
     def steps(self) -> int:
@@ -101,12 +113,20 @@ class Heads(nn.ModuleList):
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def heads_losses(heads: Heads, hidden_BLD: torch.Tensor, tokens_BL: torch.Tensor) -> list[torch.Tensor]:
-    """Mean cross-entropy (nats) of every head; ``hidden_BLD`` after the final norm, ``tokens_BL`` int64."""
+@torch.no_grad()
+def look(backbone: LlamaForCausalLM, tokens_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states after the final norm [B, L, D], and the backbone's choice of the token after each position,
+    int64 [B, L]."""
+    hidden_BLD = backbone.model(tokens_BL, use_cache=False).last_hidden_state
+    return hidden_BLD, F.linear(hidden_BLD, backbone.lm_head.weight).argmax(-1)
+
+
+def heads_losses(heads: Heads, hidden_BLD: torch.Tensor, choices_BL: torch.Tensor) -> list[torch.Tensor]:
+    """Mean cross-entropy (nats) of every head. Token t + 2 + k is the choice made at position t + 1 + k."""
     losses = []
     for k, head in enumerate(heads):
-        logits = head(hidden_BLD[:, : -2 - k]).float()
-        losses.append(F.cross_entropy(logits.flatten(0, 1), tokens_BL[:, 2 + k :].flatten()))
+        logits = head(hidden_BLD[:, : -1 - k]).float()
+        losses.append(F.cross_entropy(logits.flatten(0, 1), choices_BL[:, 1 + k :].flatten()))
     return losses
 
 
@@ -116,17 +136,14 @@ def weighted(losses: list[torch.Tensor], head_decay: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def top1_accuracy(backbone, heads: Heads, stream: np.ndarray, length: int, limit: int = 16) -> list[float]:
-    """Share of positions of consecutive windows of the stream where a head's first guess is the text's token."""
-    count = min(limit, len(stream) // length)
-    right = torch.zeros(len(heads))
-    for i in range(count):
-        tokens = torch.from_numpy(stream[i * length : (i + 1) * length].astype(np.int64))[None]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = backbone.model(tokens).last_hidden_state
-            guesses = [head(hidden[:, : -2 - k]).argmax(-1) for k, head in enumerate(heads)]
-        right += torch.stack([(g == tokens[:, 2 + k :]).float().mean() for k, g in enumerate(guesses)])
-    return (right / count).tolist()
+def top1_accuracy(backbone, heads: Heads, answers_BL: torch.Tensor, prompt_tokens: int) -> list[float]:
+    """Share of positions within the answers where a head's first guess is what the backbone wrote."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden, choices = look(backbone, answers_BL)
+        first = prompt_tokens - 1  # the prompt's last token: its guesses are all about the answer
+        guesses = [head(hidden[:, first : -1 - k]).argmax(-1) for k, head in enumerate(heads)]
+    right = [(guess == choices[:, first + 1 + k :]).float().mean() for k, guess in enumerate(guesses)]
+    return [share.item() for share in right]
 
 
 def make_optimizers(heads: Heads, lr: float) -> list[torch.optim.Optimizer]:
@@ -139,22 +156,25 @@ def make_optimizers(heads: Heads, lr: float) -> list[torch.optim.Optimizer]:
     return optimizers
 
 
-def train(args: HeadsOptions, backbone, heads: Heads, train_stream, held_stream, work: Path) -> None:
+def training_batch(args: HeadsOptions, stream: np.ndarray, own_answers: np.ndarray, step: int) -> torch.Tensor:
+    """The tokens of a step, int64 [batch, length]: two of answers, then one of the corpus."""
+    if step % 3 == 2:
+        return torch.from_numpy(corpus.windows(stream, args.length, args.batch, step // 3, args.seed))
+    return torch.from_numpy(answers.shuffled(own_answers, args.batch, step - step // 3, args.seed))
+
+
+def train(args: HeadsOptions, backbone, heads: Heads, stream, own_answers, held_answers, work: Path) -> None:
     """Run the training loop in place, resuming from ``work/heads.pt`` if it is there."""
     optimizers = make_optimizers(heads, args.lr)
     base_lrs = [o.param_groups[0]["lr"] for o in optimizers]
     checkpoint, steps = work / "heads.pt", args.steps
     first = pretrain.load_checkpoint(checkpoint, heads, optimizers)
-    body, losses_of = backbone.model, heads_losses
-    if args.compile:
-        body, losses_of = torch.compile(body), torch.compile(losses_of)
+    looks, losses_of = (torch.compile(look), torch.compile(heads_losses)) if args.compile else (look, heads_losses)
     started = time.monotonic()
     for step in range(first, steps):
-        tokens = torch.from_numpy(corpus.windows(train_stream, args.length, args.batch, step, args.seed))
+        tokens = training_batch(args, stream, own_answers, step)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            with torch.no_grad():
-                hidden = body(tokens, use_cache=False).last_hidden_state
-            losses = losses_of(heads, hidden, tokens)
+            losses = losses_of(heads, *looks(backbone, tokens))
         weighted(losses, args.head_decay).backward()
         torch.nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
         for optimizer, base in zip(optimizers, base_lrs, strict=True):
@@ -165,26 +185,30 @@ def train(args: HeadsOptions, backbone, heads: Heads, train_stream, held_stream,
             rate = (step - first + 1) * tokens.numel() / (time.monotonic() - started)
             shown = " ".join(f"{loss.item():.3f}" for loss in losses)
             print(f"step {step}/{steps} losses {shown} {rate:.0f} tokens/s", flush=True)
-        if step % 100 == 99 or step == steps - 1:
+        if (step + 1) % pretrain.CHECKPOINT_STEPS == 0 or step == steps - 1:
             pretrain.save_checkpoint(checkpoint, heads, optimizers, step + 1)
-            shown = " ".join(f"{a:.3f}" for a in top1_accuracy(backbone, heads, held_stream, args.length))
+            shown = " ".join(f"{a:.3f}" for a in top1_accuracy(backbone, heads, held_answers, args.prompt_tokens))
             print(f"step {step + 1} held-out top-1 {shown}", flush=True)
 
 
 def run(args: HeadsOptions) -> dict:
-    """Train and write the heads; returns the numbers of ``work/heads.json``."""
+    """Write answers, train, write the heads; returns the numbers of ``work/heads.json``."""
     torch.manual_seed(args.seed)
     work = args.model / "work"
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.model)
-    train_stream, held_stream = corpus.streams(tokenizer)
-    backbone = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32).requires_grad_(False).eval()
+    stream, held_stream = corpus.streams(tokenizer)
+    backbone = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).requires_grad_(False).eval()
+    prompts = answers.spaced_prompts(stream, args.answers, args.prompt_tokens)
+    own_answers = answers.write_answers(backbone, prompts, args.answer_tokens, work)
+    held_prompts = answers.spaced_prompts(held_stream, min(32, args.answers), args.prompt_tokens)
+    held_answers = answers.continue_greedily(backbone, held_prompts, args.answer_tokens)
+    backbone.float()
     heads = Heads.like(backbone, args.num_heads, args.num_layers)
-    train(args, backbone, heads, train_stream, held_stream, work)
-    report = {"top1": top1_accuracy(backbone, heads, held_stream, args.length, limit=64)}
-    report |= {"tokens": args.steps * args.batch * args.length, "steps": args.steps}
+    train(args, backbone, heads, stream, own_answers, held_answers, work)
+    report = {"top1": top1_accuracy(backbone, heads, held_answers, args.prompt_tokens), "steps": args.steps}
     report["parameters"] = sum(p.numel() for p in heads.parameters())
-    heads.save(args.model / "medusa", backbone.config.name_or_path and "..")
+    heads.save(args.model / "medusa", "..")
     (work / "heads.json").write_text(json.dumps(report, indent=1))
     print(json.dumps(report))
     return report

@@ -19,6 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from euryale.training import corpus
 
+CHECKPOINT_STEPS = 100
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions:
@@ -28,7 +30,7 @@ class PretrainOptions:
     vocab_size: int = 4096
     hidden_size: int = 256
     num_layers: int = 6
-    tokens: float = 12e6
+    tokens: float = 10e6
     batch: int = 8
     length: int = 1024
     lr: float = 6e-3
@@ -139,7 +141,7 @@ def train(args: PretrainOptions, model, train_stream, held_stream, work: Path) -
         if step % 20 == 0:
             rate = (step - first + 1) * tokens.numel() / (time.monotonic() - started)
             print(f"step {step}/{steps} loss {loss.item():.3f} {rate:.0f} tokens/s", flush=True)
-        if step % 100 == 99 or step == steps - 1:
+        if (step + 1) % CHECKPOINT_STEPS == 0 or step == steps - 1:
             save_checkpoint(checkpoint, model, optimizers, step + 1)
             print(f"step {step + 1} held-out loss {held_out_loss(model, held_stream, limit=16):.3f}", flush=True)
 

@@ -18,7 +18,8 @@ _SHORT = 128  # rows
 
 @dataclass(frozen=True)
 class _Batch:
-    rows: torch.Tensor  # [b, T], padding repeats the segment's first row
+    rows: torch.Tensor | None  # [b, T], padding repeats the segment's first row; None: all rows of the step, b = 1
+    shape: tuple[int, int]  # b, T
     pages: torch.Tensor  # [b, P]
     mask: torch.Tensor  # [b, 1, T, L], 0 where seen and -inf elsewhere
     sources: torch.Tensor  # [n] places in [b * T] that hold real rows
@@ -39,8 +40,8 @@ def tree_attention(
     if key not in geometry.prepared:
         geometry.prepared[key] = _prepare(geometry, window, q.dtype, q.shape[1] // k.shape[1], q.device)
     batches: list[_Batch] = geometry.prepared[key]
-    if len(batches) == 1:
-        return _attend(q, k, v, cache, batches[0], scale)[batches[0].sources]
+    if batches[0].rows is None:
+        return _attend(q, k, v, cache, batches[0], scale)
     out = torch.empty_like(q)
     for batch in batches:
         out[batch.targets] = _attend(q, k, v, cache, batch, scale)[batch.sources]
@@ -49,13 +50,14 @@ def tree_attention(
 
 def _attend(q, k, v, cache, batch: _Batch, scale: float) -> torch.Tensor:
     """Attention of one padded batch: [b * T, heads, head_dim]."""
-    b, t = batch.rows.shape
+    b, t = batch.shape
     num_kv, head_dim = k.shape[1:]
     groups = q.shape[1] // num_kv
-    q_bKTGd = q[batch.rows].view(b, t, num_kv, groups, head_dim).transpose(1, 2)
+    q, k, v = (x[None] if batch.rows is None else x[batch.rows] for x in (q, k, v))
+    q_bKTGd = q.reshape(b, t, num_kv, groups, head_dim).transpose(1, 2)
     seen = cache[:, batch.pages].transpose(2, 3).reshape(2, b, num_kv, -1, head_dim)
-    k_bKLd = torch.cat([seen[0], k[batch.rows].transpose(1, 2)], dim=2)
-    v_bKLd = torch.cat([seen[1], v[batch.rows].transpose(1, 2)], dim=2)
+    k_bKLd = torch.cat([seen[0], k.transpose(1, 2)], dim=2)
+    v_bKLd = torch.cat([seen[1], v.transpose(1, 2)], dim=2)
     q_bKRd = q_bKTGd.reshape(b, num_kv, t * groups, head_dim)
     out = F.scaled_dot_product_attention(q_bKRd, k_bKLd, v_bKLd, attn_mask=batch.mask, scale=scale)
     return out.view(b, num_kv, t, groups, head_dim).transpose(1, 2).reshape(b * t, num_kv * groups, head_dim)
@@ -95,7 +97,15 @@ def _batch(geometry: StepGeometry, ids: list[int], window: int | None, dtype, gr
     sources = np.concatenate([i * t + np.arange(n) for i, n in enumerate(counts)])
     targets = np.concatenate([geometry.row_starts[j] + np.arange(n) for j, n in zip(ids, counts, strict=True)])
     tensors = [torch.from_numpy(x).to(device) for x in (rows, pages, sources, targets)]
-    return _Batch(tensors[0], tensors[1], mask.to(device), tensors[2], tensors[3])
+    is_whole = len(geometry.segments) == 1
+    return _Batch(
+        rows=None if is_whole else tensors[0],
+        shape=(len(ids), t),
+        pages=tensors[1],
+        mask=mask.to(device),
+        sources=tensors[2],
+        targets=tensors[3],
+    )
 
 
 def _visible_rows(segment: SegmentShape) -> tuple[np.ndarray, np.ndarray]:

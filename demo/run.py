@@ -1,0 +1,101 @@
+"""The demo: start a 2-rank group on the demo checkpoint, ask it over ZeroMQ, compare with plain decoding, stop it.
+
+Each printed run of text between two marks is what one decoding step emitted; the small number behind it is how many
+tokens that were. Needs no GPU and no download.
+"""
+
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+try:
+    import euryale.client  # noqa: F401
+except ModuleNotFoundError:
+    sys.modules["euryale"] = types.ModuleType("euryale")
+    sys.modules["euryale"].__path__ = [str(ROOT)]
+
+from euryale.client import Client
+
+MODEL = ROOT / "demo" / "model"
+PROMPTS = [
+    "def read_lines(path):\n",
+    "class Stack:\n    def __init__(self):\n",
+    "import os\nimport sys\n\n",
+    "def parse_args():\n    parser = argparse.ArgumentParser(",
+    "class TestParser(unittest.TestCase):\n",
+]
+MAX_TOKENS = 64
+SMALL = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+
+
+def start() -> tuple[subprocess.Popen, str]:
+    """The group's process and the address at which it takes requests."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / "launch" / "serve.py"),
+    ]
+    command += ["--model", str(MODEL), "--medusa", str(MODEL / "medusa"), "--bind", "tcp://127.0.0.1:0"]
+    print("starting:", " ".join(["torchrun", *command[3:]]), flush=True)
+    group = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in group.stdout:
+        if line.startswith("ready "):
+            return group, line.split()[1]
+    raise SystemExit(f"the group ended with code {group.wait()} before it was ready: see its message above")
+
+
+def stream(client: Client, prompt: str) -> None:
+    """Print an answer as it arrives, with the tokens each step emitted."""
+    colour = sys.stdout.isatty()
+    print(f"\n\033[1m{prompt}\033[0m" if colour else f"\n{prompt}", end="", flush=True)
+    for delta in client.generate(prompt, max_tokens=MAX_TOKENS):
+        count = "+".join(map(str, delta.accepted)).translate(SMALL)
+        mark = f"\033[36m{count}\033[0m" if colour else count
+        print(delta.text + mark, end="", flush=True)
+    print()
+
+
+def measure(client: Client, speculation: bool) -> tuple[float, float, list[list[int]]]:
+    """Tokens per second, mean accepted length, and the answers, one request after the other."""
+    started, answers, steps = time.perf_counter(), [], 0
+    for prompt in PROMPTS:
+        result = client.generate(prompt, max_tokens=MAX_TOKENS, speculation=speculation, ignore_eos=True).result()
+        answers.append(list(result.tokens))
+        steps += len(result.accepted)
+    tokens = sum(map(len, answers))
+    return tokens / (time.perf_counter() - started), tokens / steps, answers
+
+
+def main() -> int:
+    group, address = start()
+    try:
+        with Client(address) as client:
+            info = client.hello()
+            print(f"{info.model} at {address}: {info.world_size} ranks, {info.num_medusa_heads} Medusa heads")
+            for prompt in PROMPTS:
+                stream(client, prompt)
+            plain_rate, _, plain = measure(client, speculation=False)
+            tree_rate, accepted, tree = measure(client, speculation=True)
+            print(f"\nwithout speculation  {plain_rate:7.1f} tokens/s")
+            print(f"with Medusa trees    {tree_rate:7.1f} tokens/s  ({tree_rate / plain_rate:.2f}x)")
+            print(f"mean accepted length {accepted:7.2f} tokens per step")
+            print(f"answers identical    {sum(a == b for a, b in zip(plain, tree, strict=True))} of {len(PROMPTS)}")
+            client.drain()
+        code = group.wait(60)
+    finally:
+        if group.poll() is None:
+            group.terminate()
+            group.wait(60)
+    print(f"the group stopped with exit code {code}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Serving: the leader's loop between the front end's process and the engine.
+
+Between two steps it takes what the front end sent; while nothing is to be done it sleeps on the link and now and
+then tells the other ranks and the front end that it lives. It knows no client and no text.
+"""
+
+import logging
+import multiprocessing
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+
+from euryale.runtime import generation
+from euryale.runtime.engine import Engine
+from euryale.runtime.tokenizer import load_tokenizer
+from euryale.scheduler import link as links
+from euryale.scheduler.frontend import FrontEnd
+from euryale.scheduler.frontend_config import FrontEndConfig
+from euryale.scheduler.link import EngineLink, LinkLost, Output
+from euryale.scheduler.request import Request
+from euryale.scheduler.stats import EngineStats
+
+logger = logging.getLogger("euryale.server")
+
+SIGN_OF_LIFE = 0.5  # seconds between messages to the front end
+HEARTBEAT = 2.0  # seconds between plans to idle ranks
+SLEEP_MS = 200  # how long a signal may go unnoticed
+FRONT_END_START = 120.0  # seconds a front end may need to load its tokenizer
+
+
+def run_front_end(endpoint: str, model: str, config: FrontEndConfig) -> None:
+    """The front end's process. It outlives a killed engine just long enough to tell the clients."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # the engine hears them and begins the drain
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    link = links.FrontEndLink(endpoint)
+    try:
+        front_end = FrontEnd(load_tokenizer(model), link, config)
+    except ValueError as error:
+        link.send(links.Failed(reason=str(error)))
+        link.close(1000)
+        return
+    front_end.run()
+
+
+class Server:
+    """Serves one engine until it is drained or its front end is gone. For the leader only."""
+
+    def __init__(self, engine: Engine, name: str, config: FrontEndConfig) -> None:
+        """``name``: what clients call the model (default: the directory's name)."""
+        self.engine = engine
+        self.scheduler = engine.scheduler
+        self.name = name or Path(engine.config.model).resolve().name
+        self.link = EngineLink()
+        self.stats = EngineStats(engine.scheduler)
+        self.is_draining = self.is_done = False
+        self._stop_asked = False
+        self._last_sign = self._last_heartbeat = 0.0
+        context = multiprocessing.get_context("spawn")
+        arguments = (self.link.endpoint, engine.config.model, config)
+        self._front_end = context.Process(target=run_front_end, args=arguments, name="front end", daemon=False)
+
+    def run(self) -> None:
+        """Start the front end, print the ready line, serve. Raises ValueError if the front end cannot listen."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: setattr(self, "_stop_asked", True))
+        try:
+            self._front_end.start()
+            address = self._wait_for_front_end()
+            if address:
+                print(f"ready {address}", flush=True)
+                while not self.is_done:
+                    self._turn()
+        finally:
+            self.link.close()
+            self._front_end.join(10)
+            if self._front_end.exitcode is None:
+                self._front_end.kill()
+
+    def _wait_for_front_end(self) -> str | None:
+        """Its public address; None if the server was asked to stop meanwhile."""
+        deadline = time.monotonic() + FRONT_END_START
+        while time.monotonic() < deadline and not self._stop_asked:
+            self._keep_ranks_awake()
+            for message in self.link.receive(SLEEP_MS):
+                if isinstance(message, links.Failed):
+                    raise ValueError(message.reason)
+                self.link.send(links.Welcome(info=self._info()))
+                return message.endpoint
+            if self.link.lost or self._front_end.exitcode is not None:
+                raise ValueError("the front end's process died while starting: see its message above")
+        if not self._stop_asked:
+            raise ValueError(f"the front end did not start within {FRONT_END_START:.0f} s")
+        return None
+
+    def _turn(self) -> None:
+        """Take what arrived, then run a step or rest."""
+        if self._stop_asked and not self.is_draining:
+            self.is_draining = True
+            logger.info("draining")
+            self.link.send(links.BeginDrain())
+        has_work = self.scheduler.has_work
+        for message in self.link.receive(0 if has_work else SLEEP_MS):
+            self._handle(message)
+        if self.link.lost:
+            raise LinkLost("the front end's process is gone")
+        if self.scheduler.has_work:
+            started = time.perf_counter()
+            outputs = self.engine.step()
+            self.stats.count_step(outputs, time.perf_counter() - started)
+            if outputs:
+                self.link.send(links.StepOutput(outputs=[_output(o) for o in outputs]))
+            self._last_heartbeat = time.monotonic()
+        else:
+            self._keep_ranks_awake()
+        if time.monotonic() - self._last_sign > SIGN_OF_LIFE and not self.is_done:
+            self.link.send(links.Stats(values=self.stats.values()))
+            self._last_sign = time.monotonic()
+
+    def _handle(self, message) -> None:
+        if isinstance(message, links.Add):
+            prompt = np.asarray(message.prompt, dtype=np.int32)
+            request = Request(key=message.key, prompt=prompt, params=message.params)
+            try:
+                self.scheduler.add(request)
+            except ValueError as error:
+                self.link.send(links.Rejected(key=message.key, code="invalid_request", message=str(error)))
+        elif isinstance(message, links.Cancel):
+            request = self.scheduler.cancel(message.key)
+            if request is not None:
+                self.stats.num_cancelled += 1
+                cancelled = Output(message.key, (), str(request.finish_reason))
+                self.link.send(links.StepOutput(outputs=[cancelled]))
+        elif isinstance(message, links.Drain):
+            self.link.send(links.Drained())
+            self.is_done = True
+
+    def _keep_ranks_awake(self) -> None:
+        if time.monotonic() - self._last_heartbeat > HEARTBEAT:
+            self.engine.heartbeat()
+            self._last_heartbeat = time.monotonic()
+
+    def _info(self) -> dict:
+        loaded, limits = self.engine.loaded, self.scheduler.limits
+        heads = loaded.runner.heads
+        return {
+            "model": self.name,
+            "fingerprint": loaded.fingerprint,
+            "max_model_len": limits.max_model_len,
+            "vocab_size": limits.vocab_size,
+            "world_size": self.engine.group.size,
+            "num_medusa_heads": heads.num_heads if heads else 0,
+            "max_request_tokens": limits.num_pages * limits.page_size,
+            "defaults": generation.default_params(self.engine.config.model),
+        }
+
+
+def _output(output) -> Output:
+    reason = str(output.finish_reason) if output.finish_reason else None
+    return Output(output.request.key, output.tokens, reason)

@@ -1,0 +1,183 @@
+"""The reference kernels against the plainest possible loops."""
+
+import numpy as np
+import pytest
+import torch
+
+from euryale.kernels.accept import accept
+from euryale.kernels.commit import commit
+from euryale.kernels.geometry import SegmentShape, StepGeometry
+from euryale.kernels.linear import FrozenLinear
+from euryale.kernels.rope_qk import rope_qk
+from euryale.kernels.tree_attention import tree_attention
+
+CPU, PAGE = torch.device("cpu"), 16
+
+
+def shapes(rng, kind: str) -> list[SegmentShape]:
+    """Segments of one step; pages are dealt out in random order so that wrong page arithmetic shows."""
+    cases = {
+        "one token, no context": [(1, 0, [])],
+        "one node": [(1, 33, [])],
+        "chain": [(1, 17, [0, 1, 2, 3])],
+        "tree of 64": [(1, 100, [0] * 9 + list(range(54)))],
+        "tree of 128": [(1, 5, [0] * 9 + list(range(118)))],
+        "prompt chunk": [(37, 0, []), (200, 64, [])],
+        "all at once": [
+            (1, 1000, [0, 0, 1, 1, 3]),
+            (63, 0, []),
+            (5, 63, [0, 1]),
+            (1, 64, [0]),
+            (1, 0, []),
+            (130, 65, []),
+        ],
+    }[kind]
+    pages, made = rng.permutation(400).astype(np.int32), []
+    for certain, context, parents in cases:
+        need = -(-(context + certain + len(parents)) // PAGE)
+        mine, pages = pages[:need], pages[need:]
+        parents = np.asarray(parents, dtype=np.int32)
+        made.append(SegmentShape(num_certain=certain, context=context, parents=parents, pages=mine))
+    return made
+
+
+KINDS = ["one token, no context", "one node", "chain", "tree of 64", "tree of 128", "prompt chunk", "all at once"]
+
+
+def attend_slowly(q, k, v, cache, segments, scale, window):
+    """Row by row: gather what the row sees, softmax in float64."""
+    out, row = torch.empty_like(q), 0
+    groups = q.shape[1] // k.shape[1]
+    for segment in segments:
+        first, n = row, segment.num_certain
+        place = list(range(n))
+        for parent in segment.parents.tolist():
+            place.append(place[n - 1 + parent] + 1)
+        seen_rows = [list(range(i + 1)) for i in range(n)]
+        for node, parent in enumerate(segment.parents.tolist(), start=1):
+            seen_rows.append([*seen_rows[n - 1 + parent], n - 1 + node])
+        for i, seen in enumerate(seen_rows):
+            position = segment.context + place[i]
+            keys, values = [], []
+            for j in range(segment.context):
+                if window is None or position - j < window:
+                    page, offset = int(segment.pages[j // PAGE]), j % PAGE
+                    keys.append(cache[0, page, :, offset])
+                    values.append(cache[1, page, :, offset])
+            for j in seen:
+                if window is None or place[i] - place[j] < window:
+                    keys.append(k[first + j])
+                    values.append(v[first + j])
+            keys, values = torch.stack(keys).double(), torch.stack(values).double()
+            for head in range(q.shape[1]):
+                scores = keys[:, head // groups] @ q[first + i, head].double() * scale
+                out[first + i, head] = (scores.softmax(0) @ values[:, head // groups]).to(q.dtype)
+        row += segment.num_rows
+    return out
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.double() - expected.double()).square().mean().sqrt() / expected.double().square().mean().sqrt())
+
+
+@pytest.mark.parametrize("window", [None, 1, 20])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tree_attention(kind, window):
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    segments = shapes(rng, kind)
+    geometry = StepGeometry.build(segments, PAGE, CPU)
+    rows, heads, kv_heads, dim = geometry.num_rows, 6, 2, 20
+    q, k, v = torch.randn(rows, heads, dim), torch.randn(rows, kv_heads, dim), torch.randn(rows, kv_heads, dim)
+    cache = torch.randn(2, 400, kv_heads, PAGE, dim)
+    got = tree_attention(q, k, v, cache, geometry, 0.3, window)
+    expected = attend_slowly(q, k, v, cache, segments, 0.3, window)
+    # float32 against float64: rounding of sums over up to 1,000 keys stays below 1e-6; a wrong mask gives > 1e-2.
+    assert relative_error(got, expected) < 2e-6
+    # bfloat16 inputs have 8 bits: 2^-9 relative rounding of inputs and outputs.
+    low = tree_attention(
+        *(x.bfloat16() for x in (q, k, v, cache)), StepGeometry.build(segments, PAGE, CPU), 0.3, window
+    )
+    assert relative_error(low, expected) < 2e-2
+
+
+def test_positions_slots_and_bits():
+    pages = np.asarray([7, 3], dtype=np.int32)
+    tree = np.asarray([0, 0, 1], dtype=np.int32)
+    geometry = StepGeometry.build([SegmentShape(num_certain=2, context=14, parents=tree, pages=pages)], PAGE, CPU)
+    assert geometry.positions.tolist() == [14, 15, 16, 16, 17]
+    assert geometry.slots.tolist() == [7 * 16 + 14, 7 * 16 + 15, 3 * 16, 3 * 16, 3 * 16 + 1]
+    assert geometry.parent_rows.tolist() == [-1, -1, 1, 1, 2]
+    assert geometry.ancestors[:, 0].tolist() == [0, 1, 0b11, 0b101, 0b1011]
+    bad = SegmentShape(num_certain=1, context=0, parents=np.asarray([1], dtype=np.int32), pages=pages)
+    with pytest.raises(ValueError, match="parents come before"):
+        StepGeometry.build([bad], PAGE, CPU)
+
+
+def test_commit_copies_the_rows_and_nothing_else():
+    torch.manual_seed(0)
+    cache, scratch = torch.randn(3, 2, 5, 2, PAGE, 4), torch.randn(3, 2, 9, 2, 4)
+    expected = cache.clone()
+    rows, slots = torch.tensor([8, 0, 3]), torch.tensor([4 * PAGE + 15, 0, 2 * PAGE + 7])
+    for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
+        expected[:, :, slot // PAGE, :, slot % PAGE] = scratch[:, :, row]
+    commit(cache, scratch, rows, slots)
+    assert torch.equal(cache, expected)
+    commit(cache, scratch, rows[:0], slots[:0])
+    assert torch.equal(cache, expected)
+
+
+def test_accept_finds_the_deepest_then_likeliest_path():
+    rng = np.random.default_rng(1)
+    deepest = 0
+    for _ in range(200):
+        segments, fits, scores, expected_last, expected_rows, first = [], [], [], [], set(), 0
+        for _ in range(int(rng.integers(1, 5))):
+            certain, drafts = int(rng.integers(1, 4)), int(rng.integers(0, 12))
+            parents = np.asarray([rng.integers(0, i + 1) for i in range(drafts)], dtype=np.int32)
+            pages = np.zeros(4, dtype=np.int32)
+            segments.append(SegmentShape(num_certain=certain, context=0, parents=parents, pages=pages))
+            ok, score = rng.random(drafts) < 0.6, rng.integers(0, 3, size=drafts)
+            fits += [False] * certain + ok.tolist()
+            scores += [0.0] * certain + score.tolist()
+            paths = {0: []}
+            for node in range(1, drafts + 1):
+                if ok[node - 1] and int(parents[node - 1]) in paths:
+                    paths[node] = [*paths[int(parents[node - 1])], node]
+            end = max(paths, key=lambda n, s=score, p=paths: (len(p[n]), s[n - 1] if n else 0, -n))
+            root = first + certain - 1
+            expected_last.append(root + end)
+            expected_rows |= {root + n for n in paths[end]}
+            deepest = max(deepest, len(paths[end]))
+            first += certain + drafts
+        geometry = StepGeometry.build(segments, PAGE, CPU)
+        roots = torch.tensor([s + seg.num_certain - 1 for s, seg in zip(geometry.row_starts, segments, strict=False)])
+        last, accepted = accept(geometry, roots, torch.tensor(fits), torch.tensor(scores, dtype=torch.float32))
+        assert last.tolist() == expected_last
+        assert set(accepted.nonzero()[:, 0].tolist()) == expected_rows
+    assert deepest >= 4
+
+
+def test_rope_is_that_of_transformers():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    torch.manual_seed(0)
+    q, k, angles = torch.randn(5, 4, 10), torch.randn(5, 2, 10), torch.randn(5, 5)
+    both = torch.cat([angles, angles], dim=1)
+    expected = apply_rotary_pos_emb(
+        q[None].transpose(1, 2), k[None].transpose(1, 2), both[None].cos(), both[None].sin()
+    )
+    got = rope_qk(q, k, angles.cos(), angles.sin())
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b[0].transpose(0, 1), rtol=1e-6, atol=1e-6)  # one fused multiply-add apart
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 9, 200])
+def test_a_packed_product_is_the_product(dtype, rows):
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(67, 33), torch.randn(67), torch.randn(rows, 33)
+    layer = FrozenLinear(weight.to(dtype), bias.to(dtype))
+    expected = torch.nn.functional.linear(x.to(dtype).double(), weight.to(dtype).double(), bias.to(dtype).double())
+    limit = 1e-6 if dtype == torch.float32 else 4e-3  # the output's own rounding: 2^-24 and 2^-9
+    assert relative_error(layer(x.to(dtype)), expected) < limit

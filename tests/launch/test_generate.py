@@ -1,0 +1,83 @@
+"""``launch/generate.py`` under torchrun: files in, files out, figures on the last line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from support import ROOT, family_config, head_tensors, make_model, oracle_greedy, prompts, save_heads
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("offline")
+    made = make_model(directory, family_config("llama"))
+    save_heads(directory / "medusa", head_tensors(made))
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "one": 5, "two": 6}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(directory)
+    return directory, made
+
+
+def generate(model, tmp_path, lines: list[str], size: int, *flags: str) -> tuple[list[dict], dict]:
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+    command += [str(ROOT / "launch" / "generate.py"), "--model", str(model[0]), "--medusa", str(model[0] / "medusa")]
+    command += [
+        "--prompts",
+        str(tmp_path / "in.jsonl"),
+        "--out",
+        str(tmp_path / "out.jsonl"),
+        "--dtype",
+        "float32",
+        *flags,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd="/")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    return rows, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("size", "flags"), [(1, ("--no-speculation",)), (2, ("--max-num-seqs", "2"))])
+def test_answers_in_input_order_and_errors_in_their_place(model, tmp_path, size, flags):
+    asked = prompts(5)
+    lines = [json.dumps({"id": f"p{i}", "prompt_tokens": p.tolist(), "max_tokens": 4 + i}) for i, p in enumerate(asked)]
+    lines[3:3] = ["{", '{"id": "e"}', '{"id": "f", "prompt": ""}', '{"id": "g", "prompt": "one two", "max_tokens": 0}']
+    lines += [
+        '{"id": "h", "prompt": "one two one"}',
+        '{"id": "i", "prompt_tokens": [9999]}',
+        '{"id": "j", "prompt": 3}',
+    ]
+    rows, summary = generate(model, tmp_path, lines, size, "--max-tokens", "7", "--ignore-eos", *flags)
+    assert [row["id"] for row in rows] == ["p0", "p1", "p2", None, "e", "f", "g", "p3", "p4", "h", "i", "j"]
+    by_id = {row["id"]: row for row in rows}
+    for i, prompt in enumerate(asked):
+        row = by_id[f"p{i}"]
+        assert row["tokens"] == oracle_greedy(model[1], prompt, 4 + i)
+        assert sum(row["accepted"]) == 4 + i
+        assert row["finish_reason"] == "length"
+        assert "error" not in row
+    assert len(by_id["h"]["tokens"]) == 7
+    reasons = {None: "not JSON", "e": "exactly one of", "f": "empty", "g": "max_tokens", "i": "9999", "j": "string"}
+    for key, reason in reasons.items():
+        assert reason in by_id[key]["error"]
+        assert by_id[key]["tokens"] == []
+    assert summary["requests"] == 12
+    assert summary["output_tokens"] == sum(len(row["tokens"]) for row in rows)
+    assert summary["decode_steps"] == sum(len(row["accepted"]) for row in rows)
+    assert summary["world_size"] == size
+    assert summary["dtype"] == "float32"
+    assert summary["tokens_per_second"] > 0
+    assert summary["mean_accepted_length"] == pytest.approx(
+        summary["output_tokens"] / summary["decode_steps"], abs=1e-3
+    )
+
+
+def test_an_unreadable_prompt_file_is_one_clear_error(model, tmp_path):
+    command = [sys.executable, str(ROOT / "launch" / "generate.py"), "--model", str(model[0]), "--dtype", "float32"]
+    command += ["--prompts", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "error: cannot read the prompts" in done.stderr

@@ -1,0 +1,191 @@
+"""The real thing: torchrun starts ranks, clients talk to them over sockets, processes are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import zmq
+from support import ROOT, family_config, head_tensors, make_model, oracle_greedy, prompts, save_heads
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from euryale.client import Client, GroupLost, InvalidRequest, ServerLost
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random model with a byte tokenizer: (directory, transformers model)."""
+    directory = tmp_path_factory.mktemp("served")
+    made = make_model(directory, family_config("llama", vocab_size=300, max_position_embeddings=256))
+    save_heads(directory / "medusa", head_tensors(made))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i + 3 for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", chat_template=TEMPLATE)
+    fast.save_pretrained(directory)
+    return directory, made
+
+
+@contextmanager
+def served(model, size: int = 2, *flags: str):
+    """A running group: yields (torchrun's process, address). Afterwards no process and no file may be left."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+    command += [str(ROOT / "launch" / "serve.py"), "--model", str(model[0]), "--medusa", str(model[0] / "medusa")]
+    command += ["--dtype", "float32", "--bind", "tcp://127.0.0.1:0", "--max-num-seqs", "8", *flags]
+    before = leftovers()
+    group = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/")
+    noise: list[str] = []
+    reader = threading.Thread(target=lambda: noise.extend(group.stderr), daemon=True)
+    reader.start()
+    family: list[psutil.Process] = []
+    try:
+        address = next((line.split()[1] for line in group.stdout if line.startswith("ready ")), None)
+        assert address, "".join(noise)
+        family = psutil.Process(group.pid).children(recursive=True)
+        yield group, address
+    finally:
+        if group.poll() is None:
+            group.send_signal(signal.SIGTERM)
+        try:
+            group.wait(30)
+        finally:
+            _, alive = psutil.wait_procs(family, timeout=10)
+            for process in alive:
+                process.kill()
+    assert not alive, f"processes were left: {alive}"
+    assert leftovers() <= before, "files were left"
+
+
+def leftovers() -> set[str]:
+    """Shared-memory segments and socket directories on this machine."""
+    memory = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
+    return memory | {str(p) for p in Path("/tmp").glob("euryale-*")}
+
+
+def wait_until_idle(client: Client) -> dict:
+    """The server's stats once nothing runs; all pages must be free then."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        stats = client.stats()
+        if not stats["requests_running"] and not stats["requests_waiting"]:
+            break
+        time.sleep(0.1)
+    assert stats["pages_free"] == stats["pages_total"]
+    return stats
+
+
+def test_a_group_of_two_serves(model):
+    """Streaming, batches, chat, cancelling, bad input and draining, against one running group."""
+    with served(model) as (group, address), Client(address) as client:
+        info = client.hello()
+        assert (info.world_size, info.num_medusa_heads, info.max_model_len) == (2, 3, 256)
+        asked = [p % 290 + 3 for p in prompts(6)]
+        running = [client.generate(prompt_tokens=p.tolist(), max_tokens=20, ignore_eos=True) for p in asked]
+        for prompt, generation in zip(asked, running, strict=True):
+            result = generation.result()
+            assert list(result.tokens) == oracle_greedy(model[1], prompt, 20)
+            assert sum(result.accepted) == 20
+            assert result.finish_reason == "length"
+        seeded = {"max_tokens": 30, "temperature": 0.9, "seed": 5, "ignore_eos": True}
+        plain = client.generate("hello", speculation=False, **seeded).result()
+        tree = client.generate("hello", **seeded).result()
+        chat = client.generate(messages=[{"role": "user", "content": "hello"}], **seeded).result()
+        assert plain.tokens == tree.tokens == chat.tokens
+        assert plain.text == tree.text
+        check_stop_string(client, seeded, plain)
+        check_bad_input(client, address)
+        # Leaving the loop cancels; so does vanishing with requests in flight.
+        for _ in client.generate("again", max_tokens=200, ignore_eos=True):
+            break
+        with Client(address) as vanishing:
+            next(iter(vanishing.generate("gone", max_tokens=200, ignore_eos=True)))
+        stats = wait_until_idle(client)
+        assert stats["engine_cancelled"] >= 2
+        assert client.health().status == "ok"
+        client.drain()
+        assert group.wait(30) == 0
+
+
+def check_stop_string(client: Client, seeded: dict, plain) -> None:
+    """The text ends before the stop string although tokens hold single bytes."""
+    start = next(i for i in range(3, len(plain.text) - 3) if plain.text[i : i + 3].isascii())
+    stop = plain.text[start : start + 3]
+    result = client.generate("hello", stop=[stop], **seeded).result()
+    assert result.finish_reason == "stop"
+    assert result.text == plain.text[: plain.text.index(stop)]
+
+
+def check_bad_input(client: Client, address: str) -> None:
+    """Each gets an error of its own, and the server goes on."""
+    bad = [
+        ({"prompt": ""}, "empty"),
+        ({"prompt_tokens": []}, "empty"),
+        ({"prompt_tokens": [300]}, "300"),
+        ({"prompt_tokens": [-1]}, "-1"),
+        ({"prompt": "x" * 400}, "256"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "x", "max_tokens": -1}, "max_tokens"),
+        ({"prompt": "x", "max_tokens": "many"}, "max_tokens"),
+        ({"prompt": "x", "unknown": 1}, "unknown"),
+    ]
+    for request, mention in bad:
+        with pytest.raises(InvalidRequest, match=mention):
+            client.generate(**request).result()
+    raw = zmq.Context.instance().socket(zmq.DEALER)
+    raw.linger = 0
+    raw.connect(address)
+    for frames in ([b"1", b"\xc1"], [b"2"], [b"3", b"x", b"y"], [b"4", b"\x81\xa4type\xa4jump"]):
+        raw.send_multipart(frames)
+    raw.close()
+    assert len(client.generate("still there", max_tokens=3, ignore_eos=True).result().tokens) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains(model, number):
+    """What runs is finished before the group goes."""
+    with served(model, 1) as (group, address), Client(address) as client:
+        generation = iter(client.generate("hello", max_tokens=100, ignore_eos=True))
+        count = len(next(generation).tokens)
+        group.send_signal(number)
+        count += sum(len(delta.tokens) for delta in generation)
+        assert count == 100
+        group.wait(30)
+
+
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "agent"])
+def test_a_killed_process_ends_the_whole_group(model, victim):
+    """SIGKILL of any process: the client hears of it at once, and nothing is left behind."""
+    with served(model, 2, "--max-model-len", "250") as (group, address), Client(address) as client:
+        workers = [p for p in psutil.Process(group.pid).children() if "serve.py" in " ".join(p.cmdline())]
+        ranks = {p.environ().get("RANK"): p for p in workers}
+        stream = iter(client.generate("hello", max_tokens=230, ignore_eos=True))
+        next(stream)
+        started = time.monotonic()
+        target = group.pid if victim == "agent" else ranks[victim[-1]].pid
+        os.kill(target, signal.SIGKILL)
+        with pytest.raises((GroupLost, ServerLost)):
+            for _ in stream:
+                pass
+        assert time.monotonic() - started < 20  # a hang would take the step timeout of 60 s
+        assert group.wait(40) != 0
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_model_that_cannot_be_served_is_refused_at_start(model, tmp_path, size):
+    (tmp_path / "tree.json").write_text(json.dumps([[0] * d for d in range(1, 6)]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+    command += [str(ROOT / "launch" / "serve.py"), "--model", str(model[0]), "--medusa", str(model[0] / "medusa")]
+    done = subprocess.run([*command, "--tree", str(tmp_path / "tree.json")], capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "5 deep but there are 3 Medusa heads" in done.stderr
+    assert "ready" not in done.stdout

@@ -1,0 +1,57 @@
+"""Collectives among real ranks."""
+
+import numpy as np
+import pytest
+import torch
+
+from euryale.parallel.group import PLAN_HEAD, single
+
+
+def collect(group):
+    x = torch.tensor([1.0, 10.0]) * (group.rank + 1)
+    low = group.all_reduce(x.bfloat16())
+    gathered = group.all_gather(torch.tensor([[group.rank, 7]]))
+    last = group.gather_last(torch.full((2, 1), float(group.rank)))
+    return (
+        group.all_reduce(x.clone()).tolist(),
+        str(low.dtype),
+        gathered.tolist(),
+        last.tolist(),
+        group.minimum(5 - group.rank),
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_collectives(ranks, size):
+    total = sum(range(1, size + 1))
+    for summed, dtype, gathered, last, minimum in ranks(size).run(collect):
+        assert summed == [total, 10 * total]
+        assert dtype == "torch.bfloat16"
+        assert gathered == [[[rank, 7]] for rank in range(size)]
+        assert last == [list(range(size))] * 2
+        assert minimum == 5 - (size - 1)
+
+
+def send(group, length):
+    buffer = np.arange(length, dtype=np.int32) if group.is_leader else None
+    return group.broadcast(buffer).tolist()
+
+
+@pytest.mark.parametrize("length", [1, PLAN_HEAD - 1, PLAN_HEAD, PLAN_HEAD + 1, 5000])
+def test_a_plan_arrives_whole_whatever_its_length(ranks, length):
+    assert ranks(2).run(send, length) == [list(range(length))] * 2
+
+
+def disagree(group):
+    try:
+        group.agree("rank 1 has no file" if group.rank == 1 else None)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_an_error_on_one_rank_is_an_error_on_all(ranks):
+    assert ranks(4).run(disagree) == ["rank 1 has no file"] * 4
+    single().agree(None)
+    with pytest.raises(RuntimeError, match="broken"):
+        single().agree("broken")

@@ -1,0 +1,202 @@
+"""The scheduler alone, against a made-up model: pages, budget, order, ends."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.request import FinishReason, Request
+from euryale.scheduler.scheduler import Limits, Scheduler, SegmentResult
+from euryale.scheduler.tree import default_tree
+
+LIMITS = Limits(
+    max_model_len=60,
+    max_num_seqs=4,
+    max_num_batched_tokens=12,
+    vocab_size=50,
+    num_pages=20,
+    page_size=4,
+    end_ids=frozenset([2]),
+)
+TREE = default_tree(3, 9)
+
+
+def request(key: int, length: int, **params) -> Request:
+    return Request(key=key, prompt=np.full(length, 7, dtype=np.int32), params=SamplingParams(**params))
+
+
+def results(plan, rng, token=9) -> list[SegmentResult]:
+    """A made-up model: accepts a random path of each tree."""
+    out = []
+    for segment in plan.segments:
+        if not segment.samples:
+            continue
+        path, node = [], 0
+        while True:
+            children = [i + 1 for i, p in enumerate(segment.parents) if p == node]
+            if not children or rng.random() < 0.4:
+                break
+            node = int(rng.choice(children))
+            path.append(node)
+        root = segment.num_certain - 1
+        tokens = [int(segment.tokens[root + n]) for n in path] + [token]
+        guesses = rng.integers(10, 50, size=(3, TREE.num_candidates)).astype(np.int32)
+        candidates = guesses if segment.wants_candidates else None
+        out.append(SegmentResult(tokens=tokens, accepted_nodes=path, candidates=candidates))
+    return out
+
+
+class Batches(RuleBasedStateMachine):
+    """Random arrivals, cancels and steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.scheduler = Scheduler(LIMITS, TREE)
+        self.rng = np.random.default_rng(0)
+        self.keys, self.ended, self.all = 0, {}, {}
+
+    @rule(length=st.integers(1, 30), max_tokens=st.integers(1, 30), speculation=st.booleans())
+    def add(self, length, max_tokens, speculation):
+        new = request(self.keys, length, max_tokens=max_tokens, speculation=speculation)
+        self.keys += 1
+        self.scheduler.add(new)
+        self.all[new.key] = new
+
+    @precondition(lambda self: self.all)
+    @rule(data=st.data())
+    def cancel(self, data):
+        key = data.draw(st.sampled_from(sorted(self.all)))
+        found = self.scheduler.cancel(key)
+        assert (found is None) == (key in self.ended)
+        if found:
+            self.ended[key] = FinishReason.CANCELLED
+
+    @rule(token=st.sampled_from([9, 9, 9, 2]))
+    def step(self, token):
+        waiting = [r.key for r in self.scheduler.waiting]
+        plan = self.scheduler.plan(1, 0)
+        assert plan.num_rows <= LIMITS.max_num_batched_tokens
+        assert len(self.scheduler.running) <= LIMITS.max_num_seqs
+        still = [r.key for r in self.scheduler.waiting]
+        assert waiting[len(waiting) - len(still) :] == still, "not first come first served"
+        for segment in plan.segments:
+            assert segment.context + segment.num_certain <= len(segment.pages) * LIMITS.page_size
+            assert all(0 <= p <= i for i, p in enumerate(segment.parents))
+        for output in self.scheduler.advance(plan, results(plan, self.rng, token)):
+            assert output.request.key not in self.ended
+            if output.finish_reason:
+                self.ended[output.request.key] = output.finish_reason
+
+    @invariant()
+    def pages_are_conserved(self):
+        held = [p for r in self.scheduler.running for p in r.pages]
+        assert len(held) == len(set(held))
+        assert len(held) + self.scheduler.pages.num_free == LIMITS.num_pages
+        for r in self.scheduler.running:
+            assert 0 <= r.num_computed < r.num_known
+            assert len(r.pages) * LIMITS.page_size >= len(r.prompt) + r.params.max_tokens
+
+    def teardown(self):
+        rng = np.random.default_rng(1)
+        for _ in range(5000):
+            if not self.scheduler.has_work:
+                break
+            plan = self.scheduler.plan(1, 0)
+            for output in self.scheduler.advance(plan, results(plan, rng)):
+                if output.finish_reason:
+                    self.ended[output.request.key] = output.finish_reason
+        assert not self.scheduler.has_work, "a request starved"
+        assert self.scheduler.pages.num_free == LIMITS.num_pages
+        assert set(self.ended) == set(self.all)
+        for key, made in self.all.items():
+            assert len(made.output) <= made.params.max_tokens
+            assert made.finish_reason == self.ended[key]
+            assert sum(made.accepted) == len(made.output)
+            if not made.params.speculation:
+                assert max(made.accepted, default=1) == 1
+
+
+Batches.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestBatches = Batches.TestCase
+
+
+def test_an_end_token_inside_an_accepted_path_ends_the_answer():
+    made = request(0, 3, max_tokens=10)
+    assert made.append([5, 2, 6, 7], frozenset([2])) == [5, 2]
+    assert made.finish_reason == FinishReason.STOP
+    ignoring = request(0, 3, max_tokens=3, ignore_eos=True, stop_token_ids=(6,))
+    assert ignoring.append([5, 2], frozenset([2])) == [5, 2]
+    assert ignoring.finish_reason is None
+    assert ignoring.append([6, 2], frozenset([2])) == [6]
+    assert ignoring.finish_reason == FinishReason.STOP
+    short = request(0, 3, max_tokens=2)
+    assert short.append([5, 5, 5], frozenset()) == [5, 5]
+    assert short.finish_reason == FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "the prompt is empty"),
+        ([50], {"max_tokens": 1}, "token id 50 is outside the vocabulary of 50"),
+        ([-1], {"max_tokens": 1}, "token id -1 is outside"),
+        ([1] * 60, {"max_tokens": 1}, "ask for at most 0"),
+        ([1] * 50, {"max_tokens": 11}, "ask for at most 10"),
+    ],
+)
+def test_what_can_never_run_is_refused(prompt, params, message):
+    scheduler = Scheduler(LIMITS, TREE)
+    bad = Request(key=0, prompt=np.asarray(prompt, dtype=np.int32), params=SamplingParams(**params))
+    with pytest.raises(ValueError, match=message):
+        scheduler.add(bad)
+    assert not scheduler.has_work
+
+
+def test_a_request_larger_than_the_cache_is_refused():
+    scheduler = Scheduler(dataclasses.replace(LIMITS, num_pages=5), TREE)
+    with pytest.raises(ValueError, match="need 6 KV pages and there are 5"):
+        scheduler.add(request(0, 20, max_tokens=1))
+
+
+def test_trees_do_not_starve_prompts():
+    """With trees that could fill every step, a long prompt still gets half of the rows."""
+    scheduler, rng = Scheduler(LIMITS, TREE), np.random.default_rng(0)
+    scheduler.add(request(0, 1, max_tokens=30))
+    plan = scheduler.plan(1, 0)
+    scheduler.advance(plan, results(plan, rng))
+    scheduler.add(request(1, 30, max_tokens=2))
+    plan = scheduler.plan(1, 0)
+    assert [s.num_certain for s in plan.segments] == [1, 6]
+    assert plan.num_rows == 12
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", -3),
+        ("max_tokens", "5"),
+        ("max_tokens", True),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", 1e-9),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("min_p", 2.0),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("acceptance", "maybe"),
+        ("stop", ("",)),
+        ("stop", "text"),
+        ("stop_token_ids", (1.5,)),
+        ("ignore_eos", 1),
+    ],
+)
+def test_bad_parameters_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=field):
+        SamplingParams(**{field: value})
