@@ -68,7 +68,9 @@ def main() -> int:
             worst = max([worst, *(tie.gap for tie in ties)])
             kind = "tree" if speculate else "plain"
             line = f"group {size}  max-num-seqs {num_seqs:>2}  {kind:<5}  same {len(rows) - len(ties)}/{len(rows)}"
-            line += f"  ties {len(ties) - len(wrong)}  wrong {len(wrong)}  {summary['mean_accepted_length']:.3f} per step"
+            line += (
+                f"  ties {len(ties) - len(wrong)}  wrong {len(wrong)}  {summary['mean_accepted_length']:.3f} per step"
+            )
             print(line, flush=True)
             for tie in ties:
                 print(f"    at {tie.position}: gap {tie.gap:.2e}, discrepancy {tie.discrepancy:.2e}", flush=True)

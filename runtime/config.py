@@ -30,7 +30,7 @@ class EngineConfig:
     kv_cache_memory: float = flag(0.0, "GiB of KV cache per rank (default: what the requests can use, at most 1 GiB)")
     gpu_memory_utilization: float = flag(0.9, "share of a GPU's memory to fill when --kv-cache-memory is not given")
     page_size: int = flag(16, "tokens of one KV-cache page")
-    step_timeout: float = flag(60.0, "seconds a rank waits for the others before the group is given up")
+    step_timeout: float = flag(30.0, "seconds a rank waits for the others before the group is given up")
 
     def __post_init__(self) -> None:
         if not self.model:

@@ -27,7 +27,7 @@ class FrontEndConfig:
     max_message_bytes: int = _flag(protocol.DEFAULT_MAX_MESSAGE_BYTES, "size of the largest request")
     max_characters_per_token: int = _flag(32, "a text longer than this times the model's length is not even tokenized")
     max_backlog_bytes: int = _flag(4 << 20, "unread answers after which a client is given up")
-    engine_timeout: float = _flag(30.0, "seconds of silence after which the engine is taken for dead")
+    engine_timeout: float = _flag(60.0, "seconds of silence after which the engine is taken for dead")
     drain_timeout: float = _flag(20.0, "seconds after the begin of a drain when running requests are cancelled")
 
     def __post_init__(self) -> None:

@@ -66,6 +66,14 @@ class Attach:
     endpoint: str
 
 
+@message("failed")
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """Sent instead of Attach by a front end that cannot start; ``reason`` says why, for people. Its process ends."""
+
+    reason: str
+
+
 @message("add")
 @dataclass(frozen=True, kw_only=True)
 class Add:
@@ -140,7 +148,7 @@ class Drained:
     """Answer to Drain: the engine stops."""
 
 
-TO_ENGINE = {cls.type: cls for cls in (Attach, Add, Cancel, Drain)}
+TO_ENGINE = {cls.type: cls for cls in (Attach, Failed, Add, Cancel, Drain)}
 TO_FRONT_END = {cls.type: cls for cls in (Welcome, StepOutput, Rejected, Stats, BeginDrain, Drained)}
 
 

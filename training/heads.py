@@ -104,13 +104,15 @@ class Heads(nn.ModuleList):
         return heads
 
     def save(self, directory: Path, base_model: str) -> None:
-        """Write the weights in bfloat16 and, last, ``config.json``."""
+        """Write ``config.json`` and, last and whole or not at all, the weights in bfloat16."""
         directory.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
         config = {"medusa_num_heads": len(self), "medusa_num_layers": len(self[0]) - 1}
         config["base_model_name_or_path"] = base_model
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        tensors = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in self.state_dict().items()}
+        unfinished = directory / f"{WEIGHTS_NAME}.tmp"
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+        unfinished.replace(directory / WEIGHTS_NAME)
 
 
 @torch.no_grad()
@@ -150,7 +152,7 @@ def make_optimizers(heads: Heads, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the residual blocks' matrices, AdamW for biases and lm_heads."""
     muon = [p for n, p in heads.named_parameters() if n.endswith("linear.weight")]
     rest = [p for n, p in heads.named_parameters() if not n.endswith("linear.weight")]
-    optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
     if muon:  # none without residual blocks
         optimizers.append(torch.optim.Muon(muon, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     return optimizers

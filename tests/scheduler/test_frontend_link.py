@@ -16,6 +16,7 @@ PARAMS = SamplingParams(
 )
 TO_ENGINE = [
     link.Attach(endpoint="tcp://127.0.0.1:1"),
+    link.Failed(reason="the address is in use"),
     link.Add(key=2**40, prompt=(1, 2, 2**31 - 1), params=PARAMS),
     link.Add(key=1, prompt=(5,), params=SamplingParams()),
     link.Cancel(key=3),
