@@ -78,7 +78,7 @@ def main() -> int:
     try:
         with Client(address) as client:
             info = client.hello()
-            print(f"{info.model} at {address}: {info.world_size} ranks, {info.num_medusa_heads} Medusa heads")
+            print(f"{info.model} at {address}: {info.tensor_parallel_size} ranks, {info.num_medusa_heads} Medusa heads")
             for prompt in PROMPTS:
                 stream(client, prompt)
             plain_rate, _, plain = measure(client, speculation=False)

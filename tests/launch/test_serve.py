@@ -88,7 +88,7 @@ def test_a_group_of_two_serves(model):
     """Streaming, batches, chat, cancelling, bad input and draining, against one running group."""
     with served(model) as (group, address), Client(address) as client:
         info = client.hello()
-        assert (info.world_size, info.num_medusa_heads, info.max_model_len) == (2, 3, 256)
+        assert (info.tensor_parallel_size, info.num_medusa_heads, info.max_model_len) == (2, 3, 256)
         asked = [p % 290 + 3 for p in prompts(6)]
         running = [client.generate(prompt_tokens=p.tolist(), max_tokens=20, ignore_eos=True) for p in asked]
         for prompt, generation in zip(asked, running, strict=True):
