@@ -1,11 +1,16 @@
 """What the engine did so far, as counters that the front end shows to clients."""
 
+import logging
 import time
 from collections import Counter, deque
 
 from euryale.scheduler.scheduler import Output, Scheduler
 
+logger = logging.getLogger("euryale.scheduler")
+
 _RECENT = 256  # steps
+_JUDGED_AFTER = 500  # decoding steps with speculation after which the heads are judged
+_USELESS = 1.05  # tokens per step
 
 
 class EngineStats:
@@ -17,6 +22,7 @@ class EngineStats:
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self.num_steps = self.num_tokens = self.num_decodes = self.num_finished = self.num_cancelled = 0
         self._lengths: Counter[int] = Counter()
+        self._drafted: list[int] = []  # tokens of the first decoding steps with speculation
 
     def count_step(self, outputs: list[Output], seconds: float) -> None:
         """Take a step's outputs and how long it took."""
@@ -27,6 +33,8 @@ class EngineStats:
             self.num_tokens += len(output.tokens)
             self._lengths[len(output.tokens)] += 1
             self.num_finished += output.finish_reason is not None
+            if output.request.params.speculation and self._scheduler.tree is not None:
+                self._judge_heads(len(output.tokens))
 
     def values(self) -> dict:
         """Counters since start; ``step_ms`` is the mean of the last 256 steps, ``accepted_lengths`` counts decoding
@@ -48,3 +56,16 @@ class EngineStats:
             "pages_total": pages.num_pages,
             "pages_free": pages.num_free,
         }
+
+    def _judge_heads(self, num_tokens: int) -> None:
+        """Warn once if the heads' guesses are almost never right: heads of another model load without an error."""
+        if len(self._drafted) >= _JUDGED_AFTER:
+            return
+        self._drafted.append(num_tokens)
+        mean = sum(self._drafted) / len(self._drafted)
+        if len(self._drafted) == _JUDGED_AFTER and mean < _USELESS:
+            logger.warning(
+                "the Medusa heads' guesses are almost never accepted (%.2f tokens per step): were they trained for "
+                "this model and tokenizer? --tree off saves their cost",
+                mean,
+            )
