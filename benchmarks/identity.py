@@ -30,7 +30,7 @@ def run_setting(
         command += ["--dtype", "float32", "--max-tokens", str(args.max_tokens), "--max-num-seqs", str(num_seqs)]
         command += ["--tree", args.tree] if speculate else ["--no-speculation"]
         result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        rows = [json.loads(line) for line in out.read_text().split("\n") if line]
         return rows, json.loads(result.stdout.splitlines()[-1])
 
 

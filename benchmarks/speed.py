@@ -76,7 +76,6 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    torch.set_num_threads(torch.get_num_threads())
     tokenizer, runs = load_tokenizer(args.model), systems(args)
     texts = gsm8k_prompts(args.gsm8k, args.count) if args.gsm8k else code_prompts(args.count)
     prompts = [tokenizer.encode(text) for text in texts]

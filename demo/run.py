@@ -42,7 +42,16 @@ def start() -> tuple[subprocess.Popen, str]:
         "2",
         str(ROOT / "launch" / "serve.py"),
     ]
-    command += ["--model", str(MODEL), "--medusa", str(MODEL / "medusa"), "--bind", "tcp://127.0.0.1:0"]
+    command += [
+        "--model",
+        str(MODEL),
+        "--medusa",
+        str(MODEL / "medusa"),
+        "--device",
+        "cpu",
+        "--bind",
+        "tcp://127.0.0.1:0",
+    ]
     print("starting:", " ".join(["torchrun", *command[3:]]), flush=True)
     group = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     for line in group.stdout:

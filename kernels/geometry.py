@@ -1,8 +1,8 @@
 """Who sees whom in one step: the shapes every kernel of a step reads.
 
 Rows of a step lie segment by segment (one segment per request): certain rows first, a chain, then draft rows, a
-tree whose root (node 0) is the last certain row and whose node n is the n-th draft row. Legend: R rows, B
-segments, W words of ancestor bits.
+tree whose root (node 0) is the last certain row and whose node n is the n-th draft row. Legend: R rows, W words of
+ancestor bits.
 """
 
 from dataclasses import dataclass, field
@@ -50,8 +50,7 @@ class StepGeometry:
     """``segments`` on the host; on the device: ``positions`` int64 [R] (context + place in the chain or depth),
     ``segment_of_row`` int64 [R], ``parent_rows`` int64 [R] (-1 for certain rows), ``depths`` int64 [R] (0 for
     certain rows), ``slots`` int64 [R] (where in the paged cache a row goes if it is committed: page * page_size +
-    offset, -1 where the row can never be), ``page_table`` int32 [B, most pages], ``ancestors`` int64 [R, W]
-    (bits over the segment's tree nodes; certain rows: 0)."""
+    offset, -1 where the row can never be)."""
 
     segments: list[SegmentShape]
     page_size: int
@@ -61,8 +60,6 @@ class StepGeometry:
     parent_rows: torch.Tensor
     depths: torch.Tensor
     slots: torch.Tensor
-    page_table: torch.Tensor
-    ancestors: torch.Tensor
     max_depth: int
     prepared: dict = field(default_factory=dict)  # what a kernel derives once per step instead of once per layer
 
@@ -74,14 +71,12 @@ class StepGeometry:
     def build(cls, segments: list[SegmentShape], page_size: int, device: torch.device) -> "StepGeometry":
         """Derive everything from the segments' shapes."""
         starts = np.cumsum([0] + [s.num_rows for s in segments])
-        num_rows, most = int(starts[-1]), max(len(s.pages) for s in segments)
+        num_rows = int(starts[-1])
         host = {name: np.zeros(num_rows, dtype=np.int64) for name in ("positions", "of_row", "depths")}
         parent_rows = np.full(num_rows, -1, dtype=np.int64)
         slots = np.full(num_rows, -1, dtype=np.int64)
         tables = [tree_tables(s.parents.tobytes()) for s in segments]
-        ancestors = np.zeros((num_rows, max(bits.shape[1] for _, bits in tables)), dtype=np.uint64)
-        page_table = np.zeros((len(segments), max(most, 1)), dtype=np.int32)
-        for i, (segment, (depths, bits)) in enumerate(zip(segments, tables, strict=True)):
+        for i, (segment, (depths, _)) in enumerate(zip(segments, tables, strict=True)):
             first, root, stop = int(starts[i]), int(starts[i]) + segment.num_certain - 1, int(starts[i + 1])
             host["of_row"][first:stop] = i
             host["depths"][root:stop] = depths
@@ -89,8 +84,6 @@ class StepGeometry:
             positions = segment.context + places
             host["positions"][first:stop] = positions
             parent_rows[root + 1 : stop] = root + segment.parents
-            ancestors[root:stop, : bits.shape[1]] = bits
-            page_table[i, : len(segment.pages)] = segment.pages
             fits = positions < len(segment.pages) * page_size
             held = positions[fits]
             slots[first:stop][fits] = segment.pages[held // page_size].astype(np.int64) * page_size + held % page_size
@@ -103,7 +96,5 @@ class StepGeometry:
             parent_rows=torch.from_numpy(parent_rows).to(device),
             depths=torch.from_numpy(host["depths"]).to(device),
             slots=torch.from_numpy(slots).to(device),
-            page_table=torch.from_numpy(page_table).to(device),
-            ancestors=torch.from_numpy(ancestors.view(np.int64)).to(device),
             max_depth=int(host["depths"].max()),
         )

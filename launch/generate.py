@@ -6,7 +6,9 @@ Also runs without torchrun, as a group of one. The last line on stdout is one JS
 import argparse
 import dataclasses
 import json
+import signal
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -48,10 +50,20 @@ def main() -> int:
     def lead(engine) -> None:
         names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "acceptance", "ignore_eos")
         params = SamplingParams(**{name: getattr(args, name) for name in names})
-        tokenizer = load_tokenizer(args.model)
-        jobs = offline.read_jobs(args.prompts, tokenizer, params)
-        summary = offline.generate(engine, jobs)
-        offline.write_answers(args.out, jobs, tokenizer)
+        interrupted = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):  # stop between two steps, when no other rank is waiting
+            signal.signal(number, lambda *_: interrupted.set())
+        tokenizer = load_tokenizer(args.model, engine.loaded.limits.vocab_size)
+        jobs = []
+        for job in offline.read_jobs(args.prompts, tokenizer, params):
+            jobs.append(job)
+            engine.keep_alive()
+        try:
+            out = args.out.open("w", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"cannot write the answers to {args.out}: {error}") from error
+        with out:
+            summary = offline.generate(engine, jobs, tokenizer, out, interrupted.is_set)
         print(json.dumps(summary), flush=True)
 
     return run_worker(config, lead)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 PLAN_HEAD = 1024  # int32 words of a plan that travel in the first broadcast
+LOADING_TIMEOUT = 1800.0  # seconds that ranks may differ in loading
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Group:
     rank: int
     size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None  # for loading, where ranks may be minutes apart; gloo, CPU tensors
 
     @property
     def is_leader(self) -> bool:
@@ -40,8 +42,11 @@ class Group:
         """Every rank's ``x`` [...], stacked in rank order: [size, ...]."""
         if self.size == 1:
             return x[None]
+        return self._gather(x, None)
+
+    def _gather(self, x: torch.Tensor, process_group: dist.ProcessGroup | None) -> torch.Tensor:
         out = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
-        dist.all_gather_into_tensor(out.flatten(0, 1) if x.ndim else out, x.contiguous())
+        dist.all_gather(list(out.unbind(0)), x.contiguous(), group=process_group)
         return out
 
     def gather_last(self, x: torch.Tensor) -> torch.Tensor:
@@ -51,8 +56,8 @@ class Group:
         return torch.cat(self.all_gather(x).unbind(0), dim=-1)
 
     def minimum(self, value: int) -> int:
-        """The smallest of the ranks' values."""
-        return int(self.all_gather(torch.tensor([value], device=self.device)).min())
+        """The smallest of the ranks' values; for use while loading."""
+        return value if self.size == 1 else int(self._gather(torch.tensor([value]), self.patient).min())
 
     def broadcast(self, buffer: np.ndarray | None) -> np.ndarray:
         """Send the leader's int32 ``buffer`` [n] to all ranks; others pass None. What it means is not known here.
@@ -79,9 +84,8 @@ class Group:
         return on_device.cpu()
 
     def agree(self, error: str | None) -> None:
-        """Raise on every rank if any rank has an error to report, so that none waits for one that gave up.
-
-        Raises RuntimeError with all ranks' messages.
+        """Raise on every rank if any rank has an error to report, so that none waits for one that gave up; for use
+        while loading. Raises RuntimeError with all ranks' messages.
         """
         if self.size == 1:
             errors = [error]
@@ -89,7 +93,7 @@ class Group:
             text = torch.zeros(1024, dtype=torch.uint8)
             raw = (error or "").encode()[:1024]
             text[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else text[:0]
-            gathered = self.all_gather(text.to(self.device)).cpu()
+            gathered = self._gather(text, self.patient)
             errors = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in gathered]
         distinct = list(dict.fromkeys(e for e in errors if e))
         if distinct:
@@ -106,19 +110,34 @@ def single(device: str | torch.device = "cpu") -> Group:
     return Group(0, 1, torch.device(device))
 
 
-def join(timeout: float = 60.0) -> Group:
+def join(timeout: float = 30.0, device: str = "auto") -> Group:
     """Join the group that torchrun started this process for; alone if there is none.
 
-    ``timeout`` seconds bound every collective: a rank that waits longer raises instead of hanging.
+    ``timeout`` seconds bound every collective of a step: a rank that waits longer raises instead of hanging.
+    ``device``: "cpu", "cuda" or "auto" (the GPUs if there are any). Raises ValueError if a rank has no GPU.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    chosen = _choose_device(device)
+    patient = None
     if size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
-    return Group(rank, size, device)
+        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=LOADING_TIMEOUT))
+    return Group(rank, size, chosen, patient)
+
+
+def _choose_device(wanted: str) -> torch.device:
+    """This process's device; on a CPU the cores are shared out among the host's ranks, of which torchrun's default
+    of one thread each would waste most."""
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    available = torch.cuda.device_count()
+    if wanted == "cpu" or (wanted == "auto" and not available):
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        return torch.device("cpu")
+    if available < local_size:
+        raise ValueError(
+            f"{local_size} ranks on this host need {local_size} GPUs and there are {available}: "
+            "start fewer ranks (--nproc-per-node) or give --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

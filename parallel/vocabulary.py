@@ -1,7 +1,8 @@
 """Reductions over logits whose vocabulary is shared out. Full logits never cross the wire.
 
 Every function returns the same bits on every rank, because what it decides from was gathered. Legend: R rows,
-V local vocabulary (padded), S ranks, C candidates a rank sends. Ties go to the smallest token id.
+V local vocabulary (padded), S ranks, C candidates a rank sends. Ties go to the smallest token id; only where more
+tokens tie for the last places of a top-k than there are places, which of them are in it is PyTorch's choice.
 """
 
 from dataclasses import dataclass

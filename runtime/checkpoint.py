@@ -9,6 +9,8 @@ from safetensors import SafetensorError, safe_open
 
 from euryale.parallel.shard import WHOLE, Shard
 
+_SAMPLES, _SAMPLE = 64, 1 << 14  # of each file, for the fingerprint; bytes
+
 
 class Checkpoint:
     """The tensors of a Hugging Face directory, one file or a sharded index.
@@ -71,8 +73,8 @@ class Checkpoint:
         index = self.directory / "model.safetensors.index.json"
         if index.is_file():
             try:
-                file_of = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+                file_of = dict(json.loads(index.read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{index} is damaged ({error!r}): copy it again") from error
             for file in sorted(set(file_of.values())):
                 missing = {n for n, f in file_of.items() if f == file} - set(_keys(self._open(file)))
@@ -114,7 +116,10 @@ def read_heads(directory: str | Path) -> dict[str, torch.Tensor]:
             with safe_open(safe, framework="pt") as handle:
                 return {name: cut(handle.get_slice(name), WHOLE) for name in _keys(handle)}
         if pickled.is_file():
-            return torch.load(pickled, map_location="cpu", weights_only=True, mmap=True)
+            tensors = torch.load(pickled, map_location="cpu", weights_only=True, mmap=True)
+            if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+                raise ValueError("it does not hold tensors by name")
+            return {str(name): tensor for name, tensor in tensors.items()}
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise ValueError(f"the Medusa heads in {directory} are damaged ({error}): copy them again") from error
     except Exception as error:  # the unpickler's own errors
@@ -123,14 +128,14 @@ def read_heads(directory: str | Path) -> dict[str, torch.Tensor]:
 
 
 def fingerprint(files: list[Path], note: str) -> str:
-    """16 hex digits that name a set of weights as it is run: file sizes, the first and last MiB of each file, and a
-    ``note`` on how they are used."""
+    """16 hex digits that name a model as it is run: of every file its size and 64 samples of 16 KiB spread over it
+    (small files whole), and a ``note`` on how they are used."""
     digest = hashlib.sha256(note.encode())
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size};".encode())
         with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read())
+            for sample in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE) * sample // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE))
     return digest.hexdigest()[:16]

@@ -30,7 +30,8 @@ class EngineConfig:
     kv_cache_memory: float = flag(0.0, "GiB of KV cache per rank (default: what the requests can use, at most 1 GiB)")
     gpu_memory_utilization: float = flag(0.9, "share of a GPU's memory to fill when --kv-cache-memory is not given")
     page_size: int = flag(16, "tokens of one KV-cache page")
-    step_timeout: float = flag(30.0, "seconds a rank waits for the others before the group is given up")
+    step_timeout: float = flag(30.0, "seconds a rank waits for the others before the group is given up, at least 5")
+    device: str = flag("auto", "what to run on; auto: the GPUs if there are any", ("auto", "cpu", "cuda"))
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -45,8 +46,8 @@ class EngineConfig:
             )
         if self.max_model_len < 0 or self.kv_cache_memory < 0 or not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError("--max-model-len and --kv-cache-memory must not be negative, utilization within (0, 1]")
-        if self.step_timeout < 1:
-            raise ValueError(f"--step-timeout must be at least 1 second, not {self.step_timeout}")
+        if not self.step_timeout >= 5:
+            raise ValueError(f"--step-timeout must be at least 5 seconds, not {self.step_timeout}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,9 @@ class ModelConfig:
     max_positions: int
     tied: bool
     windows: tuple[int | None, ...]
+    has_qkv_bias: bool
+    has_o_bias: bool
+    has_mlp_bias: bool
     dtype: torch.dtype
     hf: object = dataclasses.field(repr=False, compare=False)
 
@@ -80,7 +84,7 @@ def load_model_config(directory: str, dtype: str) -> ModelConfig:
         raise ValueError(f"{directory} holds no config.json: give the directory of a model in Hugging Face format")
     try:
         hf = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the library's errors are of many kinds
         raise ValueError(f"cannot read {directory}/config.json: {error}") from error
     if hf.model_type not in SUPPORTED:
         raise ValueError(f"model_type {hf.model_type!r} is not supported: it must be one of {', '.join(SUPPORTED)}")
@@ -89,6 +93,9 @@ def load_model_config(directory: str, dtype: str) -> ModelConfig:
     if getattr(hf, "quantization_config", None):
         raise ValueError("quantized checkpoints are not supported: give float32, float16 or bfloat16 weights")
     num_heads = hf.num_attention_heads
+    if min(num_heads, hf.hidden_size, hf.num_hidden_layers, hf.intermediate_size, hf.vocab_size) < 1:
+        raise ValueError(f"{directory}/config.json has a size below 1: copy it again")
+    biased = bool(getattr(hf, "attention_bias", False))
     return ModelConfig(
         family=hf.model_type,
         num_layers=hf.num_hidden_layers,
@@ -102,6 +109,9 @@ def load_model_config(directory: str, dtype: str) -> ModelConfig:
         max_positions=hf.max_position_embeddings,
         tied=hf.tie_word_embeddings,
         windows=_windows(hf),
+        has_qkv_bias=biased or hf.model_type == "qwen2",
+        has_o_bias=biased,
+        has_mlp_bias=bool(getattr(hf, "mlp_bias", False)),
         dtype=_dtype(hf, dtype),
         hf=hf,
     )

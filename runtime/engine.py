@@ -1,10 +1,11 @@
 """The engine loop. Rank 0 plans, all ranks execute, rank 0 applies the result; the others follow.
 
-The leader calls ``step`` while there is work and ``heartbeat`` while there is none; the other ranks sit in
+The leader calls ``step`` while there is work and ``keep_alive`` while there is none; the other ranks sit in
 ``follow`` until the leader's ``stop``. No rank waits longer than the step timeout for another.
 """
 
 import secrets
+import time
 
 import numpy as np
 
@@ -33,16 +34,21 @@ class Engine:
         drawn = np.asarray([secrets.randbits(31)], dtype=np.int32) if group.is_leader else None
         self.epoch = int(group.broadcast(drawn)[0])
         self.scheduler = Scheduler(self.loaded.limits, self.loaded.tree) if group.is_leader else None
+        self._heartbeat = min(2.0, config.step_timeout / 4)  # seconds
+        self._last_sent = time.monotonic()
 
     def step(self) -> list[Output]:
         """Plan one step, run it on all ranks, and say what each request gained."""
         plan = self.scheduler.plan(self.epoch, self.runner.digest)
-        self.group.broadcast(plans.encode(plan))
-        return self.scheduler.advance(plan, self.runner.run(plan))
+        buffer = self.group.broadcast(plans.encode(plan))
+        self._last_sent = time.monotonic()
+        # Like the others the leader runs what was sent, so that no rounding on the way can set them apart.
+        return self.scheduler.advance(plan, self.runner.run(plans.decode(buffer, self.epoch)))
 
-    def heartbeat(self) -> None:
-        """Tell the other ranks that the leader lives though it has nothing for them."""
-        self._send(PlanKind.HEARTBEAT)
+    def keep_alive(self) -> None:
+        """Tell the other ranks that the leader lives though it has nothing for them; call it often, it sends seldom."""
+        if time.monotonic() - self._last_sent > self._heartbeat:
+            self._send(PlanKind.HEARTBEAT)
 
     def stop(self) -> None:
         """Let the other ranks leave ``follow``."""
@@ -64,3 +70,4 @@ class Engine:
         if self.group.size > 1:
             plan = StepPlan(kind=kind, epoch=self.epoch, step=self.scheduler.step, digest=self.runner.digest)
             self.group.broadcast(plans.encode(plan))
+        self._last_sent = time.monotonic()

@@ -1,11 +1,9 @@
 """From an EngineConfig to a rank's step runner, with every check that a bad checkpoint should meet before a
 request does."""
 
-import os
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from euryale.parallel.group import Group
 from euryale.parallel.layout import Layout
@@ -19,6 +17,8 @@ from euryale.runtime.step import StepRunner
 from euryale.runtime.weights import Weights
 from euryale.scheduler.scheduler import Limits
 from euryale.scheduler.tree import TreeShape, load_tree
+
+logger = logging.getLogger("euryale.loading")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +34,14 @@ class Loaded:
 
 def load(config: EngineConfig, group: Group) -> Loaded:
     """Load this rank's share. Raises ValueError on every rank if any rank cannot (see ``Group.agree``)."""
-    _set_threads(group)
     parts, error = None, None
     try:
         parts = _load_parts(config, group)
-    except (ValueError, OSError) as problem:
-        error = str(problem) or repr(problem)
+    except ValueError as problem:
+        error = str(problem)
+    except Exception as problem:  # a fault of ours or of the machine: the others must hear of it all the same
+        logger.exception("loading failed")
+        error = repr(problem)
     try:
         group.agree(error)
     except RuntimeError as problem:
@@ -66,6 +68,10 @@ def _load_parts(config: EngineConfig, group: Group):
     model = load_model_config(config.model, config.dtype)
     max_len = config.max_model_len or model.max_positions
     rope.check(model, max_len)
+    if max_len > model.max_positions:
+        raise ValueError(
+            f"--max-model-len {max_len} is more than the {model.max_positions} tokens the model was made for"
+        )
     layout = Layout(group, model.num_heads, model.num_kv_heads, model.head_dim)
     checkpoint = Checkpoint(config.model)
     tensors = None
@@ -81,8 +87,7 @@ def _load_parts(config: EngineConfig, group: Group):
     heads = None
     if tensors:
         heads = MedusaHeads(tensors, layout, decoder.lm_head, decoder.shard, model.dtype)
-    files = [Path(config.model) / "config.json", *checkpoint.files()]
-    return decoder, heads, tree, model, layout, fingerprint(files, str(model.dtype))
+    return decoder, heads, tree, model, layout, _fingerprint(config, checkpoint, model, tree)
 
 
 def _load_tree(config: EngineConfig, num_heads: int, vocab_size: int) -> TreeShape | None:
@@ -102,8 +107,8 @@ def _load_tree(config: EngineConfig, num_heads: int, vocab_size: int) -> TreeSha
     return tree
 
 
-def _set_threads(group: Group) -> None:
-    """Share the cores among the ranks of this host; torchrun's default of one thread wastes the rest."""
-    if group.device.type == "cpu":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+def _fingerprint(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, tree: TreeShape | None) -> str:
+    """Names all that answers depend on: weights, heads, tree, tokenizer and settings files, dtype."""
+    small = [p for p in sorted(Path(config.model).iterdir()) if p.suffix in (".json", ".jinja", ".model")]
+    heads = sorted(Path(config.medusa).glob("medusa_lm_head.*")) if config.medusa else []
+    return fingerprint([*small, *checkpoint.files(), *heads], f"{model.dtype} {tree and tree.paths()}")

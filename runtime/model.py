@@ -45,8 +45,9 @@ class Attention(nn.Module):
         super().__init__()
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.qkv_proj = ColumnParallelLinear(*weights.matrices(sizes, config.hidden_size))
-        self.o_proj = RowParallelLinear(weights.group, *weights.matrix("o_proj", config.hidden_size, q_size))
+        self.qkv_proj = ColumnParallelLinear(*weights.matrices(sizes, config.hidden_size, config.has_qkv_bias))
+        o_proj = weights.matrix("o_proj", config.hidden_size, q_size, config.has_o_bias)
+        self.o_proj = RowParallelLinear(weights.group, *o_proj)
         self.layer, self.head_dim, self.eps = layer, config.head_dim, config.rms_norm_eps
         self.heads, self.kv_heads = weights.layout.num_query_heads, weights.layout.num_kv_heads
         has_norm = config.has_qk_norm
@@ -64,9 +65,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         super().__init__()
-        hidden, width = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = ColumnParallelLinear(*weights.matrices({"gate_proj": width, "up_proj": width}, hidden))
-        self.down_proj = RowParallelLinear(weights.group, *weights.matrix("down_proj", hidden, width))
+        hidden, width, has_bias = config.hidden_size, config.intermediate_size, config.has_mlp_bias
+        sizes = {"gate_proj": width, "up_proj": width}
+        self.gate_up_proj = ColumnParallelLinear(*weights.matrices(sizes, hidden, has_bias))
+        self.down_proj = RowParallelLinear(weights.group, *weights.matrix("down_proj", hidden, width, has_bias))
 
     def forward(self, x_RD: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up_proj(x_RD).chunk(2, dim=-1)

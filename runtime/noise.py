@@ -38,7 +38,7 @@ def gumbel(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     z = (z ^ _shift(z, 30)) * _signed(_MIX_1)
     z = (z ^ _shift(z, 27)) * _signed(_MIX_2)
     bits = _shift(z ^ _shift(z, 31), 32)
-    u = (bits.to(torch.float32) + 0.5) * 2.0**-32
+    u = ((bits.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)  # float32 would round the last ones to 1
     return -torch.log(-torch.log1p(-u))
 
 

@@ -69,7 +69,7 @@ def thresholds(shard: VocabShard, scaled: torch.Tensor, merged: Merged, params) 
     weights = (values - merged.log_total.double()[:, None]).exp()
     border = torch.full_like(merged.top, -torch.inf)
     mass = torch.ones_like(border, dtype=torch.float64)
-    has_k, has_p = params.top_k > 0, params.top_p < 1
+    has_k, has_p = params.filtered & (params.top_k > 0), params.filtered & (params.top_p < 1)
     if bool(has_k.any()):
         border_k = _top_k_border(shard, scaled, merged, params.top_k, has_k)
         border = torch.where(has_k, border_k, border)

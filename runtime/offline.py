@@ -3,13 +3,17 @@
 import dataclasses
 import json
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from tqdm import tqdm
 
 from euryale.runtime.engine import Engine
+from euryale.scheduler.detokenizer import Detokenizer
 from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.request import Request
 
@@ -23,14 +27,17 @@ class Job:
     error: str | None = None
 
 
-def read_jobs(path: Path, tokenizer, params: SamplingParams) -> list[Job]:
+def read_jobs(path: Path, tokenizer, params: SamplingParams) -> Iterator[Job]:
     """Jobs of a JSONL file with ``{"id", "prompt" | "prompt_tokens", "max_tokens"?}`` lines. A bad line becomes a
     job with an error; only a file that cannot be read raises ValueError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON strings may hold other line separators than the newline.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the prompts {path}: {error}") from error
-    return [_job(key, line, tokenizer, params) for key, line in enumerate(lines) if line.strip()]
+    for key, line in enumerate(lines):
+        if line.strip():
+            yield _job(key, line, tokenizer, params)
 
 
 def _job(key: int, line: str, tokenizer, params: SamplingParams) -> Job:
@@ -54,7 +61,10 @@ def _request(key: int, row: dict, tokenizer, params: SamplingParams) -> Request:
     if "prompt" in row:
         if not isinstance(row["prompt"], str):
             raise ValueError(f"prompt must be a string, not {type(row['prompt']).__name__}")
-        tokens = tokenizer.encode(row["prompt"]) if row["prompt"] else []
+        try:
+            tokens = tokenizer.encode(row["prompt"]) if row["prompt"] else []
+        except TypeError as error:  # half a surrogate pair, which JSON can spell
+            raise ValueError(f"prompt is not valid Unicode text: {error}") from error
     else:
         tokens = row["prompt_tokens"]
         if not isinstance(tokens, list) or any(type(t) is not int or abs(t) >= 2**31 for t in tokens):
@@ -64,8 +74,10 @@ def _request(key: int, row: dict, tokenizer, params: SamplingParams) -> Request:
     return Request(key=key, prompt=np.asarray(tokens, dtype=np.int32), params=params)
 
 
-def generate(engine: Engine, jobs: list[Job]) -> dict:
-    """Run all jobs on the leader, to the end; returns the summary. Loading is not part of ``seconds``."""
+def generate(engine: Engine, jobs: list[Job], tokenizer, out: TextIO, is_interrupted: Callable[[], bool]) -> dict:
+    """Run all jobs on the leader and write one JSON line per job, in input order, each as soon as those before it
+    are done. Returns the summary; loading is not part of ``seconds``. KeyboardInterrupt, between two steps, when
+    ``is_interrupted``."""
     for job in jobs:
         if job.request is not None:
             try:
@@ -73,11 +85,15 @@ def generate(engine: Engine, jobs: list[Job]) -> dict:
             except ValueError as error:
                 job.error, job.request = str(error), None
     requests = [job.request for job in jobs if job.request is not None]
-    started = time.perf_counter()
+    waiting, started = deque(jobs), time.perf_counter()
     with tqdm(total=len(requests), desc="generating", unit="prompt") as bar:
         while engine.scheduler.has_work:
+            if is_interrupted():
+                raise KeyboardInterrupt
             bar.update(sum(o.finish_reason is not None for o in engine.step()))
+            _write_finished(out, waiting, tokenizer)
     seconds = time.perf_counter() - started
+    _write_finished(out, waiting, tokenizer)
     steps = sum(len(r.accepted) for r in requests)
     tokens = sum(len(r.output) for r in requests)
     return {
@@ -93,16 +109,17 @@ def generate(engine: Engine, jobs: list[Job]) -> dict:
     }
 
 
-def write_answers(path: Path, jobs: list[Job], tokenizer) -> None:
-    """One JSON line per job, in input order."""
-    with path.open("w", encoding="utf-8") as file:
-        for job in jobs:
-            row: dict = {"id": job.id, "text": "", "tokens": [], "finish_reason": None, "accepted": []}
-            if job.request is not None:
-                row["text"] = tokenizer.decode(job.request.output, skip_special_tokens=True)
-                row["tokens"] = job.request.output
-                row["finish_reason"] = job.request.finish_reason
-                row["accepted"] = job.request.accepted
-            else:
-                row["error"] = job.error
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def _write_finished(out: TextIO, waiting: deque[Job], tokenizer) -> None:
+    """Write the answers at the head of the queue that are complete."""
+    while waiting and (waiting[0].request is None or waiting[0].request.finish_reason):
+        job = waiting.popleft()
+        row: dict = {"id": job.id, "text": "", "tokens": [], "finish_reason": None, "accepted": []}
+        if job.request is not None:
+            text = Detokenizer(tokenizer, job.request.prompt.tolist())
+            row["text"] = text.push(job.request.output) + text.finish()
+            row["tokens"] = job.request.output
+            row["finish_reason"] = job.request.finish_reason
+            row["accepted"] = job.request.accepted
+        else:
+            row["error"] = job.error
+        out.write(json.dumps(row) + "\n")

@@ -1,4 +1,4 @@
-"""Next tokens over a shared-out vocabulary, and the two acceptance rules.
+"""Next tokens drawn over a shared-out vocabulary.
 
 Each rank reduces its own shard of a row to a few numbers, one small gather merges them, and every rank decides
 from the gathered numbers only, so that all decide the same. Legend: N rows, V local vocabulary, S ranks, C

@@ -25,19 +25,18 @@ from euryale.scheduler.stats import EngineStats
 logger = logging.getLogger("euryale.server")
 
 SIGN_OF_LIFE = 0.5  # seconds between messages to the front end
-HEARTBEAT = 2.0  # seconds between plans to idle ranks
 SLEEP_MS = 200  # how long a signal may go unnoticed
 FRONT_END_START = 120.0  # seconds a front end may need to load its tokenizer
 
 
-def run_front_end(endpoint: str, model: str, config: FrontEndConfig) -> None:
+def run_front_end(endpoint: str, model: str, vocab_size: int, config: FrontEndConfig) -> None:
     """The front end's process. It outlives a killed engine just long enough to tell the clients."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the engine hears them and begins the drain
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     link = links.FrontEndLink(endpoint)
     try:
-        front_end = FrontEnd(load_tokenizer(model), link, config)
+        front_end = FrontEnd(load_tokenizer(model, vocab_size), link, config)
     except ValueError as error:
         link.send(links.Failed(reason=str(error)))
         link.close(1000)
@@ -57,9 +56,9 @@ class Server:
         self.stats = EngineStats(engine.scheduler)
         self.is_draining = self.is_done = False
         self._stop_asked = False
-        self._last_sign = self._last_heartbeat = 0.0
+        self._last_sign = 0.0
         context = multiprocessing.get_context("spawn")
-        arguments = (self.link.endpoint, engine.config.model, config)
+        arguments = (self.link.endpoint, engine.config.model, engine.loaded.limits.vocab_size, config)
         self._front_end = context.Process(target=run_front_end, args=arguments, name="front end", daemon=False)
 
     def run(self) -> None:
@@ -75,7 +74,7 @@ class Server:
                     self._turn()
         finally:
             self.link.close()
-            self._front_end.join(10)
+            self._front_end.join(4)  # less than any step timeout: the other ranks wait for the word to stop
             if self._front_end.exitcode is None:
                 self._front_end.kill()
 
@@ -83,7 +82,7 @@ class Server:
         """Its public address; None if the server was asked to stop meanwhile."""
         deadline = time.monotonic() + FRONT_END_START
         while time.monotonic() < deadline and not self._stop_asked:
-            self._keep_ranks_awake()
+            self.engine.keep_alive()
             for message in self.link.receive(SLEEP_MS):
                 if isinstance(message, links.Failed):
                     raise ValueError(message.reason)
@@ -112,9 +111,8 @@ class Server:
             self.stats.count_step(outputs, time.perf_counter() - started)
             if outputs:
                 self.link.send(links.StepOutput(outputs=[_output(o) for o in outputs]))
-            self._last_heartbeat = time.monotonic()
         else:
-            self._keep_ranks_awake()
+            self.engine.keep_alive()
         if time.monotonic() - self._last_sign > SIGN_OF_LIFE and not self.is_done:
             self.link.send(links.Stats(values=self.stats.values()))
             self._last_sign = time.monotonic()
@@ -136,11 +134,6 @@ class Server:
         elif isinstance(message, links.Drain):
             self.link.send(links.Drained())
             self.is_done = True
-
-    def _keep_ranks_awake(self) -> None:
-        if time.monotonic() - self._last_heartbeat > HEARTBEAT:
-            self.engine.heartbeat()
-            self._last_heartbeat = time.monotonic()
 
     def _info(self) -> dict:
         loaded, limits = self.engine.loaded, self.scheduler.limits

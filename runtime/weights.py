@@ -33,18 +33,18 @@ class Weights:
         """A norm's weight, whole: [length]."""
         return self._read(name, (length,), WHOLE)
 
-    def matrix(self, name: str, out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """This rank's weight [out, in] of a linear layer and its bias, None where the checkpoint has none."""
+    def matrix(
+        self, name: str, out_features: int, in_features: int, has_bias: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """This rank's weight [out, in] of a linear layer and its bias, None unless the model has one there."""
         style = next((s for ending, s in self.sharding.items() if (self.prefix + name).endswith(ending)), "whole")
         weight_shard, bias_shard = self.layout.shards(style, out_features, in_features)
         weight = self._read(f"{name}.weight", (out_features, in_features), weight_shard)
-        if f"{self.prefix}{name}.bias" not in self.checkpoint.names:
-            return weight, None
-        return weight, self._read(f"{name}.bias", (out_features,), bias_shard)
+        return weight, self._read(f"{name}.bias", (out_features,), bias_shard) if has_bias else None
 
-    def matrices(self, sizes: dict[str, int], in_features: int) -> tuple[list, list]:
+    def matrices(self, sizes: dict[str, int], in_features: int, has_bias: bool = False) -> tuple[list, list]:
         """Weights and biases of several linear layers with the same input, by name and output features."""
-        pairs = [self.matrix(name, size, in_features) for name, size in sizes.items()]
+        pairs = [self.matrix(name, size, in_features, has_bias) for name, size in sizes.items()]
         return [w for w, _ in pairs], [b for _, b in pairs]
 
     def progress(self, steps: Iterable[int]) -> Iterable[int]:

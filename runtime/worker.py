@@ -37,26 +37,36 @@ def _lead(engine: Engine, lead: Callable[[Engine], None]) -> None:
 
 def run_worker(make_config: Callable[[], EngineConfig], lead: Callable[[Engine], None]) -> int:
     """Run this rank: ``lead(engine)`` on the leader, following elsewhere. Returns the exit code."""
-    die_with_parent()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun, not by hand
+        die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    group = None
     try:
         config = make_config()
-        group = join(config.step_timeout)
-        engine = Engine(config, group)
-        if group.is_leader:
-            _lead(engine, lead)
-        else:
-            # The leader hears the signal, drains and says when to stop.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            engine.follow()
+        group = join(config.step_timeout, config.device)
     except ValueError as error:
-        if group is None or group.is_leader:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return _refuse(error)
+    try:
+        engine = Engine(config, group)
+    except ValueError as error:
+        return _refuse(error) if group.is_leader else 2
+    if not group.is_leader:
+        # The leader hears the signal, finishes what it must and says when to stop.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        engine.follow()
+        group.close()
+        return 0
+    try:
+        _lead(engine, lead)
+    except ValueError as error:
+        return _refuse(error)
     except KeyboardInterrupt:
         return 130
     group.close()
     return 0
+
+
+def _refuse(error: ValueError) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2

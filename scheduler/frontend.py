@@ -126,7 +126,8 @@ class FrontEnd:
             self._drain_deadline = now + self._config.drain_timeout
         elif now > self._drain_deadline:
             self._requests.cancel_all()
-        if not self._requests and not self._drain_sent and not self._link.lost:
+        has_unread = self._port.has_backlog and now <= self._drain_deadline  # final messages among them
+        if not self._requests and not has_unread and not self._drain_sent and not self._link.lost:
             self._drain_sent = True
             self._link.send(engine.Drain())
 

@@ -2,7 +2,7 @@
 
 Both ends are ours, so the schema is for clarity rather than defence; still nothing here can run code. The engine
 binds in a directory of its own that only its user may enter and removes it as soon as the front end is there, so
-nothing is left behind whichever of the two dies.
+that from then on nothing is left behind whichever of the two dies.
 """
 
 import contextlib

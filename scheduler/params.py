@@ -7,6 +7,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 ACCEPTANCE_RULES = ("exact", "typical")
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
@@ -21,6 +23,7 @@ class SamplingParams:
     section 2.3.1; lossy), with ``epsilon`` (posterior threshold) and ``delta`` (posterior alpha) for the latter.
     ``stop_token_ids`` end the answer and are part of its tokens, as the end-of-sequence token is; ``stop``
     strings end it and are not part of its text. ``speculation`` False decodes this request one token a step.
+    Fractions are rounded to float32, as all ranks see them.
 
     Raises ValueError, with the way to mend it, if a value is out of range.
     """
@@ -41,13 +44,15 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        for name in ("temperature", "top_p", "min_p", "epsilon", "delta"):
+            object.__setattr__(self, name, float(np.float32(getattr(self, name))))
         _check_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _check_range("temperature", self.temperature, 0, 100)
         if 0 < self.temperature < 1e-3:
             raise ValueError(f"temperature {self.temperature} is too small to divide by: use 0 for greedy or >= 0.001")
         _check_range("top_k", self.top_k, 0, 2**31 - 1)
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+            raise ValueError(f"top_p must be above 0 (and 1e-45) and at most 1, not {self.top_p}")
         _check_range("min_p", self.min_p, 0, 1)
         _check_range("seed", self.seed, 0, 2**64 - 1)
         if self.acceptance not in ACCEPTANCE_RULES:

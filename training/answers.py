@@ -44,7 +44,7 @@ def write_answers(
             tokens = continue_greedily(backbone, part, new_tokens).numpy().astype(np.uint16)
             np.save(path.with_suffix(".tmp.npy"), tokens)
             path.with_suffix(".tmp.npy").replace(path)
-            print(f"answers {(i + 1) * part_size}/{len(prompts_SL)}", flush=True)
+            print(f"answers {i * part_size + len(part)}/{len(prompts_SL)}", flush=True)
         parts.append(np.load(path))
     return np.concatenate(parts)
 

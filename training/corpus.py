@@ -75,7 +75,8 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, files: list[Path]) -> np.nd
     """All files as one uint16 stream, each preceded by the end-of-text token."""
     parts = []
     for path in files:
-        parts.append([tokenizer.bos_token_id, *tokenizer(read(path), add_special_tokens=False)["input_ids"]])
+        encoded = tokenizer(read(path), add_special_tokens=False, verbose=False)  # no warning: files exceed a context
+        parts.append([tokenizer.bos_token_id, *encoded["input_ids"]])
     return np.concatenate([np.asarray(p, dtype=np.uint16) for p in parts])
 
 

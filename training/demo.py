@@ -88,14 +88,14 @@ _HEADS = """A greedy step accepts a guess when it is what the backbone would hav
 greedy continuations of held-out prompts ({num_positions} positions), and against the held-out text itself
 ({num_text_positions} positions). Top-n: the token is among the head's n likeliest.
 
-{accuracies}
+{accuracy_table}
 
 `medusa/tree.json` holds {tree[nodes]} guesses and emits **{tree[tokens_per_step]:.2f} tokens per step** (plain
 decoding: 1). Below, trees of other sizes, searched on {num_searched_positions} of these positions and measured on the
 other {num_measured_positions}. "Expected" averages over all positions instead of those a decoder stops at, and
 "independent" is a tree of that size searched as if the heads were independent.
 
-{trees}
+{tree_table}
 """
 
 
@@ -165,7 +165,7 @@ def held_out_numbers(backbone: LlamaForCausalLM, tokenizer: PreTrainedTokenizerF
     """Loss of the written checkpoint (bfloat16 weights) on held-out files and what they weigh."""
     train_files, held_files = corpus.split(corpus.standard_library_files())
     stream = corpus.token_stream(tokenizer, held_files)
-    loss = pretrain.held_out_loss(backbone, stream, length)
+    loss = pretrain.held_out_loss(backbone, stream, length, limit=len(stream))
     held_bytes = sum(len(corpus.read(path).encode()) for path in held_files)
     return {
         "train_files": len(train_files),
@@ -186,8 +186,8 @@ def heads_section(calibration: dict) -> str:
     columns = ("tokens_per_step", "expected", "independent")
     trees = [[str(row["nodes"]), *(f"{row[name]:.2f}" for name in columns)] for row in calibration["trees"]]
     return _HEADS.format(
-        accuracies=table(["head", "judged on", "top-1", "top-2", "top-3", "top-4", "top-5"], accuracies),
-        trees=table(["guesses", "tokens per step", "expected", "independent"], trees),
+        accuracy_table=table(["head", "judged on", "top-1", "top-2", "top-3", "top-4", "top-5"], accuracies),
+        tree_table=table(["guesses", "tokens per step", "expected", "independent"], trees),
         **calibration,
     )
 

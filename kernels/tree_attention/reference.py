@@ -1,8 +1,8 @@
 """Tree attention in plain PyTorch: gather the pages, mask, and let SDPA do the rest.
 
-Segments of few rows are padded to one batch; a long prompt chunk goes alone, since padding the others to its
-length would cost more than the extra call. Legend: b segments of a batch, T rows of its longest segment, P pages
-of its longest context, L = P * page_size + T keys, K kv heads, G query heads per kv head.
+Segments of few rows and similar contexts are padded to one batch; a long prompt chunk goes alone, since padding
+the others to its length would cost more than the extra call. Legend: b segments of a batch, T rows of its longest
+segment, P pages of its longest context, L = P * page_size + T keys, K kv heads, G query heads per kv head.
 """
 
 from dataclasses import dataclass
@@ -64,9 +64,18 @@ def _attend(q, k, v, cache, batch: _Batch, scale: float) -> torch.Tensor:
 
 
 def _prepare(geometry: StepGeometry, window: int | None, dtype, groups: int, device) -> list[_Batch]:
-    short = [i for i, s in enumerate(geometry.segments) if s.num_rows <= _SHORT]
-    long = [[i] for i, s in enumerate(geometry.segments) if s.num_rows > _SHORT]
-    return [_batch(geometry, ids, window, dtype, groups, device) for ids in [short, *long] if ids]
+    segments = geometry.segments
+    batches = [[i] for i, s in enumerate(segments) if s.num_rows > _SHORT]
+    short = [i for i, s in enumerate(segments) if s.num_rows <= _SHORT]
+    for i in sorted(short, key=lambda i: -segments[i].context):
+        last = batches[-1][0] if batches else None
+        # At most half of a batch is padding: contexts within a factor of two of the batch's longest (its first).
+        fits = last is not None and segments[last].num_rows <= _SHORT
+        if fits and 2 * segments[i].context + _SHORT >= segments[last].context:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return [_batch(geometry, ids, window, dtype, groups, device) for ids in batches]
 
 
 def _batch(geometry: StepGeometry, ids: list[int], window: int | None, dtype, groups: int, device) -> _Batch:

@@ -6,7 +6,7 @@ import torch
 
 from euryale.kernels.accept import accept
 from euryale.kernels.commit import commit
-from euryale.kernels.geometry import SegmentShape, StepGeometry
+from euryale.kernels.geometry import SegmentShape, StepGeometry, tree_tables
 from euryale.kernels.linear import FrozenLinear
 from euryale.kernels.rope_qk import rope_qk
 from euryale.kernels.tree_attention import tree_attention
@@ -108,7 +108,7 @@ def test_positions_slots_and_bits():
     assert geometry.positions.tolist() == [14, 15, 16, 16, 17]
     assert geometry.slots.tolist() == [7 * 16 + 14, 7 * 16 + 15, 3 * 16, 3 * 16, 3 * 16 + 1]
     assert geometry.parent_rows.tolist() == [-1, -1, 1, 1, 2]
-    assert geometry.ancestors[:, 0].tolist() == [0, 1, 0b11, 0b101, 0b1011]
+    assert tree_tables(tree.tobytes())[1][:, 0].tolist() == [1, 0b11, 0b101, 0b1011]
     bad = SegmentShape(num_certain=1, context=0, parents=np.asarray([1], dtype=np.int32), pages=pages)
     with pytest.raises(ValueError, match="parents come before"):
         StepGeometry.build([bad], PAGE, CPU)

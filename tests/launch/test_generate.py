@@ -46,12 +46,13 @@ def test_answers_in_input_order_and_errors_in_their_place(model, tmp_path, size,
     lines = [json.dumps({"id": f"p{i}", "prompt_tokens": p.tolist(), "max_tokens": 4 + i}) for i, p in enumerate(asked)]
     lines[3:3] = ["{", '{"id": "e"}', '{"id": "f", "prompt": ""}', '{"id": "g", "prompt": "one two", "max_tokens": 0}']
     lines += [
-        '{"id": "h", "prompt": "one two one"}',
+        '{"id": "h", "prompt": "one two\u2028one"}',
         '{"id": "i", "prompt_tokens": [9999]}',
         '{"id": "j", "prompt": 3}',
+        '{"id": "\\ud800", "prompt": "one \\ud800"}',
     ]
     rows, summary = generate(model, tmp_path, lines, size, "--max-tokens", "7", "--ignore-eos", *flags)
-    assert [row["id"] for row in rows] == ["p0", "p1", "p2", None, "e", "f", "g", "p3", "p4", "h", "i", "j"]
+    assert [row["id"] for row in rows] == ["p0", "p1", "p2", None, "e", "f", "g", "p3", "p4", "h", "i", "j", "\ud800"]
     by_id = {row["id"]: row for row in rows}
     for i, prompt in enumerate(asked):
         row = by_id[f"p{i}"]
@@ -61,10 +62,11 @@ def test_answers_in_input_order_and_errors_in_their_place(model, tmp_path, size,
         assert "error" not in row
     assert len(by_id["h"]["tokens"]) == 7
     reasons = {None: "not JSON", "e": "exactly one of", "f": "empty", "g": "max_tokens", "i": "9999", "j": "string"}
+    reasons["\ud800"] = "Unicode"
     for key, reason in reasons.items():
         assert reason in by_id[key]["error"]
         assert by_id[key]["tokens"] == []
-    assert summary["requests"] == 12
+    assert summary["requests"] == 13
     assert summary["output_tokens"] == sum(len(row["tokens"]) for row in rows)
     assert summary["decode_steps"] == sum(len(row["accepted"]) for row in rows)
     assert summary["world_size"] == size
@@ -75,9 +77,18 @@ def test_answers_in_input_order_and_errors_in_their_place(model, tmp_path, size,
     )
 
 
-def test_an_unreadable_prompt_file_is_one_clear_error(model, tmp_path):
+@pytest.mark.parametrize(
+    ("prompts_name", "out_name", "message"),
+    [
+        ("none.jsonl", "out.jsonl", "cannot read the prompts"),
+        ("in.jsonl", "none/out.jsonl", "cannot write the answers"),
+    ],
+)
+def test_files_that_cannot_be_used_are_one_clear_error(model, tmp_path, prompts_name, out_name, message):
+    (tmp_path / "in.jsonl").write_text("{}")
     command = [sys.executable, str(ROOT / "launch" / "generate.py"), "--model", str(model[0]), "--dtype", "float32"]
-    command += ["--prompts", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    command += ["--prompts", str(tmp_path / prompts_name), "--out", str(tmp_path / out_name)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
-    assert "error: cannot read the prompts" in done.stderr
+    assert f"error: {message}" in done.stderr
+    assert "Traceback" not in done.stderr

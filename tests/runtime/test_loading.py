@@ -90,9 +90,30 @@ def test_tensors_that_do_not_fit_the_config(copy):
     refused("holds 9 tensors this model does not know", copy)
 
 
+def test_biases_that_the_family_has_must_be_there(tmp_path):
+    make_model(tmp_path, family_config("qwen2"))
+    rewrite(tmp_path / "model.safetensors", lambda t: [t.pop(n) for n in list(t) if n.endswith("proj.bias")])
+    refused("has no tensor model.layers.0.self_attn.q_proj.bias", tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"weight_map": 3}'])
+def test_an_index_that_is_none(copy, content):
+    (copy / "model.safetensors.index.json").write_text(content)
+    refused("index.json is damaged", copy)
+
+
+@pytest.mark.parametrize("content", [[1], {"0.0.linear.weight": "text"}])
+def test_a_heads_file_of_something_else(base, tmp_path, content):
+    torch.save(content, tmp_path / "medusa_lm_head.pt")
+    refused("does not hold tensors by name", base[0], medusa=str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"hidden_size": "wide"}, "cannot read .*config.json"),
+        ({"num_attention_heads": 0}, "cannot read .*config.json|a size below 1"),
+        ({"max_position_embeddings": 100}, "--max-model-len 600 is more than the 100 tokens"),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantized checkpoints"),

@@ -40,9 +40,9 @@ def test_greedy_tokens_are_those_of_transformers(models, ranks, family, size):
 
 
 @pytest.mark.parametrize("changes", [{"tree": "off"}, {"tree": "chain"}, {"max_num_seqs": 1}, {"max_num_seqs": 3}])
-@pytest.mark.parametrize("size", [1, 2])
-def test_no_setting_changes_greedy_tokens(models, ranks, changes, size):
-    directory, heads, asked, expected = models["mistral"]
+@pytest.mark.parametrize(("family", "size"), [*((family, 1) for family in FAMILIES), ("mistral", 2), ("mistral", 4)])
+def test_no_setting_changes_greedy_tokens(models, ranks, changes, family, size):
+    directory, heads, asked, expected = models[family]
     got = run(ranks, size, directory, heads, asked, **changes)
     assert got["outputs"] == expected
     if changes.get("tree") == "off":

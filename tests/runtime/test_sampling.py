@@ -138,6 +138,16 @@ def test_entropy_and_log_probability():
     np.testing.assert_allclose(entropy, expected.entropy(), rtol=1e-5)
 
 
+def test_a_nucleus_of_one_token_is_drawn_even_where_the_noise_is_lowest():
+    """At this key the generator's 32 bits for this token are all but ones; rounded to 1 they would give -inf."""
+    token, params = 922915, {"temperature": 1.0, "seed": 1}
+    logits = torch.zeros(1, token + 1)
+    logits[0, token] = 40.0
+    for filters in ({"top_k": 1}, {"top_p": 0.9}):
+        tokens, _ = draw_on(single(), logits, [(SamplingParams(**params, **filters), 65)])
+        assert tokens == [token]
+
+
 def test_noise_is_gumbel_and_depends_on_every_part_of_its_key():
     ids = torch.arange(200_000)
     noise = gumbel(torch.tensor(stream_key(3, 0, 0)), ids)

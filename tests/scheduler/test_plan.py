@@ -23,14 +23,14 @@ def segments(draw):
         wants_candidates=draw(st.booleans()),
         position=draw(int32s),
         params=SamplingParams(
-            temperature=draw(st.sampled_from([0.0, 0.5, 1.25])),
+            temperature=draw(st.just(0.0) | st.floats(0.001, 100)),
             top_k=draw(int32s),
-            top_p=draw(st.sampled_from([1.0, 0.25])),
-            min_p=draw(st.sampled_from([0.0, 0.125])),
+            top_p=draw(st.floats(1e-40, 1)),
+            min_p=draw(st.floats(0, 1)),
             seed=draw(st.integers(0, 2**64 - 1)),
             acceptance=draw(st.sampled_from(["exact", "typical"])),
-            epsilon=0.5,
-            delta=0.25,
+            epsilon=draw(st.floats(0, 1)),
+            delta=draw(st.floats(0, 1)),
         ),
     )
 

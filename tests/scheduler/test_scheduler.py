@@ -186,6 +186,7 @@ def test_trees_do_not_starve_prompts():
         ("temperature", 1e-9),
         ("top_p", 0.0),
         ("top_p", 1.5),
+        ("top_p", 1e-50),
         ("top_k", -1),
         ("min_p", 2.0),
         ("seed", -1),

@@ -162,3 +162,21 @@ def test_tokens_per_step_walks_the_answers():
     assert calibrate.tokens_per_step(measured, [[0], [0, 0]]) == pytest.approx((3 + 2 + 1) / 3)
     assert calibrate.tokens_per_step(measured, []) == 1
     assert calibrate.accepted_lengths(ranks, [[0], [1], [1, 0]])[0].tolist() == [1, 0, 0, 1, 2, 0, 1]
+
+
+def test_walked_tree_is_no_worse_where_steps_start():
+    """Guesses that come in long easy runs: most positions are easy, most steps start at the hard ones between."""
+    rng = np.random.default_rng(0)
+    hard = np.arange(60) % 4 == 0
+    ranks = np.where(hard[None, :, None], rng.integers(1, 4, (50, 60, 3)), 0)
+    measured = Continuations(ranks, np.ones((50, 60), dtype=bool))
+    everywhere = calibrate.search_joint_tree(measured.flat(), 4)
+    walked = calibrate.search_walked_tree(measured, 4)
+    assert len(walked) == 4
+    assert calibrate.tokens_per_step(measured, walked) >= calibrate.tokens_per_step(measured, everywhere)
+    starts = calibrate.visited(measured, walked)
+    assert starts[:, 0].all()
+    lengths = calibrate.accepted_lengths(ranks, walked)
+    for row, accepted in zip(starts, lengths, strict=True):
+        begun = np.flatnonzero(row)
+        assert (np.diff(begun) == 1 + accepted[begun[:-1]]).all()
