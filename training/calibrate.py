@@ -36,7 +36,7 @@ class CalibrateOptions:
     ``prompt_tokens`` are each continued by ``new_tokens``; ``text_windows`` windows of 1024 tokens of text."""
 
     model: Path
-    nodes: int = 16
+    nodes: int = 10
     prompts: int = 256
     prompt_tokens: int = 64
     new_tokens: int = 128

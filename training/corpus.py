@@ -6,6 +6,7 @@ know any model.
 
 import hashlib
 import os
+import re
 import sysconfig
 from pathlib import Path
 
@@ -84,6 +85,27 @@ def streams(tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]
     """The training and the held-out stream of the standard library, uint16 each."""
     train_files, held_files = split(standard_library_files())
     return token_stream(tokenizer, train_files), token_stream(tokenizer, held_files)
+
+
+def openings(tokenizer: PreTrainedTokenizerFast, files: list[Path], length: int, limit: int, seed: int) -> np.ndarray:
+    """Texts as somebody would begin to type them: up to ``limit`` windows int64 [n, length] that start at a top-level
+    ``def``, ``class``, ``import`` or ``from``. In every other one the blank behind the keyword is a token of its own,
+    as it is at the end of a typed "def ", although in running text it belongs to the word that follows.
+    """
+    rng, found = np.random.default_rng(seed), []
+    for path in files:
+        text = read(path)
+        starts = [m.start() for m in re.finditer(r"^(?:def|class|import|from) (?=\w)", text, re.MULTILINE)]
+        found += [text[s : s + 8 * length] for s in starts]
+    chosen = [found[i] for i in rng.permutation(len(found))[: 2 * limit]]
+    rows = []
+    for i, text in enumerate(chosen):
+        cut = text.index(" ") + 1 if i % 2 else 0
+        parts = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text[:cut], text[cut:]) if t]
+        tokens = [token for part in parts for token in part]
+        if len(tokens) >= length:
+            rows.append(tokens[:length])
+    return np.asarray(rows[:limit], dtype=np.int64).reshape(-1, length)
 
 
 def windows(stream: np.ndarray, length: int, batch: int, step: int, seed: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from euryale.training import answers, calibrate, corpus, heads, pretrain
+from euryale.training import calibrate, corpus, heads, pretrain
 from euryale.training.calibrate import CalibrateOptions
 from euryale.training.heads import HeadsOptions
 from euryale.training.pretrain import PretrainOptions
@@ -36,6 +36,8 @@ RESULT = (
     *TREE_FILES,
 )
 _SAMPLE_PROMPTS = ("def ", "class ", "import ")
+# Greedy answers of so small a model soon repeat themselves; drawn ones read better.
+_SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.95}
 
 _CARD = """---
 license: psf-2.0
@@ -65,16 +67,23 @@ Context: {context} tokens. Byte-level BPE; id 0 is the end-of-text token and beg
 
 {training}
 
+In the last {polish_steps} steps of the backbone every other batch shows beginnings: text from a top-level `def`, `class`
+or `import` on, half of it cut into tokens as a prompt that ends in a blank is.
+
 The heads learn what the backbone itself would say (self-distillation, section 2.3.2 of the paper): their labels are
 its greedy choices, two thirds of the steps on {num_answers} answers it wrote to pieces of the training files, one
 third on these files.
 
-Held-out loss of the backbone: **{loss:.3f} nats per token**, {bits_per_byte:.3f} bits per byte.
+Held-out loss of the backbone, over all held-out text: **{loss:.3f} nats per token**, {bits_per_byte:.3f} bits per byte.
 
 ## Heads and tree
 
 {heads}
-## Greedy completions
+## Completions
+
+Drawn at temperature 0.7 and top-p 0.95, the defaults in `generation_config.json`.
+
+Greedy text of so small a model soon repeats itself; sampling helps. End a prompt with a word or a line, not a space.
 
 {samples}
 
@@ -108,6 +117,7 @@ class DemoOptions:
     hidden_size: int = PretrainOptions.hidden_size
     num_layers: int = PretrainOptions.num_layers
     tokens: float = PretrainOptions.tokens
+    polish_steps: int = PretrainOptions.polish_steps
     batch: int = PretrainOptions.batch
     length: int = PretrainOptions.length
     answers: int = HeadsOptions.answers
@@ -120,7 +130,17 @@ class DemoOptions:
     compile: bool = PretrainOptions.compile
 
     def for_backbone(self) -> PretrainOptions:
-        names = ("out", "vocab_size", "hidden_size", "num_layers", "tokens", "batch", "length", "compile")
+        names = (
+            "out",
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "tokens",
+            "polish_steps",
+            "batch",
+            "length",
+            "compile",
+        )
         return PretrainOptions(**{name: getattr(self, name) for name in names})
 
     def for_heads(self) -> HeadsOptions:
@@ -150,12 +170,14 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def samples(backbone: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, new_tokens: int = 48) -> str:
-    """Greedy completions, as Markdown code blocks."""
+def samples(backbone: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, new_tokens: int = 80) -> str:
+    """Completions drawn as the generation config says, as Markdown code blocks."""
+    torch.manual_seed(0)
     blocks = []
     for prompt in _SAMPLE_PROMPTS:
-        tokens = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
-        written = answers.continue_greedily(backbone, tokens, new_tokens)[0, 1:].tolist()
+        tokens = torch.tensor([tokenizer(prompt)["input_ids"]])
+        options = {"attention_mask": torch.ones_like(tokens), "pad_token_id": 0, **_SAMPLING}
+        written = backbone.generate(tokens, max_new_tokens=new_tokens, **options)[0].tolist()
         end = written.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in written else len(written)
         blocks.append(f"```python\n{tokenizer.decode(written[:end])}\n```")
     return "\n\n".join(blocks)
@@ -224,6 +246,7 @@ def model_card(args: DemoOptions) -> str:
         python=platform.python_version(),
         num_heads=args.num_heads,
         num_answers=args.answers,
+        polish_steps=args.polish_steps,
         context=backbone.config.max_position_embeddings,
         sizes=sizes_table(args, backbone),
         training=training_table(args),
@@ -253,7 +276,7 @@ def run(args: DemoOptions) -> int:
         heads.run(args.for_heads())
     if not all((out / name).exists() for name in TREE_FILES):
         calibrate.run(args.for_tree())
-    generation = {"bos_token_id": 0, "eos_token_id": 0, "do_sample": False}
+    generation = {"bos_token_id": 0, "eos_token_id": 0, **_SAMPLING}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     for name in ("model.safetensors", HEADS_FILE):
         (out / name).chmod(0o644)  # some writers leave them to their owner alone

@@ -38,10 +38,10 @@ class HeadsOptions:
     model: Path
     num_heads: int = 4
     num_layers: int = 1
-    answers: int = 4096
+    answers: int = 2048
     prompt_tokens: int = 64
     answer_tokens: int = 192
-    tokens: float = 3.3e6
+    tokens: float = 2.4e6
     batch: int = 16
     lr: float = 3e-3
     head_decay: float = 0.8

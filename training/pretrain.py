@@ -20,11 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from euryale.training import corpus
 
 CHECKPOINT_STEPS = 100
+OPENING = 128  # tokens of a beginning
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions:
-    """The command's flags. ``tokens`` counts repetitions too; ``batch`` windows of ``length`` tokens per step."""
+    """The command's flags. ``tokens`` counts repetitions too; ``batch`` windows of ``length`` tokens per step. The last
+    ``polish_steps`` come on top: every other one shows beginnings, ``corpus.openings``, as prompts are."""
 
     out: Path
     vocab_size: int = 4096
@@ -33,13 +35,18 @@ class PretrainOptions:
     tokens: float = 10e6
     batch: int = 8
     length: int = 1024
+    polish_steps: int = 160
     lr: float = 6e-3
     seed: int = 0
     compile: bool = True
 
     @property
-    def steps(self) -> int:
+    def main_steps(self) -> int:
         return math.ceil(self.tokens / (self.batch * self.length))
+
+    @property
+    def steps(self) -> int:
+        return self.main_steps + self.polish_steps
 
 
 def options_from_flags(options_class, description: str):
@@ -102,6 +109,22 @@ def schedule(step: int, steps: int, warmup: int = 40, decay: float = 0.4) -> flo
     return min(1.0, (step + 1) / warmup, (steps - step) / max(1.0, decay * steps))
 
 
+def learning_rate(step: int, args: PretrainOptions) -> float:
+    """Learning-rate factor of a step; the polish begins again at a third and falls to zero."""
+    if step < args.main_steps:
+        return schedule(step, args.main_steps)
+    return 0.35 * (args.steps - step) / args.polish_steps
+
+
+def training_batch(step: int, args: PretrainOptions, stream: np.ndarray, beginnings: np.ndarray) -> torch.Tensor:
+    """The tokens of a step: int64 [batch, length], or the same number of tokens in shorter beginnings."""
+    if step < args.main_steps or step % 2 == 0 or not len(beginnings):
+        return torch.from_numpy(corpus.windows(stream, args.length, args.batch, step, args.seed))
+    count = max(1, args.batch * args.length // OPENING)
+    rows = np.arange(count) + (step - args.main_steps) // 2 * count
+    return torch.from_numpy(beginnings[rows % len(beginnings)])
+
+
 def save_checkpoint(path: Path, model, optimizers, step: int) -> None:
     """Write weights, optimizer states and the step; the rename makes it whole or absent."""
     state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
@@ -120,22 +143,22 @@ def load_checkpoint(path: Path, model, optimizers) -> int:
     return state["step"]
 
 
-def train(args: PretrainOptions, model, train_stream, held_stream, work: Path) -> None:
+def train(args: PretrainOptions, model, train_stream, beginnings, held_stream, work: Path) -> None:
     """Run the training loop in place, resuming from ``work/state.pt`` if it is there."""
     optimizers = make_optimizers(model, args.lr)
     base_lrs = [o.param_groups[0]["lr"] for o in optimizers]
     checkpoint, steps = work / "state.pt", args.steps
     first = load_checkpoint(checkpoint, model, optimizers)
-    compiled = torch.compile(lm_loss) if args.compile else lm_loss
+    compiled = torch.compile(lm_loss, dynamic=False) if args.compile else lm_loss
     started = time.monotonic()
     for step in range(first, steps):
-        tokens = torch.from_numpy(corpus.windows(train_stream, args.length, args.batch, step, args.seed))
+        tokens = training_batch(step, args, train_stream, beginnings)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = compiled(model, tokens)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, base in zip(optimizers, base_lrs, strict=True):
-            optimizer.param_groups[0]["lr"] = base * schedule(step, steps)
+            optimizer.param_groups[0]["lr"] = base * learning_rate(step, args)
             optimizer.step()
             optimizer.zero_grad()
         if step % 20 == 0:
@@ -152,14 +175,16 @@ def run(args: PretrainOptions) -> dict:
     work = args.out / "work"
     work.mkdir(parents=True, exist_ok=True)
     config = demo_config(args.vocab_size, args.hidden_size, args.num_layers)
+    train_files, _ = corpus.split(corpus.standard_library_files())
     if not (args.out / "tokenizer.json").exists():
-        train_files, _ = corpus.split(corpus.standard_library_files())
         corpus.train_tokenizer(train_files, args.vocab_size, config.max_position_embeddings).save_pretrained(args.out)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
     train_stream, held_stream = corpus.streams(tokenizer)
     print(f"{len(train_stream)} training tokens, {len(held_stream)} held out", flush=True)
     model = LlamaForCausalLM(config)
-    train(args, model, train_stream, held_stream, work)
+    count = args.polish_steps // 2 * args.batch * args.length // OPENING
+    beginnings = corpus.openings(tokenizer, train_files, OPENING, max(1, count), args.seed)
+    train(args, model, train_stream, beginnings, held_stream, work)
     report = {"held_out_loss": held_out_loss(model, held_stream), "train_tokens": len(train_stream)}
     report |= {"held_out_tokens": len(held_stream), "parameters": sum(p.numel() for p in model.parameters())}
     model.to(torch.bfloat16).save_pretrained(args.out)

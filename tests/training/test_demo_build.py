@@ -33,6 +33,7 @@ def options(tmp_path_factory):
         hidden_size=64,
         num_layers=2,
         tokens=12 * 4 * 64,
+        polish_steps=4,
         batch=4,
         length=64,
         answers=24,
@@ -59,7 +60,7 @@ def test_result_is_complete(built, options):
     assert (model.dtype, model.config.num_hidden_layers, model.generation_config.do_sample) == (
         torch.bfloat16,
         2,
-        False,
+        True,
     )
     tokenizer = AutoTokenizer.from_pretrained(built)
     text = "def f(x):\n    return 'é'\n"
