@@ -67,8 +67,8 @@ Context: {context} tokens. Byte-level BPE; id 0 is the end-of-text token and beg
 
 {training}
 
-In the last {polish_steps} steps of the backbone every other batch shows beginnings: text from a top-level `def`, `class`
-or `import` on, half of it cut into tokens as a prompt that ends in a blank is.
+In the last {polish_steps} steps of the backbone every other batch shows beginnings: text from a top-level `def`,
+`class` or `import` on, half of it cut into tokens as a prompt that ends in a blank is.
 
 The heads learn what the backbone itself would say (self-distillation, section 2.3.2 of the paper): their labels are
 its greedy choices, two thirds of the steps on {num_answers} answers it wrote to pieces of the training files, one
