@@ -133,7 +133,9 @@ def test_killed_training_of_heads_goes_on_as_if_undisturbed(built, options, few_
 def test_flags_come_from_the_options(monkeypatch):
     monkeypatch.setattr("sys.argv", ["demo", "--out", "x", "--heads-tokens", "5e3", "--no-compile"])
     options = pretrain.options_from_flags(demo.DemoOptions, "")
-    assert (str(options.out), options.for_heads().tokens, options.compile, options.nodes) == ("x", 5000, False, 16)
+    assert (str(options.out), options.for_heads().tokens, options.compile) == ("x", 5000, False)
+    assert options.for_tree() == calibrate.CalibrateOptions(model=options.out)
+    assert options.for_backbone() == pretrain.PretrainOptions(out=options.out, compile=False)
     monkeypatch.setattr("sys.argv", ["demo"])
     with pytest.raises(SystemExit):
         pretrain.options_from_flags(demo.DemoOptions, "")
