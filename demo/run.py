@@ -4,6 +4,7 @@ Each printed run of text between two marks is what one decoding step emitted; th
 tokens that were. Needs no GPU and no download.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -29,26 +30,13 @@ SMALL = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 def start() -> tuple[subprocess.Popen, str]:
     """The group's process and the address at which it takes requests."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        str(ROOT / "launch" / "serve.py"),
-    ]
-    command += [
-        "--model",
-        str(MODEL),
-        "--medusa",
-        str(MODEL / "medusa"),
-        "--device",
-        "cpu",
-        "--bind",
-        "tcp://127.0.0.1:0",
-    ]
-    print("starting:", " ".join(["torchrun", *command[3:]]), flush=True)
-    group = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    serve = ["--nproc-per-node", "2", str(ROOT / "launch" / "serve.py"), "--device", "cpu", "--dtype", "float32"]
+    serve += ["--model", str(MODEL), "--medusa", str(MODEL / "medusa")]
+    serve += ["--served-model-name", "euryale-demo", "--bind", "tcp://127.0.0.1:0"]
+    print("starting:", " ".join(["torchrun", *serve]), flush=True)
+    command = [sys.executable, "-m", "torch.distributed.run", *serve]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1"}  # or torchrun would announce that it sets this itself
+    group = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=quiet)
     for line in group.stdout:
         if line.startswith("ready "):
             return group, line.split()[1]
