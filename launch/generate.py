@@ -22,7 +22,7 @@ from euryale.runtime import offline
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.flags import add_flags, from_flags
 from euryale.runtime.tokenizer import load_tokenizer
-from euryale.runtime.worker import run_worker
+from euryale.runtime.worker import leave, run_worker
 from euryale.scheduler.params import ACCEPTANCE_RULES, SamplingParams
 
 
@@ -70,4 +70,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

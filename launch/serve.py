@@ -17,7 +17,7 @@ except ModuleNotFoundError:
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.flags import add_flags, from_flags
 from euryale.runtime.server import Server
-from euryale.runtime.worker import run_worker
+from euryale.runtime.worker import leave, run_worker
 from euryale.scheduler.frontend_config import FrontEndConfig
 
 
@@ -39,4 +39,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

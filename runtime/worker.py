@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from euryale.parallel.group import join
 from euryale.runtime.config import EngineConfig
@@ -70,3 +71,12 @@ def run_worker(make_config: Callable[[], EngineConfig], lead: Callable[[Engine],
 def _refuse(error: ValueError) -> int:
     print(f"error: {error}", file=sys.stderr, flush=True)
     return 2
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with ``code`` when all of ours is closed, without the interpreter's teardown: the native threads
+    of the libraries below have been seen to abort in it, which would turn a clean stop into an error."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
