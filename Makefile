@@ -24,7 +24,7 @@ lint: $(STAMP)
 test: lint  ## everything CI checks
 	$(BIN)/python -m pytest
 
-demo-checkpoint: $(STAMP)  ## train the demo model from scratch (about an hour and a half on 2 cores)
+demo-checkpoint: $(STAMP)  ## train the demo model from scratch (well over an hour on 2 cores)
 	$(BIN)/python -m euryale.training.demo --out demo/build
 
 clean:

@@ -75,7 +75,8 @@ def _refuse(error: ValueError) -> int:
 
 def leave(code: int) -> NoReturn:
     """End the process with ``code`` when all of ours is closed, without the interpreter's teardown: the native threads
-    of the libraries below have been seen to abort in it, which would turn a clean stop into an error."""
+    of the libraries below may abort in it, which would turn a clean stop into an error. (One stop was seen to end in
+    SIGABRT; that teardown was the cause is a guess.)"""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

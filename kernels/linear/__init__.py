@@ -9,7 +9,8 @@ from euryale.kernels.linear import packed
 
 class FrozenLinear(nn.Module):
     """y = x W^T + b for ``x`` [R, in]; ``weight`` [out, in], ``bias`` [out] or None. On a CPU the weight is stored
-    in oneDNN's own layout, which for 1 to 32 rows is 1.2 to 3 times faster than the plain one."""
+    in oneDNN's own layout, which for 1 to 32 rows is up to 3 times faster than the plain one, though not for the
+    smallest float32 matrices (docs/experiments.md)."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
