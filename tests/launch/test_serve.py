@@ -5,84 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import msgpack
 import psutil
 import pytest
 import zmq
-from support import ROOT, family_config, head_tensors, make_model, oracle_greedy, prompts, save_heads
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from serving import served, wait_until_idle
+from support import ROOT, oracle_greedy, prompts
 
 from euryale.client import Client, GroupLost, InvalidRequest, ServerLost
-
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A random model with a byte tokenizer: (directory, transformers model)."""
-    directory = tmp_path_factory.mktemp("served")
-    made = make_model(directory, family_config("llama", vocab_size=300, max_position_embeddings=256))
-    save_heads(directory / "medusa", head_tensors(made))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i + 3 for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", chat_template=TEMPLATE)
-    fast.save_pretrained(directory)
-    return directory, made
-
-
-@contextmanager
-def served(model, size: int = 2, *flags: str):
-    """A running group: yields (torchrun's process, address). Afterwards no process and no file may be left."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
-    command += [str(ROOT / "launch" / "serve.py"), "--model", str(model[0]), "--medusa", str(model[0] / "medusa")]
-    command += ["--dtype", "float32", "--bind", "tcp://127.0.0.1:0", "--max-num-seqs", "8", *flags]
-    before = leftovers()
-    group = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/")
-    noise: list[str] = []
-    reader = threading.Thread(target=lambda: noise.extend(group.stderr), daemon=True)
-    reader.start()
-    family: list[psutil.Process] = []
-    try:
-        address = next((line.split()[1] for line in group.stdout if line.startswith("ready ")), None)
-        assert address, "".join(noise)
-        family = psutil.Process(group.pid).children(recursive=True)
-        yield group, address
-    finally:
-        if group.poll() is None:
-            group.send_signal(signal.SIGTERM)
-        try:
-            group.wait(30)
-        finally:
-            _, alive = psutil.wait_procs(family, timeout=10)
-            for process in alive:
-                process.kill()
-    assert not alive, f"processes were left: {alive}"
-    assert leftovers() <= before, "files were left"
-
-
-def leftovers() -> set[str]:
-    """Shared-memory segments and socket directories on this machine."""
-    memory = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
-    return memory | {str(p) for p in Path("/tmp").glob("euryale-*")}
-
-
-def wait_until_idle(client: Client) -> dict:
-    """The server's stats once nothing runs; all pages must be free then."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        stats = client.stats()
-        if not stats["requests_running"] and not stats["requests_waiting"]:
-            break
-        time.sleep(0.1)
-    assert stats["pages_free"] == stats["pages_total"]
-    return stats
 
 
 def test_a_group_of_two_serves(model):

@@ -1,0 +1,64 @@
+"""Running groups for the tests: started by torchrun, asked over sockets, gone without a trace afterwards."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from support import ROOT
+
+from euryale.client import Client
+
+
+@contextmanager
+def served(model, size: int = 2, *flags: str, nodes: tuple[str, ...] = ()):
+    """A running group: yields (torchrun's process, address). Afterwards no process and no file may be left. ``nodes``:
+    torchrun's flags for a group of several nodes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), *nodes]
+    command += [str(ROOT / "launch" / "serve.py"), "--model", str(model[0]), "--medusa", str(model[0] / "medusa")]
+    command += ["--dtype", "float32", "--bind", "tcp://127.0.0.1:0", "--max-num-seqs", "8", *flags]
+    before = leftovers()
+    group = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/")
+    noise: list[str] = []
+    reader = threading.Thread(target=lambda: noise.extend(group.stderr), daemon=True)
+    reader.start()
+    family: list[psutil.Process] = []
+    try:
+        address = next((line.split()[1] for line in group.stdout if line.startswith("ready ")), None)
+        assert address, "".join(noise)
+        family = psutil.Process(group.pid).children(recursive=True)
+        yield group, address
+    finally:
+        if group.poll() is None:
+            group.send_signal(signal.SIGTERM)
+        try:
+            group.wait(30)
+        finally:
+            _, alive = psutil.wait_procs(family, timeout=10)
+            for process in alive:
+                process.kill()
+    assert not alive, f"processes were left: {alive}"
+    assert leftovers() <= before, "files were left"
+
+
+def leftovers() -> set[str]:
+    """Shared-memory segments and socket directories on this machine."""
+    memory = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
+    return memory | {str(p) for p in Path("/tmp").glob("euryale-*")}
+
+
+def wait_until_idle(client: Client) -> dict:
+    """The server's stats once nothing runs; all pages must be free then."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        stats = client.stats()
+        if not stats["requests_running"] and not stats["requests_waiting"]:
+            break
+        time.sleep(0.1)
+    assert stats["pages_free"] == stats["pages_total"]
+    return stats
