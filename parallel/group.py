@@ -59,6 +59,10 @@ class Group:
         """The smallest of the ranks' values; for use while loading."""
         return value if self.size == 1 else int(self._gather(torch.tensor([value]), self.patient).min())
 
+    def share(self, count: int) -> slice:
+        """This rank's items of ``count`` that are dealt out one by one."""
+        return slice(self.rank, count, self.size)
+
     def broadcast(self, buffer: np.ndarray | None) -> np.ndarray:
         """Send the leader's int32 ``buffer`` [n] to all ranks; others pass None. What it means is not known here.
 

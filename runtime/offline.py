@@ -74,10 +74,17 @@ def _request(key: int, row: dict, tokenizer, params: SamplingParams) -> Request:
     return Request(key=key, prompt=np.asarray(tokens, dtype=np.int32), params=params)
 
 
-def generate(engine: Engine, jobs: list[Job], tokenizer, out: TextIO, is_interrupted: Callable[[], bool]) -> dict:
+def generate(
+    engine: Engine,
+    jobs: list[Job],
+    tokenizer,
+    out: TextIO,
+    is_interrupted: Callable[[], bool],
+    with_prompts: bool = False,
+) -> dict:
     """Run all jobs on the leader and write one JSON line per job, in input order, each as soon as those before it
-    are done. Returns the summary; loading is not part of ``seconds``. KeyboardInterrupt, between two steps, when
-    ``is_interrupted``."""
+    are done; ``with_prompts`` with the prompt's tokens too. Returns the summary; loading is not part of ``seconds``.
+    KeyboardInterrupt, between two steps, when ``is_interrupted``."""
     for job in jobs:
         if job.request is not None:
             try:
@@ -91,9 +98,9 @@ def generate(engine: Engine, jobs: list[Job], tokenizer, out: TextIO, is_interru
             if is_interrupted():
                 raise KeyboardInterrupt
             bar.update(sum(o.finish_reason is not None for o in engine.step()))
-            _write_finished(out, waiting, tokenizer)
+            _write_finished(out, waiting, tokenizer, with_prompts)
     seconds = time.perf_counter() - started
-    _write_finished(out, waiting, tokenizer)
+    _write_finished(out, waiting, tokenizer, with_prompts)
     steps = sum(len(r.accepted) for r in requests)
     tokens = sum(len(r.output) for r in requests)
     return {
@@ -109,7 +116,7 @@ def generate(engine: Engine, jobs: list[Job], tokenizer, out: TextIO, is_interru
     }
 
 
-def _write_finished(out: TextIO, waiting: deque[Job], tokenizer) -> None:
+def _write_finished(out: TextIO, waiting: deque[Job], tokenizer, with_prompts: bool) -> None:
     """Write the answers at the head of the queue that are complete."""
     while waiting and (waiting[0].request is None or waiting[0].request.finish_reason):
         job = waiting.popleft()
@@ -120,6 +127,9 @@ def _write_finished(out: TextIO, waiting: deque[Job], tokenizer) -> None:
             row["tokens"] = job.request.output
             row["finish_reason"] = job.request.finish_reason
             row["accepted"] = job.request.accepted
+            if with_prompts:
+                row["prompt_tokens"] = job.request.prompt.tolist()
         else:
             row["error"] = job.error
         out.write(json.dumps(row) + "\n")
+        out.flush()  # a killed run keeps what was answered
