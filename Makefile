@@ -8,7 +8,7 @@ STAMP := $(VENV)/installed
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,train]'
 	touch $(STAMP)
 
 demo: $(STAMP)  ## serve the demo model with 2 ranks, ask it, stop it
@@ -25,7 +25,7 @@ test: lint  ## everything CI checks
 	$(BIN)/python -m pytest
 
 demo-checkpoint: $(STAMP)  ## train the demo model from scratch (well over an hour on 2 cores)
-	$(BIN)/python -m euryale.training.demo --out demo/build
+	$(BIN)/python launch/train.py demo --out demo/build
 
 clean:
 	rm -rf $(VENV) build *.egg-info

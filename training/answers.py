@@ -1,58 +1,67 @@
-"""The backbone's own greedy answers to prompts of the corpus: what its heads learn from and are judged on.
-
-Medusa paper (arXiv 2401.10774), section 2.3.2, self-distillation. Shape suffixes: S answers, L positions.
+"""The backbone's own answers, written by this runtime's engine on all ranks: what self-distillation learns from (Medusa
+paper, arXiv 2401.10774, section 2.3.2) and heads are judged on.
 """
 
-from pathlib import Path
+import dataclasses
+from typing import TextIO
 
 import numpy as np
-import torch
-from transformers import LlamaForCausalLM
+
+from euryale.parallel.group import Group
+from euryale.runtime import offline
+from euryale.runtime.config import EngineConfig
+from euryale.runtime.engine import Engine
+from euryale.runtime.offline import Job
+from euryale.runtime.tokenizer import load_tokenizer
+from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.request import Request
+from euryale.training.data import Document
 
 
-def spaced_prompts(stream: np.ndarray, count: int, length: int) -> torch.Tensor:
-    """``count`` evenly spaced pieces of the stream, int64 [count, length]; ValueError if it is too short."""
-    room = len(stream) - length
-    if room < count:
-        raise ValueError(f"{len(stream)} tokens are too few for {count} prompts of {length}: ask for fewer")
-    return torch.from_numpy(np.stack([stream[i * room // count :][:length] for i in range(count)]).astype(np.int64))
-
-
-@torch.no_grad()
-def continue_greedily(backbone: LlamaForCausalLM, prompts_SL: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Int64 [S, prompt] -> [S, prompt + new_tokens], in the backbone's dtype; nothing stops at end of text."""
-    output = backbone(prompts_SL, use_cache=True, logits_to_keep=1)
-    tokens = [prompts_SL]
-    for _ in range(new_tokens):
-        tokens.append(output.logits[:, -1].argmax(-1, keepdim=True))
-        if len(tokens) <= new_tokens:
-            output = backbone(tokens[-1], past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
-    return torch.cat(tokens, dim=1)
+def choose_prompts(documents: list[Document], count: int, length: int) -> list[np.ndarray]:
+    """At most ``count`` prompts, int32 each: the documents' own where they have answers, else evenly spaced pieces of
+    ``length`` tokens. ValueError if there are none."""
+    prompts = [d.prompt for d in documents if 0 < len(d.prompt) < len(d.tokens) or not d.learned.any()]
+    if prompts:
+        chosen = np.unique(np.linspace(0, len(prompts) - 1, min(count, len(prompts))).astype(np.int64))
+        return [prompts[i] for i in chosen if len(prompts[i])]
+    rooms = np.array([max(0, len(d.tokens) - length) for d in documents])
+    ends = np.cumsum(rooms)
+    if not len(ends) or ends[-1] < 1:
+        raise ValueError(f"no document is longer than {length} tokens: lower --prompt-tokens or give other --data")
+    places = np.unique(np.linspace(0, ends[-1] - 1, min(count, int(ends[-1]))).astype(np.int64))
+    found = []
+    for place in places:
+        number = int(np.searchsorted(ends, place, side="right"))
+        start = int(place - (ends[number] - rooms[number]))
+        found.append(documents[number].tokens[start : start + length])
+    return found
 
 
 def write_answers(
-    backbone: LlamaForCausalLM, prompts_SL: torch.Tensor, new_tokens: int, work: Path, part_size: int = 256
-) -> np.ndarray:
-    """Prompts with their answers, uint16 [S, prompt + new_tokens], written part by part to ``work/answers``: a
-    killed run goes on at the first part that is missing."""
-    folder = work / "answers"
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = []
-    for i, part in enumerate(prompts_SL.split(part_size)):
-        path = folder / f"{i:04}.npy"
-        if not path.exists():
-            tokens = continue_greedily(backbone, part, new_tokens).numpy().astype(np.uint16)
-            np.save(path.with_suffix(".tmp.npy"), tokens)
-            path.with_suffix(".tmp.npy").replace(path)
-            print(f"answers {i * part_size + len(part)}/{len(prompts_SL)}", flush=True)
-        parts.append(np.load(path))
-    return np.concatenate(parts)
+    config: EngineConfig,
+    group: Group,
+    prompts: list[np.ndarray],
+    params: SamplingParams,
+    out: TextIO | None,
+    first: int = 0,
+) -> dict | None:
+    """Answer the prompts from number ``first`` on and write a JSON line for each, with ``prompt_tokens`` and
+    ``tokens``, in their order and as soon as possible. ``prompts`` and ``out`` are the leader's; the other ranks help
+    and get None. Request i draws with seed ``params.seed + i``."""
+    engine = Engine(config, group)
+    if not group.is_leader:
+        engine.follow()
+        return None
+    tokenizer = load_tokenizer(config.model, engine.loaded.limits.vocab_size)
+    jobs = [Job(key, _request(key, prompt, params, engine)) for key, prompt in list(enumerate(prompts))[first:]]
+    summary = offline.generate(engine, jobs, tokenizer, out, lambda: False, with_prompts=True)
+    engine.stop()
+    return summary
 
 
-def shuffled(answers_SL: np.ndarray, batch: int, step: int, seed: int) -> np.ndarray:
-    """Batch ``step`` of the endless, seeded order of answers: int64 [batch, L]; a function of its arguments alone."""
-    if len(answers_SL) < batch:
-        raise ValueError(f"{len(answers_SL)} answers are too few for a batch of {batch}: write more")
-    epoch, index = divmod(step, len(answers_SL) // batch)
-    order = np.random.default_rng((seed, epoch)).permutation(len(answers_SL))
-    return answers_SL[order[index * batch : (index + 1) * batch]].astype(np.int64)
+def _request(key: int, prompt: np.ndarray, params: SamplingParams, engine: Engine) -> Request:
+    """A prompt near the model's length gets a shorter answer."""
+    room = max(1, engine.loaded.limits.max_model_len - len(prompt))
+    params = dataclasses.replace(params, seed=params.seed + key, max_tokens=min(params.max_tokens, room))
+    return Request(key=key, prompt=prompt, params=params)

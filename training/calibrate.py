@@ -1,228 +1,187 @@
-"""Measure trained heads on held-out text and search their static tree (Medusa paper, arXiv 2401.10774, 2.3.3).
+"""Measure trained heads on held-out data and search their static tree (Medusa paper, arXiv 2401.10774, section 2.3.3).
 
-``python -m euryale.training.calibrate --model DIR`` reads the backbone in DIR and the heads in ``DIR/medusa``
-and writes ``calibration.json`` and ``tree.json`` beside the heads.
+A greedy step accepts a guess when it is what the *backbone* would have written, so trees are searched on the
+backbone's own greedy answers to held-out prompts. Accuracies against the held-out text are reported too. Written beside
+the heads: ``tree.json``, ``calibration.json``, ``tree.png``, ``accuracy.png``.
 
-A greedy step accepts a guess when it is what the *backbone* would have written, so the tree is searched on the
-backbone's own greedy continuations of held-out prompts. Accuracies against the held-out text are reported too.
-
-The *rank* of a token at a head is how many tokens that head likes better, NUM_RANKS standing for "too many".
-Shape suffixes: S sequences, P positions of a sequence, N positions of all, K heads, R ranks.
+Shape suffixes as in ``tree_search``; B rows, L positions.
 """
 
-import heapq
+import io
 import json
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from euryale.scheduler.tree import TreeShape, search_tree
-from euryale.training import answers, corpus, pretrain
+from euryale.parallel import fsdp
+from euryale.parallel.group import Group
+from euryale.runtime.config import EngineConfig
+from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.tree import load_tree
+from euryale.training import answers, medusa1, pictures, survival, tree_search
+from euryale.training import backbone as backbones
 from euryale.training.heads import Heads
+from euryale.training.model import MedusaModel
+from euryale.training.options import CalibrateOptions
+from euryale.training.packing import Batch, Windows, pack
+from euryale.training.tree_search import NUM_RANKS, Continuations
 
-NUM_RANKS = 10
-TREE_SIZES = (4, 8, 12, 16, 24, 32, 63)
-# Trees are searched on the other sequences, so that what is reported of them was not fitted.
+# Trees are searched on the other answers, so that what is reported of them was not fitted.
 _EVERY_NTH_MEASURES = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class CalibrateOptions:
-    """The command's flags. ``nodes``: guesses in tree.json, the root not counted; ``prompts`` held-out prompts of
-    ``prompt_tokens`` are each continued by ``new_tokens``; ``text_windows`` windows of 1024 tokens of text."""
+class Ranker(MedusaModel):
+    """What the heads say along given tokens."""
 
-    model: Path
-    nodes: int = 10
-    prompts: int = 256
-    prompt_tokens: int = 64
-    new_tokens: int = 128
-    text_windows: int = 64
-    batch: int = 64
-
-    def __post_init__(self) -> None:
-        if self.nodes < 1 or self.prompts < _EVERY_NTH_MEASURES:
-            raise ValueError(f"--nodes must be at least 1 and --prompts at least {_EVERY_NTH_MEASURES}")
-
-
-@dataclass(frozen=True)
-class Continuations:
-    """What the heads would have said along the backbone's own greedy answers.
-
-    ``ranks_SPK`` int64: rank of the token that came ``k + 2`` later; ``valid_SP`` bool: whether all K of these
-    tokens belong to the answer, which ends at the end-of-text token. Position 0 is the prompt's last token.
-    """
-
-    ranks_SPK: np.ndarray
-    valid_SP: np.ndarray
-
-    def flat(self) -> np.ndarray:
-        """Ranks at the valid positions, [N, K]."""
-        return self.ranks_SPK[self.valid_SP]
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """At position t and head k the rank of token t + 2 + k, int64 [B, L, K], at most NUM_RANKS (also where there is
+        no such token), and the probabilities of the likeliest guesses, float32 [B, L, K, R]. Ties count in the
+        token's favour."""
+        hidden_BLD = self.hidden_states(batch)
+        ranks, guesses = [], []
+        with torch.no_grad():
+            for k, head in enumerate(self.heads):
+                logits_BLV = self._head_logits(head, hidden_BLD.float()).float()
+                wanted_BL = torch.zeros_like(batch.tokens)
+                wanted_BL[:, : -2 - k] = batch.tokens[:, 2 + k :]
+                rank_BL = (logits_BLV > logits_BLV.gather(2, wanted_BL[..., None])).sum(-1).clamp(max=NUM_RANKS)
+                rank_BL[:, -2 - k :] = NUM_RANKS
+                ranks.append(rank_BL)
+                guesses.append(logits_BLV.softmax(-1).topk(NUM_RANKS).values)
+        return torch.stack(ranks, dim=2), torch.stack(guesses, dim=2)
 
 
-@torch.no_grad()
-def ranks_along(backbone, heads: Heads, tokens: torch.Tensor) -> np.ndarray:
-    """For int64 tokens [S, length]: int64 [S, length - K - 1, K], at position t and head k the rank of token
-    t + 2 + k, at most NUM_RANKS. Ties count in the token's favour."""
-    num_positions = tokens.shape[1] - len(heads) - 1
-    ranks = np.empty((tokens.shape[0], num_positions, len(heads)), dtype=np.int64)
-    for s, row in enumerate(tokens):  # one sequence at a time: the logits of a batch would be large
-        hidden = backbone.model(row[None], use_cache=False).last_hidden_state[0, :num_positions]
-        for k, head in enumerate(heads):
-            logits = head(hidden)
-            true = logits.gather(1, row[2 + k : 2 + k + num_positions, None])
-            ranks[s, :, k] = (logits > true).sum(-1).clamp(max=NUM_RANKS).numpy()
-    return ranks
+def own_answers(args: CalibrateOptions, prompts: list[np.ndarray], group: Group) -> list[dict]:
+    """The backbone's greedy answers, the same list of ``prompt_tokens`` and ``tokens`` on every rank."""
+    config = EngineConfig(
+        model=args.model,
+        tree="off",
+        dtype=args.dtype,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=max(512, args.max_num_seqs),
+    )
+    written = io.StringIO()
+    answers.write_answers(config, group, prompts, SamplingParams(max_tokens=args.max_tokens), written)
+    content = np.frombuffer(written.getvalue().encode(), dtype=np.uint8).astype(np.int32)
+    content = group.broadcast(content if group.is_leader else None).astype(np.uint8)
+    return [json.loads(line) for line in content.tobytes().decode().split("\n") if line]
 
 
-def measure_continuations(args: CalibrateOptions, backbone, heads: Heads, stream: np.ndarray) -> Continuations:
-    """Continue evenly spaced prompts of the stream and rank what came out."""
-    prompts = answers.spaced_prompts(stream, args.prompts, args.prompt_tokens)
-    end = backbone.config.eos_token_id
-    ranks, valid = [], []
-    for part in prompts.split(args.batch):
-        tokens = answers.continue_greedily(backbone, part, args.new_tokens)
-        ranks.append(ranks_along(backbone, heads, tokens)[:, args.prompt_tokens - 1 :])
-        goes_on = ((tokens[:, args.prompt_tokens :] == end).cumsum(1) == 0).numpy()
-        valid.append(goes_on[:, len(heads) :])  # the last of the tokens guessed at a position lies K + 1 further
-    return Continuations(np.concatenate(ranks), np.concatenate(valid))
+def rank_rows(model: Ranker, rows: list[np.ndarray], group: Group) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Ranks [length, K] and probabilities [length, K, R] for every row of tokens, worked out by all ranks together."""
+    longest = max(map(len, rows))
+    count = -(-len(rows) // group.size) * group.size  # FSDP wants every rank to run the model equally often
+    ranks, guesses = [], []
+    for number in range(count)[group.share(count)]:
+        row = rows[number % len(rows)]
+        tokens = torch.zeros(1, longest, dtype=torch.int64)
+        tokens[0, : len(row)] = torch.from_numpy(row.astype(np.int64))
+        places = torch.arange(longest)[None]
+        batch = Batch(tokens, tokens > 0, torch.zeros_like(tokens), places, torch.zeros(1)).to(group.device)
+        for found, part in zip((ranks, guesses), model(batch), strict=True):
+            found.append(part[0])
+    # Dealt out one by one and stacked rank by rank: [size, count / size, ...] back to the order of the rows.
+    whole = [group.all_gather(torch.stack(part)).transpose(0, 1).flatten(0, 1) for part in (ranks, guesses)]
+    of_row, by_row = (part.cpu().numpy() for part in whole)
+    return [(of_row[i, : len(row)], by_row[i, : len(row)]) for i, row in enumerate(rows)]
 
 
-def measure_text(args: CalibrateOptions, backbone, heads: Heads, stream: np.ndarray) -> np.ndarray:
-    """Ranks of the text's own tokens over its first windows, [N, K]."""
-    length = min(backbone.config.max_position_embeddings, len(stream))
-    count = min(args.text_windows, len(stream) // length)
-    windows = torch.from_numpy(stream[: count * length].astype(np.int64)).view(count, length)
-    return ranks_along(backbone, heads, windows).reshape(-1, len(heads))
+def measure_answers(args: CalibrateOptions, model: Ranker, written: list[dict], group: Group) -> Continuations:
+    """What the heads would have said along the answers."""
+    rows = [np.asarray(row["prompt_tokens"] + row["tokens"], dtype=np.int32) for row in written]
+    num_heads = len(model.heads)
+    ranks = np.full((len(rows), args.max_tokens, num_heads), NUM_RANKS)
+    guesses = np.zeros((len(rows), args.max_tokens, num_heads, NUM_RANKS), dtype=np.float32)
+    valid = np.zeros((len(rows), args.max_tokens), dtype=bool)
+    for s, (row, (of_row, by_row)) in enumerate(zip(written, rank_rows(model, rows, group), strict=True)):
+        first, count = len(row["prompt_tokens"]) - 1, len(row["tokens"])  # the prompt's last token guesses first
+        ranks[s, :count], guesses[s, :count] = of_row[first : first + count], by_row[first : first + count]
+        valid[s, : max(0, count - num_heads)] = True  # the last of the tokens guessed there lies K further
+    return Continuations(ranks, valid, guesses)
 
 
-def accuracy_by_rank(ranks_NK: np.ndarray) -> np.ndarray:
-    """Probability that a head's guess of rank r is right, float64 [K, R]."""
-    return np.stack([(ranks_NK == r).mean(axis=0) for r in range(NUM_RANKS)], axis=1)
+def measure_text(model: Ranker, windows: Windows, chosen: np.ndarray, group: Group) -> np.ndarray:
+    """Ranks [N, K] of the text's own tokens, where all those guessed at a position are of its document. ValueError if
+    they nowhere are."""
+    ahead = len(model.heads) + 1
+    found = []
+    for i, (ranks, _) in zip(chosen, rank_rows(model, [windows.tokens[i] for i in chosen], group), strict=True):
+        learned = np.lib.stride_tricks.sliding_window_view(windows.learned[i, 1:], ahead).all(axis=1)
+        found.append(ranks[:-ahead][learned & (windows.documents[i, ahead:] == windows.documents[i, :-ahead])])
+    if not sum(map(len, found)):
+        raise ValueError("the held-out documents are shorter than the heads look ahead: give longer ones")
+    return np.concatenate(found)
 
 
-def search_joint_tree(ranks_NK: np.ndarray, num_drafts: int, prior_count: float = 8.0) -> list[list[int]]:
-    """The paths of the best static tree, in decreasing order of gain: any prefix of the list is the best tree of
-    its size.
-
-    A path adds to the expected accepted length the probability that all its guesses are right *together*. The
-    paper multiplies the heads' accuracies as if they were independent; here the paths are counted. Below a path
-    seen n times, the next guess's probability is its count plus ``prior_count`` times the head's accuracy, over n +
-    ``prior_count``: rare paths fall back to the product. As a child never gains more than its parent, taking the
-    largest gain next is optimal.
-    """
-    num_heads = ranks_NK.shape[1]
-    accuracy = accuracy_by_rank(ranks_NK)
-    counts: Counter = Counter({(): len(ranks_NK)})
-    for depth in range(1, num_heads + 1):
-        counts.update(map(tuple, ranks_NK[:, :depth].tolist()))
-    heap: list[tuple[float, tuple[int, ...]]] = [(-1.0, ())]
-    paths: list[list[int]] = []
-    while heap and len(paths) <= num_drafts:
-        negative_gain, path = heapq.heappop(heap)
-        paths.append(list(path))
-        if len(path) == num_heads:
-            continue
-        for rank in range(NUM_RANKS):
-            expected = counts[(*path, rank)] + prior_count * accuracy[len(path), rank]
-            heapq.heappush(heap, (negative_gain * expected / (counts[path] + prior_count), (*path, rank)))
-    return paths[1:]
+def make_model(args: CalibrateOptions, group: Group) -> Ranker:
+    """Backbone and heads in float32, sharded over the ranks."""
+    backbone = backbones.load_backbone(args.model, torch.float32, group.device)
+    vocab_size, hidden_size = backbone.get_output_embeddings().weight.shape
+    heads = Heads.load(args.heads, args.model, vocab_size, hidden_size).requires_grad_(False)
+    model = Ranker(backbone, heads, "text", joint=False, distilled=False).to(group.device)
+    fsdp.shard_parameters(model, model.blocks, [], group)
+    return model
 
 
-def accepted_lengths(ranks: np.ndarray, paths: list[list[int]]) -> np.ndarray:
-    """How many guesses of a tree with all prefixes listed are accepted at each position: int64 [...] for ranks
-    [..., K]."""
-    base = NUM_RANKS + 1
-    lengths = np.zeros(ranks.shape[:-1], dtype=np.int64)
-    for depth in range(1, ranks.shape[-1] + 1):
-        weights = base ** np.arange(depth)
-        nodes = [int(np.dot(path, weights)) for path in paths if len(path) == depth]
-        lengths += np.isin(ranks[..., :depth] @ weights, nodes)
-    return lengths
-
-
-def visited(measured: Continuations, paths: list[list[int]]) -> np.ndarray:
-    """Where decoding steps start when every answer is walked as the engine would, bool [S, P]: after a step that
-    accepted n guesses the next one starts n + 1 positions further."""
-    starts = np.zeros_like(measured.valid_SP)
-    for row, lengths, valid in zip(starts, accepted_lengths(measured.ranks_SPK, paths), measured.valid_SP, strict=True):
-        position = 0
-        while position < len(valid) and valid[position]:
-            row[position] = True
-            position += 1 + int(lengths[position])
-    return starts
-
-
-def tokens_per_step(measured: Continuations, paths: list[list[int]]) -> float:
-    """Mean tokens of the steps that decode the answers."""
-    starts = visited(measured, paths)
-    return 1 + float(accepted_lengths(measured.ranks_SPK[starts], paths).mean())
-
-
-def search_walked_tree(measured: Continuations, num_drafts: int, rounds: int = 6) -> list[list[int]]:
-    """The best of a few joint trees, in decreasing order of gain.
-
-    A decoder does not stop everywhere: it skips what it accepted, so that steps start where guessing is harder than on
-    average. So every round searches on the positions where the previous round's tree stops.
-    """
-    best, candidates = [], measured.flat()
-    for _ in range(rounds):
-        paths = search_joint_tree(candidates, num_drafts)
-        if not best or tokens_per_step(measured, paths) > tokens_per_step(measured, best):
-            best = paths
-        candidates = measured.ranks_SPK[visited(measured, paths)]
-    return best
-
-
-def compare_trees(searched: Continuations, measured: Continuations, sizes=TREE_SIZES) -> list[dict]:
-    """One row per tree size, the trees searched on one set of answers and measured on another. ``expected``:
-    1 + mean accepted length over all positions; ``tokens_per_step``: over those where steps start; ``independent``:
-    the same of the tree that assumes independent heads."""
-    accuracy = accuracy_by_rank(searched.flat())
-    rows = []
-    for size in sizes:
-        paths = search_walked_tree(searched, size)
-        row = {"nodes": len(paths), "expected": 1 + float(accepted_lengths(measured.flat(), paths).mean())}
-        row["tokens_per_step"] = tokens_per_step(measured, paths)
-        row["independent"] = tokens_per_step(measured, search_tree(accuracy, size).paths())
-        rows.append({name: round(value, 4) for name, value in row.items()})
+def compare_with(args: CalibrateOptions, searched: Continuations, measured: Continuations) -> list[dict]:
+    """Rows of the trees of --compare, cut to the depth of the heads, beside the searched ones of as many guesses."""
+    rows, num_heads = [], measured.ranks_SPK.shape[-1]
+    for source in args.compare:
+        whole = load_tree(source, num_heads=1 << 10)
+        paths = whole.limited(whole.num_drafts, num_heads).paths()
+        best = tree_search.search_walked_tree(searched, len(paths))
+        row = {"tree": Path(source).stem, "nodes": len(paths), "nodes_before_cut": whole.num_drafts}
+        row["tokens_per_step"] = round(tree_search.tokens_per_step(measured, paths), 4)
+        rows.append(row | {"searched": round(tree_search.tokens_per_step(measured, best), 4)})
     return rows
 
 
-def run(args: CalibrateOptions) -> dict:
-    """Measure, search, and write both files; returns the content of ``calibration.json``."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.model)
-    held_files = corpus.split(corpus.standard_library_files())[1]
-    stream = corpus.token_stream(tokenizer, held_files)
-    backbone = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    heads = Heads.load(args.model / "medusa")
-    own = measure_continuations(args, backbone, heads, stream)
-    text_NK = measure_text(args, backbone, heads, stream)
-    measures = np.arange(args.prompts) % _EVERY_NTH_MEASURES == _EVERY_NTH_MEASURES - 1
-    searched, measured = (Continuations(own.ranks_SPK[m], own.valid_SP[m]) for m in (~measures, measures))
+def result_of(args: CalibrateOptions, own: Continuations, text_NK: np.ndarray) -> dict:
+    """The content of ``calibration.json`` without the survival table."""
+    measures = np.arange(len(own.valid_SP)) % _EVERY_NTH_MEASURES == _EVERY_NTH_MEASURES - 1
+    searched, measured = own.some(~measures), own.some(measures)
     if not searched.valid_SP.any() or not measured.valid_SP.any():
         raise ValueError("the backbone ends its answers at once: nothing to calibrate on")
-    result = {
+    paths = tree_search.search_walked_tree(searched, args.nodes)
+    chain = [[0] * depth for depth in range(1, own.ranks_SPK.shape[-1] + 1)]
+    return {
         "num_positions": int(own.valid_SP.sum()),
-        "accuracy": accuracy_by_rank(own.flat()).round(4).tolist(),
+        "accuracy": tree_search.accuracy_by_rank(own.flat()).round(4).tolist(),
         "num_text_positions": len(text_NK),
-        "text_accuracy": accuracy_by_rank(text_NK).round(4).tolist(),
+        "text_accuracy": tree_search.accuracy_by_rank(text_NK).round(4).tolist(),
         "num_searched_positions": int(searched.valid_SP.sum()),
         "num_measured_positions": int(measured.valid_SP.sum()),
-        "trees": compare_trees(searched, measured),
+        "tree": {
+            "nodes": len(paths),
+            "tokens_per_step": round(tree_search.tokens_per_step(measured, paths), 4),
+            "paths": paths,
+            "survival": [round(share, 4) for share in tree_search.survival(measured, paths)],
+        },
+        "chain": round(tree_search.tokens_per_step(measured, chain), 4),
+        "trees": tree_search.compare_trees(searched, measured),
+        "compared": compare_with(args, searched, measured),
     }
-    paths = TreeShape.from_paths(search_walked_tree(searched, args.nodes)).paths()
-    result["tree"] = {"nodes": len(paths), "tokens_per_step": round(tokens_per_step(measured, paths), 4)}
-    directory = args.model / "medusa"
-    (directory / "tree.json").write_text(json.dumps(paths) + "\n")
-    (directory / "calibration.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["tree"]))
+
+
+def run(args: CalibrateOptions, group: Group) -> dict:
+    """Measure, search and write; returns the content of ``calibration.json``. ValueError for bad input."""
+    model = make_model(args, group)
+    vocab_size, max_positions = model.vocab_size, model.backbone.config.max_position_embeddings
+    _, held, tokenizer = medusa1.load_documents(args, vocab_size)
+    prompts = answers.choose_prompts(held, args.num_prompts, args.prompt_tokens)
+    own = measure_answers(args, model, own_answers(args, prompts, group), group)
+    windows = pack(held, min(args.length, max_positions), tokenizer.eos_token_id or 0)
+    text_NK = measure_text(model, windows, windows.chosen(args.text_windows), group)
+    result = result_of(args, own, text_NK)
+    if group.is_leader:
+        _write(Path(args.out), result | {"survival": survival.fit(own).to_json()})
     return result
 
 
-if __name__ == "__main__":
-    run(pretrain.options_from_flags(CalibrateOptions, __doc__))
+def _write(out: Path, result: dict) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "calibration.json").write_text(json.dumps(result) + "\n")
+    pictures.draw_accuracy(out / "accuracy.png", np.asarray(result["accuracy"]))
+    pictures.draw_tree(out / "tree.png", result["tree"]["paths"], result["tree"]["survival"])
+    (out / "tree.json").write_text(json.dumps(result["tree"]["paths"]) + "\n")

@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+HELD_OUT_PERCENT = 3.0
 END_OF_TEXT = "<|endoftext|>"
 # Files that are tables rather than code, and the packages that are not part of the standard library.
 _EXCLUDED = {"site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__", "lib2to3", "config-3"}
@@ -36,13 +37,15 @@ def standard_library_files() -> list[Path]:
     return files
 
 
-def split(files: list[Path], held_out_percent: int = 3) -> tuple[list[Path], list[Path]]:
-    """Training and held-out files. A file's side depends on its name alone, so it is the same everywhere."""
+def is_held_out(key: str, percent: float = HELD_OUT_PERCENT) -> bool:
+    """Whether the document of this key is held out: its own hash says so, so that it is the same everywhere."""
+    number = int(hashlib.sha256(key.encode()).hexdigest(), 16)
+    return number % 100 + number // 100 % 100 / 100 < percent
 
-    def is_held_out(path: Path) -> bool:
-        return int(hashlib.sha256(path.name.encode()).hexdigest(), 16) % 100 < held_out_percent
 
-    return [p for p in files if not is_held_out(p)], [p for p in files if is_held_out(p)]
+def split(files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """Training and held-out files, told apart by their names."""
+    return [p for p in files if not is_held_out(p.name)], [p for p in files if is_held_out(p.name)]
 
 
 def read(path: Path) -> str:

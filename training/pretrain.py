@@ -1,11 +1,9 @@
 """Train the demo backbone: a small Llama from scratch on the standard library's source.
 
-``python -m euryale.training.pretrain --out DIR`` writes a Hugging Face directory (bfloat16). A killed run goes
-on where its last checkpoint was written when the same command is given again.
+What is written is a Hugging Face directory (bfloat16). A killed run goes on where its last checkpoint was written when
+the same command is given again.
 """
 
-import argparse
-import dataclasses
 import json
 import math
 import time
@@ -17,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from euryale.parallel import fsdp
+from euryale.parallel.group import Group
+from euryale.runtime.config import flag
 from euryale.training import corpus
 
 CHECKPOINT_STEPS = 100
@@ -25,20 +26,19 @@ OPENING = 128  # tokens of a beginning
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions:
-    """The command's flags. ``tokens`` counts repetitions too; ``batch`` windows of ``length`` tokens per step. The last
-    ``polish_steps`` come on top: every other one shows beginnings, ``corpus.openings``, as prompts are."""
+    """A small Llama from scratch on the Python standard library's source."""
 
-    out: Path
-    vocab_size: int = 4096
-    hidden_size: int = 256
-    num_layers: int = 6
-    tokens: float = 10e6
-    batch: int = 8
-    length: int = 1024
-    polish_steps: int = 160
-    lr: float = 6e-3
-    seed: int = 0
-    compile: bool = True
+    out: str = flag("", "directory of the model that is written")
+    vocab_size: int = flag(4096, "size of the byte-level BPE vocabulary")
+    hidden_size: int = flag(256, "width of the model")
+    num_layers: int = flag(6, "decoder layers")
+    tokens: float = flag(10e6, "tokens to train on, repetitions counted")
+    batch: int = flag(8, "windows of a step")
+    length: int = flag(1024, "tokens of a window")
+    polish_steps: int = flag(160, "steps on top of which every other one shows beginnings, as prompts are")
+    lr: float = flag(6e-3, "learning rate")
+    seed: int = flag(0, "everything that is drawn depends on it")
+    compile: bool = flag(True, "compile the model")
 
     @property
     def main_steps(self) -> int:
@@ -47,17 +47,6 @@ class PretrainOptions:
     @property
     def steps(self) -> int:
         return self.main_steps + self.polish_steps
-
-
-def options_from_flags(options_class, description: str):
-    """An instance of the dataclass from the command line: every field is a flag, without a default required."""
-    parser = argparse.ArgumentParser(description=description)
-    for field in dataclasses.fields(options_class):
-        required = field.default is dataclasses.MISSING
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        default = {} if required else {"default": field.default}
-        parser.add_argument("--" + field.name.replace("_", "-"), required=required, **default, **kind)
-    return options_class(**vars(parser.parse_args()))
 
 
 def demo_config(vocab_size: int, hidden_size: int = 256, num_layers: int = 6) -> LlamaConfig:
@@ -125,30 +114,13 @@ def training_batch(step: int, args: PretrainOptions, stream: np.ndarray, beginni
     return torch.from_numpy(beginnings[rows % len(beginnings)])
 
 
-def save_checkpoint(path: Path, model, optimizers, step: int) -> None:
-    """Write weights, optimizer states and the step; the rename makes it whole or absent."""
-    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
-
-
-def load_checkpoint(path: Path, model, optimizers) -> int:
-    """Restore what ``save_checkpoint`` wrote, if it did; the step to go on with."""
-    if not path.exists():
-        return 0
-    state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return state["step"]
-
-
-def train(args: PretrainOptions, model, train_stream, beginnings, held_stream, work: Path) -> None:
-    """Run the training loop in place, resuming from ``work/state.pt`` if it is there."""
+def train(args: PretrainOptions, model, train_stream, beginnings, held_stream, group: Group) -> None:
+    """Run the training loop in place, going on from the checkpoint in ``work/state`` if there is one."""
     optimizers = make_optimizers(model, args.lr)
     base_lrs = [o.param_groups[0]["lr"] for o in optimizers]
-    checkpoint, steps = work / "state.pt", args.steps
-    first = load_checkpoint(checkpoint, model, optimizers)
+    checkpoint, steps = Path(args.out, "work", "state"), args.steps
+    checkpoint.mkdir(exist_ok=True)
+    first = fsdp.load_checkpoint(checkpoint, model, optimizers, group)
     compiled = torch.compile(lm_loss, dynamic=False) if args.compile else lm_loss
     started = time.monotonic()
     for step in range(first, steps):
@@ -165,33 +137,32 @@ def train(args: PretrainOptions, model, train_stream, beginnings, held_stream, w
             rate = (step - first + 1) * tokens.numel() / (time.monotonic() - started)
             print(f"step {step}/{steps} loss {loss.item():.3f} {rate:.0f} tokens/s", flush=True)
         if (step + 1) % CHECKPOINT_STEPS == 0 or step == steps - 1:
-            save_checkpoint(checkpoint, model, optimizers, step + 1)
+            fsdp.save_checkpoint(checkpoint, model, optimizers, step + 1, group)
             print(f"step {step + 1} held-out loss {held_out_loss(model, held_stream, limit=16):.3f}", flush=True)
 
 
-def run(args: PretrainOptions) -> dict:
-    """Tokenizer, training and the written checkpoint; returns the numbers of ``work/pretrain.json``."""
+def run(args: PretrainOptions, group: Group) -> dict:
+    """Tokenizer, training and the written checkpoint; returns the numbers of ``work/pretrain.json``. ValueError for
+    more than one rank: this model is too small to be shared out."""
+    if group.size > 1 or not args.out:
+        raise ValueError("pretrain runs on one rank and needs --out")
     torch.manual_seed(args.seed)
-    work = args.out / "work"
+    out = Path(args.out)
+    work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
     config = demo_config(args.vocab_size, args.hidden_size, args.num_layers)
     train_files, _ = corpus.split(corpus.standard_library_files())
-    if not (args.out / "tokenizer.json").exists():
-        corpus.train_tokenizer(train_files, args.vocab_size, config.max_position_embeddings).save_pretrained(args.out)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
+    if not (out / "tokenizer.json").exists():
+        corpus.train_tokenizer(train_files, args.vocab_size, config.max_position_embeddings).save_pretrained(out)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     train_stream, held_stream = corpus.streams(tokenizer)
     print(f"{len(train_stream)} training tokens, {len(held_stream)} held out", flush=True)
     model = LlamaForCausalLM(config)
     count = args.polish_steps // 2 * args.batch * args.length // OPENING
     beginnings = corpus.openings(tokenizer, train_files, OPENING, max(1, count), args.seed)
-    train(args, model, train_stream, beginnings, held_stream, work)
+    train(args, model, train_stream, beginnings, held_stream, group)
     report = {"held_out_loss": held_out_loss(model, held_stream), "train_tokens": len(train_stream)}
     report |= {"held_out_tokens": len(held_stream), "parameters": sum(p.numel() for p in model.parameters())}
-    model.to(torch.bfloat16).save_pretrained(args.out)
+    model.to(torch.bfloat16).save_pretrained(out)
     (work / "pretrain.json").write_text(json.dumps(report, indent=1))
-    print(json.dumps(report))
     return report
-
-
-if __name__ == "__main__":
-    run(options_from_flags(PretrainOptions, __doc__))

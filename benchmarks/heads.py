@@ -1,0 +1,143 @@
+"""What trainings of Medusa heads bring: accuracy, tokens per step by tree, speed, and the backbone's loss.
+
+``python -m euryale.benchmarks.heads --base DIR --variant NAME MODEL HEADS --variant ... --published TREE.json``
+compares checkpoints that ``launch/train.py`` wrote and calibrated (HEADS "" for heads merged into MODEL). Prompts are
+held-out code, answers greedy; every checkpoint's trees are measured against its own plain decoding, interleaved round
+by round.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from euryale.benchmarks.prompts import code_prompts
+from euryale.benchmarks.speed import run_engine
+from euryale.parallel.group import single
+from euryale.runtime.config import EngineConfig
+from euryale.runtime.engine import Engine
+from euryale.runtime.tokenizer import load_tokenizer
+from euryale.scheduler.tree import load_tree
+from euryale.training import backbone, losses
+from euryale.training.corpus import is_held_out
+from euryale.training.data import read_pieces, tokenize
+from euryale.training.packing import Windows, pack
+
+
+def held_out_windows(model: str, length: int = 512) -> Windows:
+    """The standard library's held-out files."""
+    tokenizer = load_tokenizer(model)
+    pieces = [p for p in read_pieces(("stdlib",), tokenizer) if is_held_out(p.key)]
+    return pack(tokenize(pieces, tokenizer, len(tokenizer)), length, tokenizer.eos_token_id)
+
+
+@torch.no_grad()
+def held_out_loss(model: str, windows: Windows, count: int) -> float:
+    """Nats per token of the backbone alone, over ``count`` evenly spaced windows, float32."""
+    decoder = backbone.load_backbone(model, torch.float32, torch.device("cpu"))
+    total, number = 0.0, 0
+    for index in windows.chosen(count):
+        batch = windows.batch(np.asarray([index]))
+        targets = losses.next_tokens(batch)
+        hidden = decoder.model(batch.tokens, position_ids=batch.positions, use_cache=False).last_hidden_state
+        total += float(losses.cross_entropy(decoder.lm_head, hidden, targets, decoder.config.vocab_size))
+        number += int((targets >= 0).sum())
+    return total / number
+
+
+def trees_of(calibration: dict, published: Path | None, directory: Path) -> dict[str, str]:
+    """Name -> --tree of everything that is compared: chain, the published tree cut to the heads' depth, the searched
+    one of as many guesses, and the one beside the heads."""
+    num_heads, found = len(calibration["accuracy"]), {"off": "off", "chain": "chain"}
+
+    def stored(name: str, paths: list[list[int]]) -> None:
+        path = directory / f"{name}.json"
+        path.write_text(json.dumps(paths))
+        found[f"{name} ({len(paths)})"] = str(path)
+
+    if published:
+        whole = load_tree(published, 1 << 10)
+        cut = whole.limited(whole.num_drafts, num_heads).paths()
+        same = next((row["paths"] for row in calibration["trees"] if row["nodes"] == len(cut)), None)
+        if same is None:
+            sizes = [row["nodes"] for row in calibration["trees"]]
+            raise ValueError(f"{published} cut to {num_heads} heads has {len(cut)} guesses, the calibration {sizes}")
+        stored("published", cut)
+        stored("searched", same)
+    stored("tree", calibration["tree"]["paths"])
+    return found
+
+
+def compare(model: str, heads: str, args: argparse.Namespace) -> dict:
+    """Tokens per step and speed over plain decoding of every tree of one checkpoint."""
+    calibration = json.loads(Path(heads or model, "calibration.json").read_text())
+    prompts = [load_tokenizer(model).encode(text) for text in code_prompts(args.count)]
+    with tempfile.TemporaryDirectory() as directory:
+        trees = trees_of(calibration, args.published, Path(directory))
+        made = {
+            name: Engine(EngineConfig(model=model, medusa=heads, tree=tree, dtype="float32", max_num_seqs=1), single())
+            for name, tree in trees.items()
+        }
+    seconds, steps, answers = {name: [] for name in made}, {}, {}
+    for engine in made.values():
+        run_engine(engine, prompts[:1], args.max_tokens)  # first calls allocate and warm caches
+    for _ in range(args.rounds):
+        for name, engine in made.items():
+            taken, steps[name], answers[name] = run_engine(engine, prompts, args.max_tokens)
+            seconds[name].append(taken)
+    tokens, rows = len(prompts) * args.max_tokens, {}
+    for name in made:
+        ratio = statistics.median(p / s for p, s in zip(seconds["off"], seconds[name], strict=True))
+        rows[name] = {"tokens_per_step": round(tokens / steps[name], 3), "x_plain": round(ratio, 3)}
+        rows[name]["same"] = sum(a == b for a, b in zip(answers[name], answers["off"], strict=True))
+    accuracy = {
+        what: np.cumsum(calibration[what], axis=1)[:, :5].round(4).tolist() for what in ("accuracy", "text_accuracy")
+    }
+    return {"trees": rows, **accuracy}
+
+
+def show(report: dict) -> None:
+    """The report as Markdown."""
+    variants = report["variants"]
+    print("| | " + " | ".join(variants) + " |\n|---" * 1 + "|---" * len(variants) + "|")
+    for what, title in (("accuracy", "own answers"), ("text_accuracy", "held-out text")):
+        for head in range(max(len(v[what]) for v in variants.values())):
+            cells = [" / ".join(f"{100 * a:.1f}" for a in v[what][head]) for v in variants.values()]
+            print(f"| head {head}, top-1 to top-5 on {title}, % | " + " | ".join(cells) + " |")
+    for name in next(iter(variants.values()))["trees"]:
+        rows = [v["trees"].get(name) for v in variants.values()]
+        cells = [f"{r['tokens_per_step']:.2f} tokens/step, {r['x_plain']:.2f}x" if r else "" for r in rows]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    cells = [
+        f"{v['held_out_loss']:.4f} ({100 * (v['held_out_loss'] / report['base_loss'] - 1):+.2f} %)"
+        for v in variants.values()
+    ]
+    print(f"| backbone's held-out loss (before: {report['base_loss']:.4f}) | " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", required=True, help="the backbone before training")
+    parser.add_argument("--variant", nargs=3, action="append", required=True, metavar=("NAME", "MODEL", "HEADS"))
+    parser.add_argument("--published", type=Path, help="a published tree, JSON of paths")
+    parser.add_argument("--count", type=int, default=8)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--loss-windows", type=int, default=128)
+    args = parser.parse_args()
+    windows = held_out_windows(args.base)
+    report = {"base_loss": held_out_loss(args.base, windows, args.loss_windows), "threads": torch.get_num_threads()}
+    report |= {"rounds": args.rounds, "prompts": args.count, "max_tokens": args.max_tokens, "variants": {}}
+    for name, model, heads in args.variant:
+        found = compare(model, heads, args)
+        report["variants"][name] = found | {"held_out_loss": held_out_loss(model, windows, args.loss_windows)}
+    show(report)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Train Medusa heads: ``torchrun --nproc-per-node N launch/train.py medusa1|medusa2|distill|calibrate ...``, and
+the demo model: ``launch/train.py pretrain|demo ...``.
+
+Also runs without torchrun, as a group of one. The last line on stdout is one JSON object of figures. A training that
+was stopped goes on at its last checkpoint when the same command is given again. See docs/training.md.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import types
+from pathlib import Path
+
+try:
+    import euryale.runtime  # noqa: F401
+except ModuleNotFoundError:
+    sys.modules["euryale"] = types.ModuleType("euryale")
+    sys.modules["euryale"].__path__ = [str(Path(__file__).resolve().parents[1])]
+
+from euryale.parallel.group import LOADING_TIMEOUT, join
+from euryale.runtime.flags import add_flags, from_flags
+from euryale.runtime.worker import die_with_parent, leave
+from euryale.training import calibrate, demo, distill, medusa1, medusa2, pretrain
+from euryale.training.demo import DemoOptions
+from euryale.training.options import CalibrateOptions, DistillOptions, Medusa1Options, Medusa2Options
+from euryale.training.pretrain import PretrainOptions
+
+COMMANDS = {
+    "medusa1": (medusa1.run, Medusa1Options),
+    "medusa2": (medusa2.run, Medusa2Options),
+    "distill": (distill.run, DistillOptions),
+    "calibrate": (calibrate.run, CalibrateOptions),
+    "pretrain": (pretrain.run, PretrainOptions),
+    "demo": (demo.run, DemoOptions),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    subcommands = parser.add_subparsers(dest="command", required=True)
+    for name, (_, options) in COMMANDS.items():
+        add_flags(subcommands.add_parser(name, description=options.__doc__, allow_abbrev=False), options)
+    args = parser.parse_args()
+    run, options = COMMANDS[args.command]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("transformers", "torchao", "torch"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        chosen = from_flags(options, args)
+        group = join(LOADING_TIMEOUT, getattr(chosen, "device", "auto"))
+        if not group.is_leader:
+            logging.getLogger("euryale").setLevel(logging.ERROR)
+        result = run(chosen, group)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    if group.is_leader:
+        print(json.dumps(result), flush=True)
+    group.close()
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,146 @@
+"""Static trees against their definitions, on made-up ranks."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from euryale.scheduler.tree import TreeShape, load_tree, search_tree
+from euryale.training import survival, tree_search
+from euryale.training.tree_search import NUM_RANKS, Continuations
+
+
+def continuations(ranks: np.ndarray, valid: np.ndarray) -> Continuations:
+    """Heads that say nothing of how sure they are."""
+    return Continuations(ranks, valid, np.full((*ranks.shape, NUM_RANKS), 1 / NUM_RANKS, dtype=np.float32))
+
+
+def made_up_ranks(count: int = 4000) -> np.ndarray:
+    """Dependent heads: all right together or each of them badly."""
+    rng = np.random.default_rng(0)
+    easy = rng.random((count, 1)) < 0.4
+    hard = rng.integers(0, NUM_RANKS + 1, (count, 3))
+    return np.where(easy, rng.integers(0, 2, (count, 3)), hard)
+
+
+@pytest.mark.parametrize("size", [1, 3, 6])
+def test_joint_tree_is_the_best_tree(size):
+    """Without smoothing the greedy order reaches the best expected length of all trees, found by trying them all."""
+    ranks = np.minimum(made_up_ranks()[:, :2], 3)
+    ranks = np.where(ranks == 3, NUM_RANKS, ranks)
+    nodes = [[a] for a in range(3)] + [[a, b] for a in range(3) for b in range(3)]
+    closed = (t for t in itertools.combinations(nodes, size) if all([n[0]] in t for n in t))
+    best = max(tree_search.accepted_lengths(ranks, list(tree)).mean() for tree in closed)
+    found = tree_search.search_joint_tree(ranks, size, prior_count=0.0)
+    assert tree_search.accepted_lengths(ranks, found).mean() == best
+
+
+def test_joint_tree_order(tmp_path):
+    ranks = made_up_ranks()
+    order = tree_search.search_joint_tree(ranks, 40)
+    (tmp_path / "tree.json").write_text(json.dumps(order))
+    assert load_tree(tmp_path / "tree.json", 3).paths() == order  # parents first, none twice, none added
+    gains = np.diff([tree_search.accepted_lengths(ranks, order[:n]).mean() for n in range(20)])
+    # Smoothing may swap neighbours whose counts differ by less than the prior's weight.
+    assert (np.diff(gains) < 8 / len(ranks)).all()
+    independent = search_tree(tree_search.accuracy_by_rank(ranks), 16).paths()
+    assert (
+        tree_search.accepted_lengths(ranks, order[:16]).mean() > tree_search.accepted_lengths(ranks, independent).mean()
+    )
+
+
+def test_tokens_per_step_walks_the_answers():
+    ranks = np.array([[[0, 0], [9, 9], [9, 9], [0, 3], [1, 0], [9, 9], [0, 0]]])
+    valid = np.ones((1, 7), dtype=bool)
+    valid[0, 6] = False
+    # Steps: position 0 accepts 2 of [0], [0, 0]; position 3 accepts 1; position 5 none; 6 is beyond the end.
+    measured = continuations(ranks, valid)
+    assert tree_search.tokens_per_step(measured, [[0], [0, 0]]) == pytest.approx((3 + 2 + 1) / 3)
+    assert tree_search.tokens_per_step(measured, []) == 1
+    assert tree_search.accepted_lengths(ranks, [[0], [1], [1, 0]])[0].tolist() == [1, 0, 0, 1, 2, 0, 1]
+
+
+def test_walked_tree_is_no_worse_where_steps_start():
+    """Guesses that come in long easy runs: most positions are easy, most steps start at the hard ones between."""
+    rng = np.random.default_rng(0)
+    hard = np.arange(60) % 4 == 0
+    ranks = np.where(hard[None, :, None], rng.integers(1, 4, (50, 60, 3)), 0)
+    measured = continuations(ranks, np.ones((50, 60), dtype=bool))
+    everywhere = tree_search.search_joint_tree(measured.flat(), 4)
+    walked = tree_search.search_walked_tree(measured, 4)
+    assert len(walked) == 4
+    assert tree_search.tokens_per_step(measured, walked) >= tree_search.tokens_per_step(measured, everywhere)
+    starts = tree_search.visited(measured, walked)
+    assert starts[:, 0].all()
+    lengths = tree_search.accepted_lengths(ranks, walked)
+    for row, accepted in zip(starts, lengths, strict=True):
+        begun = np.flatnonzero(row)
+        assert (np.diff(begun) == 1 + accepted[begun[:-1]]).all()
+
+
+# Top-1 to top-5 accuracies of the five heads published for a 7B chat model, in percent (training log of the heads).
+PUBLISHED = [
+    [56.0, 67.2, 72.7, 76.0, 78.0],
+    [31.6, 42.4, 48.5, 52.8, 56.2],
+    [20.1, 28.8, 34.8, 38.3, 41.7],
+    [14.7, 22.5, 27.4, 31.1, 34.0],
+    [11.8, 18.7, 23.5, 27.2, 30.0],
+]
+
+
+@pytest.mark.parametrize("size", [1, 7, 63])
+def test_no_other_tree_expects_more_of_the_published_accuracies(size):
+    """A searched tree's expectation is the sum of the largest products there are, each a path's."""
+    accuracy = np.diff(np.asarray(PUBLISHED) / 100, axis=1, prepend=0)
+    paths = search_tree(accuracy, size).paths()
+    products = [
+        np.prod([accuracy[depth, rank] for depth, rank in enumerate(path)])
+        for length in range(1, 6)
+        for path in itertools.product(range(5), repeat=length)
+    ]
+    gained = [np.prod([accuracy[depth, rank] for depth, rank in enumerate(path)]) for path in paths]
+    assert sum(gained) == pytest.approx(sum(sorted(products)[-size:]))
+    assert TreeShape.from_paths(paths).num_drafts == size
+
+
+def test_survival_of_a_trees_guesses_adds_up_to_its_length():
+    rng = np.random.default_rng(0)
+    measured = continuations(np.minimum(rng.geometric(0.5, (40, 60, 3)) - 1, NUM_RANKS), np.ones((40, 60), dtype=bool))
+    paths = tree_search.search_walked_tree(measured, 8)
+    shares = tree_search.survival(measured, paths)
+    assert 1 + sum(shares) == pytest.approx(tree_search.tokens_per_step(measured, paths))
+
+
+def test_survival_table_recovers_what_it_was_drawn_from():
+    """Guesses right as often as their head says, but the second head twice too sure of itself."""
+    rng = np.random.default_rng(0)
+    shape = (200, 100)
+    said = rng.dirichlet([2.0, 1.0] + [0.5] * 9, size=(*shape, 2))  # the last share is every other token's
+    said[..., :-1] = -np.sort(-said[..., :-1], axis=-1)
+    true = said.copy()
+    true[..., 1, :-1] /= 2
+    true[..., 1, -1] = 1 - true[..., 1, :-1].sum(-1)
+    drawn = (rng.random((*shape, 2, 1)) > true.cumsum(-1)).sum(-1).clip(max=NUM_RANKS)
+    found = survival.fit(Continuations(drawn, np.ones(shape, dtype=bool), said[..., :-1].astype(np.float32)))
+    reached = drawn[..., 0] < NUM_RANKS
+    assert found.count_KRE[0].sum(axis=1).tolist() == [20000] * NUM_RANKS
+    assert found.count_KRE[1].sum(axis=1).tolist() == [reached.sum()] * NUM_RANKS
+    for head, rank in itertools.product(range(2), range(3)):
+        kept = reached if head else np.ones(shape, dtype=bool)
+        bins = np.digitize(said[..., head, rank][kept].astype(np.float32), survival.EDGES)
+        for e in range(len(survival.EDGES) + 1):
+            count = found.count_KRE[head, rank, e]
+            if count > 500:  # a share of 500 draws has a standard deviation of at most 0.022
+                mean = true[..., head, rank][kept][bins == e].mean()
+                assert found.probability_KRE[head, rank, e] == pytest.approx(mean, abs=0.09), (head, rank, e)
+
+
+def test_bins_nobody_saw_say_what_the_head_says():
+    nothing = Continuations(
+        np.zeros((0, 4, 2), int), np.zeros((0, 4), bool), np.zeros((0, 4, 2, NUM_RANKS), np.float32)
+    )
+    table = survival.fit(nothing).probability_KRE
+    assert (table[0, 0] == table[1, 5]).all()
+    assert (np.diff(table[0, 0]) > 0).all()
+    assert ((np.asarray(survival.EDGES) > table[0, 0, :-1]) & (np.asarray(survival.EDGES) < table[0, 0, 1:])).all()

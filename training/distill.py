@@ -1,0 +1,86 @@
+"""Self-distillation's first half: the backbone answers the prompts of the data, and its answers become training text
+(Medusa paper, arXiv 2401.10774, section 2.3.2)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from euryale.parallel.group import Group
+from euryale.runtime.config import EngineConfig, load_model_config
+from euryale.scheduler.params import SamplingParams
+from euryale.training import answers, medusa1, options
+from euryale.training.options import DistillOptions
+
+
+def run(args: DistillOptions, group: Group) -> dict | None:
+    """Write the answers to ``args.out``, a JSONL file; a run that was killed goes on behind the last whole line.
+    Returns the leader's summary. ValueError for bad input."""
+    config = EngineConfig(
+        model=args.model,
+        medusa=args.medusa,
+        tree="" if args.medusa else "off",
+        dtype=args.dtype,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=max(512, args.max_num_seqs),
+    )
+    params = SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        ignore_eos=args.ignore_eos,
+    )
+    out, prompts, error = Path(args.out), [], None
+    if group.is_leader:
+        try:
+            prompts = _prompts(args)
+            _remember(args, out)
+            done = _keep_whole_lines(out, prompts)
+        except (ValueError, OSError) as problem:
+            error = str(problem)
+    try:
+        group.agree(error)
+    except RuntimeError as problem:
+        raise ValueError(str(problem)) from None
+    if not group.is_leader:
+        return answers.write_answers(config, group, [], params, None)
+    with out.open("a", encoding="utf-8") as file:
+        summary = answers.write_answers(config, group, prompts, params, file, done)
+    return summary | {"out": str(out), "answers": len(prompts)}
+
+
+def _prompts(args: DistillOptions) -> list[np.ndarray]:
+    vocab_size = load_model_config(args.model, "auto").vocab_size
+    documents, _, _ = medusa1.load_documents(args, vocab_size)
+    return answers.choose_prompts(documents, args.num_prompts, args.prompt_tokens)
+
+
+def _remember(args: DistillOptions, out: Path) -> None:
+    """Store the settings beside ``out``; ValueError if it was begun with others."""
+    path = out.with_name(out.name + ".options.json")
+    if out.exists() and path.exists() and (differing := options.changed(args, json.loads(path.read_text()))):
+        raise ValueError(
+            f"{out} was begun with other settings ({', '.join(differing)}): remove it or give another --out"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(vars(args), indent=1) + "\n")
+
+
+def _keep_whole_lines(out: Path, prompts: list[np.ndarray]) -> int:
+    """Cut off a line that a killed run left unfinished; the number of answers that are there. ValueError if they
+    answer other prompts."""
+    if not out.exists():
+        return 0
+    content = out.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    lines = whole.decode().split("\n")[:-1]
+    for line, prompt in zip(lines, prompts, strict=False):
+        row = json.loads(line)
+        if not row.get("error") and row["prompt_tokens"] != prompt.tolist():
+            raise ValueError(f"{out} answers other prompts: remove it or give another --out")
+    if len(whole) < len(content):
+        with out.open("r+b") as file:
+            file.truncate(len(whole))
+    return len(lines)

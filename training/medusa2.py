@@ -1,0 +1,96 @@
+"""Medusa-2: heads and backbone trained together (Medusa paper, arXiv 2401.10774, section 2.2.2), and with its own
+answers as text and itself without adapters as teacher, self-distillation (section 2.3.2)."""
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+
+from euryale.parallel import fsdp
+from euryale.parallel.group import Group
+from euryale.runtime.heads_format import MERGED_PREFIX
+from euryale.training import backbone as backbones
+from euryale.training import heads, loop, medusa1, options
+from euryale.training.loop import Training
+from euryale.training.model import MedusaModel
+from euryale.training.options import Medusa2Options
+
+_BESIDE = (
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+)
+
+
+def head_weight(step: int, args: Medusa2Options) -> float:
+    """Weight of the heads' loss beside the backbone's: it rises linearly, so that heads which do not fit the backbone
+    yet cannot spoil it."""
+    return args.head_weight * min(1.0, (step + 1) / max(1, args.head_warmup_steps))
+
+
+def save_merged(args: Medusa2Options, trained: dict[str, torch.Tensor]) -> None:
+    """Write backbone and heads as one Hugging Face checkpoint, the third published layout; tokenizer and generation
+    defaults are copied."""
+    out = Path(args.out)
+    of_backbone = {n.removeprefix("backbone."): t for n, t in trained.items() if n.startswith("backbone.")}
+    adapter_to = out / "adapters" if args.save_adapters else None
+    backbone = backbones.merged(args.model, of_backbone, args.lora_rank, adapter_to)
+    dtype = backbones.stored_dtype(args.model)
+    state = {name: tensor.to(dtype) for name, tensor in backbone.state_dict().items()}
+    if backbone.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    of_heads = {n.removeprefix("heads."): t for n, t in trained.items() if n.startswith("heads.")}
+    state |= {MERGED_PREFIX + name: tensor.to(dtype).clone() for name, tensor in of_heads.items()}
+    save_torch_state_dict(state, out, filename_pattern="model{suffix}.safetensors", metadata={"format": "pt"})
+    backbone.config.dtype = dtype
+    backbone.config.use_cache = True
+    backbone.config.update(heads.describe(args.num_heads, args.num_layers))
+    backbone.config.save_pretrained(out)
+    for pattern in _BESIDE:
+        for file in Path(args.model).glob(pattern):
+            shutil.copyfile(file, out / file.name)
+
+
+def run(args: Medusa2Options, group: Group) -> dict:
+    """Train, and write the merged checkpoint to ``args.out``; returns what ``medusa1.report`` does. ValueError for
+    bad input."""
+    out, started = Path(args.out), time.monotonic()
+    loop.remember(args, out, group, options.changed)
+    if not args.heads:
+        stage_one = args.stage_one()
+        medusa1.run(stage_one, group)
+        args = dataclasses.replace(args, heads=stage_one.out)
+    torch.manual_seed(args.seed)
+    backbone = backbones.load_backbone(args.model, torch.float32, group.device)
+    fresh = medusa1.make_heads(args, backbone.get_output_embeddings().weight.detach())
+    config = backbone.config
+    windows, held_out = medusa1.load_windows(args, config.vocab_size, config.max_position_embeddings)
+    backbone = backbones.add_adapters(backbone, args.lora_rank) if args.lora_rank else backbone.requires_grad_(True)
+    model = MedusaModel(backbone, fresh, args.labels, joint=True, distilled=args.self_distill)
+    medusa1.prepare(model, args, group, is_whole=False)
+    groups = []
+    for part, lr in ((model.backbone, args.lr), (model.heads, args.lr * args.heads_lr_factor)):
+        groups.append({"params": [p for p in part.parameters() if p.requires_grad], "lr": lr, "base_lr": lr})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    decay = torch.tensor([0.0, *(args.head_decay**k for k in range(args.num_heads))])
+    whole = torch.tensor([1.0, *[0.0] * args.num_heads])
+    training = Training(
+        options=args,
+        group=group,
+        model=model,
+        optimizer=optimizer,
+        windows=windows,
+        held_out=held_out,
+        weights=lambda step: whole + head_weight(step, args) * decay,
+    )
+    found = loop.train(training, out)
+    state = fsdp.whole_state(model)
+    if group.is_leader:
+        save_merged(args, state)
+    return medusa1.report(args, training, found, time.monotonic() - started)
