@@ -55,7 +55,7 @@ def main() -> int:
         if not group.is_leader:
             logging.getLogger("euryale").setLevel(logging.ERROR)
         result = run(chosen, group)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     if group.is_leader:

@@ -2,6 +2,7 @@
 paper, arXiv 2401.10774, section 2.3.2) and heads are judged on.
 """
 
+import contextlib
 import dataclasses
 from typing import TextIO
 
@@ -48,16 +49,21 @@ def write_answers(
 ) -> dict | None:
     """Answer the prompts from number ``first`` on and write a JSON line for each, with ``prompt_tokens`` and
     ``tokens``, in their order and as soon as possible. ``prompts`` and ``out`` are the leader's; the other ranks help
-    and get None. Request i draws with seed ``params.seed + i``."""
+    and get None. Request i draws with seed ``params.seed + i``. ValueError if the disk is full."""
     engine = Engine(config, group)
     if not group.is_leader:
         engine.follow()
         return None
     tokenizer = load_tokenizer(config.model, engine.loaded.limits.vocab_size)
     jobs = [Job(key, _request(key, prompt, params, engine)) for key, prompt in list(enumerate(prompts))[first:]]
-    summary = offline.generate(engine, jobs, tokenizer, out, lambda: False, with_prompts=True)
-    engine.stop()
-    return summary
+    try:
+        return offline.generate(engine, jobs, tokenizer, out, lambda: False, with_prompts=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            out.close()  # now, or what could not be written would be tried again when the caller closes
+        raise ValueError(f"cannot write answers: {error}. Make room and give the same command again") from error
+    finally:
+        engine.stop()
 
 
 def _request(key: int, prompt: np.ndarray, params: SamplingParams, engine: Engine) -> Request:

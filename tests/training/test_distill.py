@@ -8,7 +8,9 @@ import torch
 from support import oracle_greedy
 
 from euryale.parallel.group import single
+from euryale.runtime.config import EngineConfig
 from euryale.runtime.tokenizer import load_tokenizer
+from euryale.scheduler.params import SamplingParams
 from euryale.training import answers, backbone, distill, medusa1
 from euryale.training.data import Document, read_pieces, tokenize
 from euryale.training.options import DistillOptions, Medusa1Options
@@ -84,6 +86,14 @@ def test_other_settings_or_prompts_are_refused(written, model_dir, text_file, tm
     out.write_text(json.dumps({"prompt_tokens": [1], "tokens": [2]}) + "\n")
     with pytest.raises(ValueError, match="answers other prompts"):
         distill.run(options(model_dir, text_file, out), single())
+
+
+def test_a_full_disk_is_named(model_dir, text_file):
+    """/dev/full takes no byte."""
+    config = EngineConfig(model=model_dir, tree="off")
+    prompts = [np.arange(3, 9, dtype=np.int32)]
+    with open("/dev/full", "w") as full, pytest.raises(ValueError, match=r"No space left on device\. Make room"):
+        answers.write_answers(config, single(), prompts, SamplingParams(max_tokens=2), full)
 
 
 def test_prompts_are_the_rows_own_or_pieces_of_text():

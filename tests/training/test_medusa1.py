@@ -10,13 +10,16 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import ROOT
+from support import ROOT, answer
 
 from euryale.parallel.group import single
 from euryale.runtime import checkpoint, heads_format
+from euryale.runtime.config import EngineConfig
+from euryale.scheduler.params import SamplingParams
 from euryale.training import backbone, loop, medusa1
 from euryale.training.heads import WEIGHTS_NAME, Heads
 from euryale.training.options import Medusa1Options
@@ -79,6 +82,9 @@ def test_second_layout_shares_the_lm_head(model_dir, text_file, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["version"] == "2"
     heads = Heads.load(str(tmp_path), model_dir, VOCAB, HIDDEN)
     assert (len(heads), heads.num_layers, heads.has_lm_heads) == (3, 2, False)
+    config = EngineConfig(model=model_dir, medusa=str(tmp_path), dtype="float32", tree="chain")
+    found = answer(single(), config, [(np.arange(3, 30, dtype=np.int32), SamplingParams(max_tokens=30))])
+    assert len(found["outputs"][0]) == 30 or found["reasons"] == ["stop"]
 
 
 def test_training_can_start_from_trained_heads(trained, model_dir, text_file, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from support import answer, oracle_greedy
 from transformers import AutoModelForCausalLM
 
+from euryale.parallel import fsdp
 from euryale.parallel.group import single
 from euryale.runtime import checkpoint, heads_format
 from euryale.runtime.config import EngineConfig
@@ -98,6 +99,26 @@ def on_rank(group, args):
     return medusa2.run(args, group)
 
 
+class Stopped(Exception):
+    pass
+
+
+def on_rank_until_the_first_checkpoint(group, args):
+    save = fsdp.save_checkpoint
+
+    def save_and_stop(*arguments):
+        save(*arguments)
+        raise Stopped
+
+    fsdp.save_checkpoint = save_and_stop
+    try:
+        medusa2.run(args, group)
+    except Stopped:
+        return
+    finally:
+        fsdp.save_checkpoint = save
+
+
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_two_ranks_train_as_one(trained, ranks, model_dir, text_file, tmp_path, lora_rank):
     """Shards of FSDP on two ranks, the same windows per step: losses differ by the order of float32 sums, blown up by
@@ -112,27 +133,27 @@ def test_two_ranks_train_as_one(trained, ranks, model_dir, text_file, tmp_path, 
     assert found.names == expected.names
 
 
+def test_two_ranks_go_on_as_if_undisturbed(trained, ranks, model_dir, text_file, tmp_path):
+    """Stopped at the first checkpoint and started again, and once in one go: the same bits."""
+    changes = {"heads": str(trained[0] / "stage-one"), "batch": 1, "checkpoint_steps": 4}
+    resumed, whole = (options(model_dir, text_file, tmp_path / name, **changes) for name in ("resumed", "whole"))
+    ranks(2).run(on_rank_until_the_first_checkpoint, resumed)
+    assert not (tmp_path / "resumed" / "model.safetensors").exists()
+    for args in (resumed, whole):
+        ranks(2).run(on_rank, args)
+    found, wanted = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("resumed", "whole"))
+    assert found == wanted
+
+
 def test_checkpointed_activations_change_nothing(trained, model_dir, text_file, tmp_path):
     changes = {"heads": str(trained[0] / "stage-one"), "gradient_checkpointing": True}
     report = medusa2.run(options(model_dir, text_file, tmp_path, **changes), single())
     assert report["head_losses"] == pytest.approx(trained[1]["head_losses"], rel=1e-4)
 
 
-def test_a_resumed_training_is_the_undisturbed_one(trained, model_dir, text_file, tmp_path, monkeypatch):
-    class Killed(Exception):
-        pass
-
+def test_a_resumed_training_is_the_undisturbed_one(trained, model_dir, text_file, tmp_path):
     args = options(model_dir, text_file, tmp_path, heads=str(trained[0] / "stage-one"), checkpoint_steps=4)
-    save = medusa2.fsdp.save_checkpoint
-
-    def save_and_die(*arguments):
-        save(*arguments)
-        raise Killed
-
-    monkeypatch.setattr(medusa2.fsdp, "save_checkpoint", save_and_die)
-    with pytest.raises(Killed):
-        medusa2.run(args, single())
-    monkeypatch.setattr(medusa2.fsdp, "save_checkpoint", save)
+    on_rank_until_the_first_checkpoint(single(), args)
     medusa2.run(args, single())
     found, wanted = ((path / "model.safetensors").read_bytes() for path in (tmp_path, trained[0]))
     assert found == wanted
