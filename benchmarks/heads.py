@@ -38,7 +38,7 @@ def held_out_windows(model: str, length: int = 512) -> Windows:
 @torch.no_grad()
 def held_out_loss(model: str, windows: Windows, count: int) -> float:
     """Nats per token of the backbone alone, over ``count`` evenly spaced windows, float32."""
-    decoder = backbone.load_backbone(model, torch.float32, torch.device("cpu"))
+    decoder = backbone.load_backbone(model, torch.float32)
     total, number = 0.0, 0
     for index in windows.chosen(count):
         batch = windows.batch(np.asarray([index]))
@@ -65,7 +65,10 @@ def trees_of(calibration: dict, published: Path | None, directory: Path) -> dict
         same = next((row["paths"] for row in calibration["trees"] if row["nodes"] == len(cut)), None)
         if same is None:
             sizes = [row["nodes"] for row in calibration["trees"]]
-            raise ValueError(f"{published} cut to {num_heads} heads has {len(cut)} guesses, the calibration {sizes}")
+            raise ValueError(
+                f"{published} cut to {num_heads} heads has {len(cut)} guesses, the calibration "
+                f"{sizes}: calibrate again with a size of tree_search.TREE_SIZES that fits"
+            )
         stored("published", cut)
         stored("searched", same)
     stored("tree", calibration["tree"]["paths"])
@@ -103,7 +106,7 @@ def compare(model: str, heads: str, args: argparse.Namespace) -> dict:
 def show(report: dict) -> None:
     """The report as Markdown."""
     variants = report["variants"]
-    print("| | " + " | ".join(variants) + " |\n|---" * 1 + "|---" * len(variants) + "|")
+    print("| | " + " | ".join(variants) + " |\n" + "|---" * (1 + len(variants)) + "|")
     for what, title in (("accuracy", "own answers"), ("text_accuracy", "held-out text")):
         for head in range(max(len(v[what]) for v in variants.values())):
             cells = [" / ".join(f"{100 * a:.1f}" for a in v[what][head]) for v in variants.values()]

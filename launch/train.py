@@ -13,11 +13,16 @@ import sys
 import types
 from pathlib import Path
 
+for noisy in ("torchao", "torch.utils._pytree", "transformers"):  # they warn of what concerns nobody here
+    logging.getLogger(noisy).setLevel(logging.ERROR)
+
 try:
     import euryale.runtime  # noqa: F401
 except ModuleNotFoundError:
     sys.modules["euryale"] = types.ModuleType("euryale")
     sys.modules["euryale"].__path__ = [str(Path(__file__).resolve().parents[1])]
+
+from transformers.utils.logging import disable_progress_bar
 
 from euryale.parallel.group import LOADING_TIMEOUT, join
 from euryale.runtime.flags import add_flags, from_flags
@@ -47,8 +52,7 @@ def main() -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for noisy in ("transformers", "torchao", "torch"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    disable_progress_bar()  # transformers' own
     try:
         chosen = from_flags(options, args)
         group = join(LOADING_TIMEOUT, getattr(chosen, "device", "auto"))

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from euryale.parallel.group import Group
 
@@ -28,21 +28,30 @@ Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 _TRAINED = StateDictOptions(ignore_frozen_params=True)
 
 
-def shard_parameters(model: nn.Module, blocks: Iterable[nn.Module], whole: Iterable[nn.Module], group: Group) -> None:
-    """Share out the parameters of ``model`` in place: those of each of ``blocks`` are gathered when the block runs,
-    the rest when the model does. Modules in ``whole`` stay whole on every rank. A group of one keeps all."""
+def shard_parameters(
+    model: nn.Module, blocks: Iterable[nn.Module], whole: Iterable[nn.Module], low_precision: bool, group: Group
+) -> None:
+    """Move ``model`` to the group's device and share out its parameters in place: those of each of ``blocks`` are
+    gathered when the block runs, the rest when the model does, in bfloat16 with ``low_precision`` (gradients are always
+    summed in float32). Modules in ``whole`` stay whole on every rank. A group of one keeps all as it is."""
+    for module in [model] if group.size == 1 else whole:
+        module.to(group.device)
     if group.size == 1:
         return
     mesh = init_device_mesh(group.device.type, (group.size,))
     kept = {p for module in whole for p in module.parameters()}
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if low_precision else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh, ignored_params=kept)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=kept)
 
 
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters by name, gathered on the leader's CPU; the other ranks get an empty dictionary."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """What is trained by name, gathered on the leader's CPU; the other ranks get an empty dictionary."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(model, options=options)
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -57,13 +66,13 @@ def save_checkpoint(directory: Path, model: nn.Module, optimizer: Optimizers, st
     weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
     target = directory / f"step-{step}"
     unfinished = directory / f"unfinished-{step}"
-    with _agreed(group, directory):
+    with _named(group, directory):
         if group.is_leader:
             for old in directory.glob("unfinished-*"):
                 shutil.rmtree(old)
-    with _agreed(group, directory), _quiet():
+    with _named(group, directory), _quiet():
         dcp.save({"weights": weights, "moments": moments}, checkpoint_id=unfinished, no_dist=group.size == 1)
-    with _agreed(group, directory):
+    with _named(group, directory):
         if group.is_leader:
             unfinished.rename(target)
             for old in directory.glob("step-*"):
@@ -74,6 +83,9 @@ def save_checkpoint(directory: Path, model: nn.Module, optimizer: Optimizers, st
 def load_checkpoint(directory: Path, model: nn.Module, optimizer: Optimizers, group: Group) -> int:
     """Restore the newest checkpoint in place, if there is one, on any number of ranks; the steps it has behind it."""
     found = latest_checkpoint(directory)
+    step = int(found.name.removeprefix("step-")) if found else 0
+    if group.minimum(step) != -group.minimum(-step):
+        raise ValueError(f"not all ranks see the same checkpoint in {directory}: nodes must share this directory")
     if found is None:
         return 0
     weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
@@ -90,7 +102,7 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: Optimizers, gr
         optim_state_dict=state["moments"],
         options=StateDictOptions(ignore_frozen_params=True, strict=False),  # frozen parameters are not stored
     )
-    return int(found.name.removeprefix("step-"))
+    return step
 
 
 @contextlib.contextmanager
@@ -102,20 +114,16 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _agreed(group: Group, directory: Path) -> Iterator[None]:
-    """Run a piece on every rank; ValueError on all of them if it failed on any."""
-    error = None
-    try:
-        yield
-    except (OSError, CheckpointException) as problem:
-        if isinstance(problem, CheckpointException):  # it wraps what happened on each rank
-            problem = next(iter(problem.failures.values()))[0]
-        free = shutil.disk_usage(directory).free / 1e6
-        error = (
-            f"cannot write a checkpoint to {directory} ({free:.0f} MB free): {problem!r}. Make room and give the same "
-            "command again: it goes on from the checkpoint before"
-        )
-    try:
-        group.agree(error)
-    except RuntimeError as problem:
-        raise ValueError(str(problem)) from None
+def _named(group: Group, directory: Path) -> Iterator[None]:
+    """Run a piece of saving on every rank; ValueError on all of them, saying what to do, if it failed on any."""
+    with group.agreed():
+        try:
+            yield
+        except (OSError, CheckpointException) as problem:
+            if isinstance(problem, CheckpointException):  # it wraps what happened on each rank
+                problem = next(iter(problem.failures.values()))[0]
+            free = shutil.disk_usage(directory).free / 1e6
+            raise ValueError(
+                f"cannot write a checkpoint to {directory} ({free:.0f} MB free): {problem!r}. Make room and give the "
+                "same command again: it goes on from the checkpoint before"
+            ) from problem

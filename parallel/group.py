@@ -4,8 +4,10 @@ Everything above this package sees a ``Group`` and asks it to reduce, gather or 
 knows that there are ranks and how they talk (NCCL on CUDA, gloo on CPU).
 """
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,7 +91,7 @@ class Group:
 
     def agree(self, error: str | None) -> None:
         """Raise on every rank if any rank has an error to report, so that none waits for one that gave up; for use
-        while loading. Raises RuntimeError with all ranks' messages.
+        while loading. Raises ValueError with all ranks' messages.
         """
         if self.size == 1:
             errors = [error]
@@ -101,7 +103,18 @@ class Group:
             errors = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in gathered]
         distinct = list(dict.fromkeys(e for e in errors if e))
         if distinct:
-            raise RuntimeError("; ".join(distinct))
+            raise ValueError("; ".join(distinct))
+
+    @contextlib.contextmanager
+    def agreed(self, *kinds: type[Exception]) -> Iterator[None]:
+        """Run a piece, on every rank or with nothing to do on some, and wait for all: ValueError everywhere if it
+        raised an error of these ``kinds`` (ValueError and OSError always are) anywhere."""
+        error = None
+        try:
+            yield
+        except (ValueError, OSError, *kinds) as problem:
+            error = str(problem)
+        self.agree(error)
 
     def close(self) -> None:
         """Leave the group. Does not wait for the others."""

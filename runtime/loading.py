@@ -42,10 +42,7 @@ def load(config: EngineConfig, group: Group) -> Loaded:
     except Exception as problem:  # a fault of ours or of the machine: the others must hear of it all the same
         logger.exception("loading failed")
         error = repr(problem)
-    try:
-        group.agree(error)
-    except RuntimeError as problem:
-        raise ValueError(str(problem)) from None
+    group.agree(error)
     decoder, heads, tree, model, layout, marks = parts
     max_len = config.max_model_len or model.max_positions
     num_pages = count_pages(config, model, layout.num_kv_heads, max_len, group)

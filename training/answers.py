@@ -4,6 +4,7 @@ paper, arXiv 2401.10774, section 2.3.2) and heads are judged on.
 
 import contextlib
 import dataclasses
+import logging
 from typing import TextIO
 
 import numpy as np
@@ -18,18 +19,26 @@ from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.request import Request
 from euryale.training.data import Document
 
+logger = logging.getLogger("euryale.training")
 
-def choose_prompts(documents: list[Document], count: int, length: int) -> list[np.ndarray]:
-    """At most ``count`` prompts, int32 each: the documents' own where they have answers, else evenly spaced pieces of
-    ``length`` tokens. ValueError if there are none."""
-    prompts = [d.prompt for d in documents if 0 < len(d.prompt) < len(d.tokens) or not d.learned.any()]
-    if prompts:
+
+def choose_prompts(documents: list[Document], count: int, length: int, max_positions: int) -> list[np.ndarray]:
+    """At most ``count`` prompts, int32 each: the documents' own where they have any, else evenly spaced pieces of
+    ``length`` tokens. Prompts that leave the model no room to answer in ``max_positions`` are left out. ValueError if
+    there are none."""
+    own = [d.prompt for d in documents if len(d.prompt)]
+    if own:
+        prompts = [prompt for prompt in own if len(prompt) < max_positions]
+        if not prompts:
+            raise ValueError(f"all prompts are longer than the model's {max_positions} tokens: give shorter ones")
+        if len(prompts) < len(own):
+            logger.info("%d of %d prompts are longer than the model and left out", len(own) - len(prompts), len(own))
         chosen = np.unique(np.linspace(0, len(prompts) - 1, min(count, len(prompts))).astype(np.int64))
-        return [prompts[i] for i in chosen if len(prompts[i])]
+        return [prompts[i] for i in chosen]
     rooms = np.array([max(0, len(d.tokens) - length) for d in documents])
     ends = np.cumsum(rooms)
-    if not len(ends) or ends[-1] < 1:
-        raise ValueError(f"no document is longer than {length} tokens: lower --prompt-tokens or give other --data")
+    if length >= max_positions or not len(ends) or ends[-1] < 1:
+        raise ValueError(f"no document has prompts of {length} tokens: lower --prompt-tokens or give other --data")
     places = np.unique(np.linspace(0, ends[-1] - 1, min(count, int(ends[-1]))).astype(np.int64))
     found = []
     for place in places:

@@ -25,9 +25,9 @@ def library(name: str):
         raise ValueError(f"this needs {name.split('.')[0]}: pip install 'euryale[train]' ({error})") from error
 
 
-def load_backbone(directory: str, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
-    """The backbone in ``dtype`` (None: as stored), without gradients. ValueError for an unsupported family or a
-    damaged checkpoint."""
+def load_backbone(directory: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The backbone in ``dtype`` (None: as stored), without gradients, on the CPU: what is sharded must not fit one
+    device. ValueError for an unsupported family or a damaged checkpoint."""
     load_model_config(directory, "auto")
     checkpoint.Checkpoint(directory)  # whether its files are there
     try:
@@ -37,14 +37,14 @@ def load_backbone(directory: str, dtype: torch.dtype | None, device: torch.devic
     except Exception as error:  # the library's errors are of many kinds
         raise ValueError(f"cannot load the backbone in {directory}: {error}") from error
     backbone.config.use_cache = False
-    return backbone.requires_grad_(False).eval().to(device)
+    return backbone.requires_grad_(False).eval()
 
 
-def quantize(backbone: PreTrainedModel, kind: str) -> None:
+def quantize(backbone: PreTrainedModel, kind: str, device: torch.device) -> None:
     """Quantize the weights of the linear layers in place (torchao): int8 per output channel, or int4 in groups of 128
-    where the hardware has kernels for it. An lm_head that is tied to the embedding stays as it is."""
+    where the hardware has kernels for it, layer by layer on ``device``. An lm_head that is tied to the embedding stays
+    as it is. ValueError where this cannot be."""
     quantization = library("torchao.quantization")
-    device = next(backbone.parameters()).device
     if kind == "int4" and device.type != "cuda":
         raise ValueError("--quantize int4 needs a CUDA GPU: give int8, which runs everywhere")
     config = quantization.Int8WeightOnlyConfig() if kind == "int8" else quantization.Int4WeightOnlyConfig()
@@ -54,7 +54,7 @@ def quantize(backbone: PreTrainedModel, kind: str) -> None:
         return isinstance(module, nn.Linear) and module is not tied
 
     try:
-        quantization.quantize_(backbone, config, filter_fn=chosen)
+        quantization.quantize_(backbone, config, filter_fn=chosen, device=device)
     except (ImportError, NotImplementedError, AssertionError) as error:
         raise ValueError(f"this hardware or torchao cannot do --quantize {kind}: {error}") from error
 
@@ -88,7 +88,7 @@ def merged(
 ) -> PreTrainedModel:
     """The backbone with what was trained: all its weights, or the adapters' merged into it, and the adapters alone
     written to ``adapter_to``. On the CPU, in float32."""
-    backbone = load_backbone(directory, torch.float32, torch.device("cpu"))
+    backbone = load_backbone(directory, torch.float32)
     if lora_rank:
         adapted = add_adapters(backbone, lora_rank)
         adapted.load_state_dict(trained, strict=False)
@@ -100,5 +100,5 @@ def merged(
 
 
 def stored_dtype(directory: str) -> torch.dtype:
-    """The dtype of the checkpoint, which what is trained for it gets too."""
+    """The dtype the runtime serves the checkpoint in, bfloat16 or float32: what is trained for it is stored in it."""
     return load_model_config(directory, "auto").dtype

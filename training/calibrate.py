@@ -19,8 +19,9 @@ from euryale.parallel.group import Group
 from euryale.runtime.config import EngineConfig
 from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.tree import load_tree
-from euryale.training import answers, medusa1, pictures, survival, tree_search
+from euryale.training import answers, losses, pictures, survival, tree_search
 from euryale.training import backbone as backbones
+from euryale.training.data import load_documents
 from euryale.training.heads import Heads
 from euryale.training.model import MedusaModel
 from euryale.training.options import CalibrateOptions
@@ -36,8 +37,7 @@ class Ranker(MedusaModel):
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """At position t and head k the rank of token t + 2 + k, int64 [B, L, K], at most NUM_RANKS (also where there is
-        no such token), and the probabilities of the likeliest guesses, float32 [B, L, K, R]. Ties count in the
-        token's favour."""
+        no such token), and the probabilities of the likeliest guesses, float32 [B, L, K, R]."""
         hidden_BLD = self.hidden_states(batch)
         ranks, guesses = [], []
         with torch.no_grad():
@@ -45,7 +45,7 @@ class Ranker(MedusaModel):
                 logits_BLV = self._head_logits(head, hidden_BLD.float()).float()
                 wanted_BL = torch.zeros_like(batch.tokens)
                 wanted_BL[:, : -2 - k] = batch.tokens[:, 2 + k :]
-                rank_BL = (logits_BLV > logits_BLV.gather(2, wanted_BL[..., None])).sum(-1).clamp(max=NUM_RANKS)
+                rank_BL = losses.rank_of(logits_BLV, wanted_BL).clamp(max=NUM_RANKS)
                 rank_BL[:, -2 - k :] = NUM_RANKS
                 ranks.append(rank_BL)
                 guesses.append(logits_BLV.softmax(-1).topk(NUM_RANKS).values)
@@ -65,62 +65,67 @@ def own_answers(args: CalibrateOptions, prompts: list[np.ndarray], group: Group)
     answers.write_answers(config, group, prompts, SamplingParams(max_tokens=args.max_tokens), written)
     content = np.frombuffer(written.getvalue().encode(), dtype=np.uint8).astype(np.int32)
     content = group.broadcast(content if group.is_leader else None).astype(np.uint8)
-    return [json.loads(line) for line in content.tobytes().decode().split("\n") if line]
+    rows = [json.loads(line) for line in content.tobytes().decode().split("\n") if line]
+    return [row for row in rows if "prompt_tokens" in row]  # a prompt the KV cache cannot hold has an error instead
 
 
-def rank_rows(model: Ranker, rows: list[np.ndarray], group: Group) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ranks [length, K] and probabilities [length, K, R] for every row of tokens, worked out by all ranks together."""
-    longest = max(map(len, rows))
-    count = -(-len(rows) // group.size) * group.size  # FSDP wants every rank to run the model equally often
+def rank_windows(model: Ranker, windows: Windows, group: Group) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks [W, L, K] and probabilities [W, L, K, R] along every window, worked out by all ranks together."""
+    count = -(-len(windows) // group.size) * group.size  # FSDP wants every rank to run the model equally often
     ranks, guesses = [], []
     for number in range(count)[group.share(count)]:
-        row = rows[number % len(rows)]
-        tokens = torch.zeros(1, longest, dtype=torch.int64)
-        tokens[0, : len(row)] = torch.from_numpy(row.astype(np.int64))
-        places = torch.arange(longest)[None]
-        batch = Batch(tokens, tokens > 0, torch.zeros_like(tokens), places, torch.zeros(1)).to(group.device)
+        batch = windows.batch(np.asarray([number % len(windows)])).to(group.device)
         for found, part in zip((ranks, guesses), model(batch), strict=True):
             found.append(part[0])
-    # Dealt out one by one and stacked rank by rank: [size, count / size, ...] back to the order of the rows.
-    whole = [group.all_gather(torch.stack(part)).transpose(0, 1).flatten(0, 1) for part in (ranks, guesses)]
-    of_row, by_row = (part.cpu().numpy() for part in whole)
-    return [(of_row[i, : len(row)], by_row[i, : len(row)]) for i, row in enumerate(rows)]
+    # Dealt out one by one and stacked rank by rank: [size, count / size, ...] back to the order of the windows.
+    whole = (group.all_gather(torch.stack(part)).transpose(0, 1).flatten(0, 1) for part in (ranks, guesses))
+    ranks_WLK, guesses_WLKR = (part[: len(windows)].cpu().numpy() for part in whole)
+    return ranks_WLK, guesses_WLKR
+
+
+def as_windows(written: list[dict]) -> Windows:
+    """Prompts with their answers, one a window."""
+    rows = [row["prompt_tokens"] + row["tokens"] for row in written]
+    shape = (len(rows), max(map(len, rows)))
+    tokens, is_padding = np.zeros(shape, dtype=np.int32), np.ones(shape, dtype=bool)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], is_padding[i, : len(row)] = row, False
+    return Windows(tokens, ~is_padding, is_padding.astype(np.int32))
 
 
 def measure_answers(args: CalibrateOptions, model: Ranker, written: list[dict], group: Group) -> Continuations:
     """What the heads would have said along the answers."""
-    rows = [np.asarray(row["prompt_tokens"] + row["tokens"], dtype=np.int32) for row in written]
     num_heads = len(model.heads)
-    ranks = np.full((len(rows), args.max_tokens, num_heads), NUM_RANKS)
-    guesses = np.zeros((len(rows), args.max_tokens, num_heads, NUM_RANKS), dtype=np.float32)
-    valid = np.zeros((len(rows), args.max_tokens), dtype=bool)
-    for s, (row, (of_row, by_row)) in enumerate(zip(written, rank_rows(model, rows, group), strict=True)):
+    shape = (len(written), args.max_tokens, num_heads)
+    ranks, guesses = np.full(shape, NUM_RANKS), np.zeros((*shape, NUM_RANKS), dtype=np.float32)
+    valid = np.zeros(shape[:2], dtype=bool)
+    along = zip(written, *rank_windows(model, as_windows(written), group), strict=True)
+    for s, (row, ranks_LK, guesses_LKR) in enumerate(along):
         first, count = len(row["prompt_tokens"]) - 1, len(row["tokens"])  # the prompt's last token guesses first
-        ranks[s, :count], guesses[s, :count] = of_row[first : first + count], by_row[first : first + count]
+        ranks[s, :count], guesses[s, :count] = ranks_LK[first : first + count], guesses_LKR[first : first + count]
         valid[s, : max(0, count - num_heads)] = True  # the last of the tokens guessed there lies K further
     return Continuations(ranks, valid, guesses)
 
 
-def measure_text(model: Ranker, windows: Windows, chosen: np.ndarray, group: Group) -> np.ndarray:
+def measure_text(model: Ranker, windows: Windows, group: Group) -> np.ndarray:
     """Ranks [N, K] of the text's own tokens, where all those guessed at a position are of its document. ValueError if
     they nowhere are."""
     ahead = len(model.heads) + 1
-    found = []
-    for i, (ranks, _) in zip(chosen, rank_rows(model, [windows.tokens[i] for i in chosen], group), strict=True):
-        learned = np.lib.stride_tricks.sliding_window_view(windows.learned[i, 1:], ahead).all(axis=1)
-        found.append(ranks[:-ahead][learned & (windows.documents[i, ahead:] == windows.documents[i, :-ahead])])
-    if not sum(map(len, found)):
+    ranks_WLK, _ = rank_windows(model, windows, group)
+    learned = np.lib.stride_tricks.sliding_window_view(windows.learned[:, 1:], ahead, axis=1).all(axis=2)
+    found = ranks_WLK[:, :-ahead][learned & (windows.documents[:, ahead:] == windows.documents[:, :-ahead])]
+    if not len(found):
         raise ValueError("the held-out documents are shorter than the heads look ahead: give longer ones")
-    return np.concatenate(found)
+    return found
 
 
 def make_model(args: CalibrateOptions, group: Group) -> Ranker:
     """Backbone and heads in float32, sharded over the ranks."""
-    backbone = backbones.load_backbone(args.model, torch.float32, group.device)
+    backbone = backbones.load_backbone(args.model, torch.float32)
     vocab_size, hidden_size = backbone.get_output_embeddings().weight.shape
     heads = Heads.load(args.heads, args.model, vocab_size, hidden_size).requires_grad_(False)
-    model = Ranker(backbone, heads, "text", joint=False, distilled=False).to(group.device)
-    fsdp.shard_parameters(model, model.blocks, [], group)
+    model = Ranker(backbone, heads, "text", joint=False, distilled=False)
+    fsdp.shard_parameters(model, model.blocks, [], False, group)
     return model
 
 
@@ -129,6 +134,8 @@ def compare_with(args: CalibrateOptions, searched: Continuations, measured: Cont
     rows, num_heads = [], measured.ranks_SPK.shape[-1]
     for source in args.compare:
         whole = load_tree(source, num_heads=1 << 10)
+        if whole.num_candidates > NUM_RANKS:
+            raise ValueError(f"{source} asks for rank {whole.num_candidates - 1}: ranks below {NUM_RANKS} are measured")
         paths = whole.limited(whole.num_drafts, num_heads).paths()
         best = tree_search.search_walked_tree(searched, len(paths))
         row = {"tree": Path(source).stem, "nodes": len(paths), "nodes_before_cut": whole.num_drafts}
@@ -142,7 +149,10 @@ def result_of(args: CalibrateOptions, own: Continuations, text_NK: np.ndarray) -
     measures = np.arange(len(own.valid_SP)) % _EVERY_NTH_MEASURES == _EVERY_NTH_MEASURES - 1
     searched, measured = own.some(~measures), own.some(measures)
     if not searched.valid_SP.any() or not measured.valid_SP.any():
-        raise ValueError("the backbone ends its answers at once: nothing to calibrate on")
+        raise ValueError(
+            f"{len(own.valid_SP)} answers with {own.valid_SP.sum()} positions are too few: give more held-out prompts, "
+            "or others if the backbone ends its answers at once"
+        )
     paths = tree_search.search_walked_tree(searched, args.nodes)
     chain = [[0] * depth for depth in range(1, own.ranks_SPK.shape[-1] + 1)]
     return {
@@ -168,14 +178,15 @@ def run(args: CalibrateOptions, group: Group) -> dict:
     """Measure, search and write; returns the content of ``calibration.json``. ValueError for bad input."""
     model = make_model(args, group)
     vocab_size, max_positions = model.vocab_size, model.backbone.config.max_position_embeddings
-    _, held, tokenizer = medusa1.load_documents(args, vocab_size)
-    prompts = answers.choose_prompts(held, args.num_prompts, args.prompt_tokens)
+    _, held, tokenizer = load_documents(args, vocab_size)
+    prompts = answers.choose_prompts(held, args.num_prompts, args.prompt_tokens, max_positions)
     own = measure_answers(args, model, own_answers(args, prompts, group), group)
     windows = pack(held, min(args.length, max_positions), tokenizer.eos_token_id or 0)
-    text_NK = measure_text(model, windows, windows.chosen(args.text_windows), group)
+    text_NK = measure_text(model, windows.some(windows.chosen(args.text_windows)), group)
     result = result_of(args, own, text_NK)
-    if group.is_leader:
-        _write(Path(args.out), result | {"survival": survival.fit(own).to_json()})
+    with group.agreed():
+        if group.is_leader:
+            _write(Path(args.out), result | {"survival": survival.fit(own).to_json()})
     return result
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+STANDARD_LIBRARY = "stdlib"  # what --data calls it
 HELD_OUT_PERCENT = 3.0
 END_OF_TEXT = "<|endoftext|>"
 # Files that are tables rather than code, and the packages that are not part of the standard library.

@@ -2,7 +2,7 @@
 
 Sources are JSONL files whose rows hold ``text``, ``prompt`` and ``completion``, chat ``messages``, or the
 ``prompt_tokens`` and ``tokens`` that ``launch/train.py distill`` writes; plain text files; and the word ``stdlib``,
-the Python standard library's source. This file does not know batches or models.
+the Python standard library's source. This file does not know batches, nor models but their tokenizers.
 """
 
 import json
@@ -14,19 +14,27 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from euryale.runtime.tokenizer import load_tokenizer
 from euryale.training import corpus
-
-STANDARD_LIBRARY = "stdlib"
+from euryale.training.corpus import STANDARD_LIBRARY
+from euryale.training.options import DataOptions
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One source document before tokenization: ``segments`` of (text or token ids, whether to learn from it). ``key``
-    decides whether it is held out, ``ends`` whether the end-of-sequence token follows."""
+    """One source document before tokenization: ``text``, or ``tokens`` where they are known. ``learned``: which
+    characters, or tokens, to learn from, as (start, stop). ``key`` decides whether it is held out. A ``chat``'s
+    template writes all special tokens itself."""
 
     key: str
-    segments: tuple[tuple[str | list[int], bool], ...]
-    ends: bool = True
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    learned: tuple[tuple[int, int], ...] = ()
+    chat: bool = False
+
+    @property
+    def is_all_learned(self) -> bool:
+        return self.learned == ((0, len(self.text)),)
 
 
 @dataclass(frozen=True)
@@ -38,9 +46,9 @@ class Document:
 
     @property
     def prompt(self) -> np.ndarray:
-        """The tokens before the first that is learned; all of them if none is."""
-        found = np.flatnonzero(self.learned)
-        return self.tokens[: found[0]] if len(found) else self.tokens
+        """All tokens if the last is not an answer's, else those before the last answer."""
+        unlearned = np.flatnonzero(~self.learned)
+        return self.tokens[: unlearned[-1] + 1] if len(unlearned) else self.tokens[:0]
 
 
 def read_pieces(sources: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
@@ -49,13 +57,17 @@ def read_pieces(sources: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) ->
         path = Path(source)
         if source == STANDARD_LIBRARY:
             for file in corpus.standard_library_files():
-                yield Piece(file.name, ((corpus.read(file), True),))
+                yield _all_learned(file.name, corpus.read(file))
         elif not path.is_file():
             raise ValueError(f"there is no file {source}: give JSONL or text files, or the word {STANDARD_LIBRARY}")
         elif path.suffix in (".jsonl", ".json"):
             yield from _read_jsonl(path, tokenizer)
         else:
-            yield Piece(path.name, ((_text_of(path), True),))
+            yield _all_learned(path.name, _text_of(path))
+
+
+def _all_learned(key: str, text: str) -> Piece:
+    return Piece(key, text, learned=((0, len(text)),))
 
 
 def _text_of(path: Path) -> str:
@@ -73,28 +85,27 @@ def _read_jsonl(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piec
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
-                raise ValueError("a row must be an object")
-            piece = _piece(line, row, tokenizer)
+                raise ValueError("a row must be an object, one per line")
+            yield from _pieces(line, row, tokenizer)
         except ValueError as error:  # JSON errors are ValueErrors too
             raise ValueError(f"{path}, line {number}: {error}") from error
-        if piece is not None:
-            yield piece
 
 
-def _piece(key: str, row: dict, tokenizer: PreTrainedTokenizerBase) -> Piece | None:
-    """The document of a JSONL row, None for an answer that failed."""
+def _pieces(key: str, row: dict, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+    """The documents of a JSONL row: one, several of a chat whose template forgets, none of an answer that failed."""
     if row.get("error"):
-        return None
+        return []
     if "prompt_tokens" in row:
-        segments = [(_ids(row, "prompt_tokens"), False)]
-        return Piece(key, (*segments, (_ids(row, "tokens"), True)) if "tokens" in row else tuple(segments), ends=False)
+        prompt, answer = _ids(row, "prompt_tokens"), _ids(row, "tokens") if "tokens" in row else []
+        learned = ((len(prompt), len(prompt) + len(answer)),)
+        return [Piece(key, tokens=(*prompt, *answer), learned=learned)]
     if "messages" in row:
-        return Piece(key, chat_segments(row["messages"], tokenizer), ends=False)
+        return chat_pieces(key, row["messages"], tokenizer)
     if "prompt" in row:
-        segments = [(_string(row, "prompt"), False)]
-        return Piece(key, (*segments, (_string(row, "completion"), True)) if "completion" in row else tuple(segments))
+        prompt, answer = _string(row, "prompt"), _string(row, "completion") if "completion" in row else ""
+        return [Piece(key, prompt + answer, learned=((len(prompt), len(prompt + answer)),))]
     if "text" in row:
-        return Piece(key, ((_string(row, "text"), True),))
+        return [_all_learned(key, _string(row, "text"))]
     raise ValueError("a row needs text, prompt (and completion), messages, or prompt_tokens (and tokens)")
 
 
@@ -110,51 +121,48 @@ def _ids(row: dict, name: str) -> list[int]:
     return row[name]
 
 
-def chat_segments(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, bool], ...]:
-    """A chat in the tokenizer's template, cut where answers begin and end: only answers are learned from.
-
-    Every answer is what the template adds behind the generation prompt, so it is tokenized as it is when served.
-    """
+def chat_pieces(key: str, messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+    """A chat in the tokenizer's template. What the template adds behind the generation prompt is an answer; only
+    answers are learned from. A template that renders earlier turns differently later on, as those that drop a model's
+    thoughts do, makes every answer a document of its own."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise ValueError('messages must be a list of {"role", "content"} objects')
     if tokenizer.chat_template is None:
         raise ValueError("the model's tokenizer has no chat template: give prompt and completion instead of messages")
 
-    def render(count: int, add_generation_prompt: bool) -> str:
+    def render(count: int, is_asking: bool) -> str:
         try:
-            return tokenizer.apply_chat_template(
-                messages[:count], tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=is_asking)
         except Exception as error:  # templates raise errors of their own
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 
-    segments, done = [], ""
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    pieces = []
+    for i in turns:
         asked, answered = render(i, True), render(i + 1, False)
-        if not asked.startswith(done) or not answered.startswith(asked):
-            raise ValueError("the chat template rewrites earlier messages: give one prompt and completion per answer")
-        segments += [(asked[len(done) :], False), (answered[len(asked) :], True)]
-        done = answered
-    rest = "" if done and messages[-1]["role"] == "assistant" else render(len(messages), True)[len(done) :]
-    return tuple(segments) + (((rest, False),) if rest else ())
+        if not answered.startswith(asked):
+            raise ValueError("the chat template changes the question once it is answered: give prompt and completion")
+        pieces.append(Piece(key, answered, learned=((len(asked), len(answered)),), chat=True))
+    whole = pieces[-1].text if turns and turns[-1] == len(messages) - 1 else render(len(messages), True)
+    if all(whole.startswith(piece.text) for piece in pieces):
+        return [Piece(key, whole, learned=tuple(span for piece in pieces for span in piece.learned), chat=True)]
+    return pieces if turns and turns[-1] == len(messages) - 1 else [*pieces, Piece(key, whole, chat=True)]
 
 
 def tokenize(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[Document]:
-    """The documents' token ids. What starts with plain text gets the tokenizer's special tokens in front; a chat does
-    not, as its template writes them. ValueError for ids the model does not have."""
-    starts = _encode(tokenizer, [p.segments[0][0] for p in pieces if _is_plain(p)], special=True)
-    others = _encode(tokenizer, [s for p in pieces for s, _ in p.segments[_is_plain(p) :] if isinstance(s, str)])
+    """The documents' token ids. What is not a chat gets the tokenizer's special tokens in front, and if its end is
+    learned from, the end-of-sequence token behind. ValueError for ids the model does not have."""
+    kinds = {(p.chat, p.is_all_learned) for p in pieces if not p.tokens}
+    encoded = {kind: _encode([p for p in pieces if _is_of(p, kind)], tokenizer, *kind) for kind in kinds}
     documents = []
     for piece in pieces:
-        tokens, learned = [], []
-        for i, (segment, is_learned) in enumerate(piece.segments):
-            ids = segment if isinstance(segment, list) else next(starts if i == 0 and _is_plain(piece) else others)
-            tokens += ids
-            learned += [is_learned] * len(ids)
-        if piece.ends and tokenizer.eos_token_id is not None and learned and learned[-1]:
-            tokens, learned = [*tokens, tokenizer.eos_token_id], [*learned, True]
+        if piece.tokens:
+            tokens = list(piece.tokens)
+            learned = _marked(piece, [(place, place + 1) for place in range(len(tokens))])
+        else:
+            tokens, learned = next(encoded[piece.chat, piece.is_all_learned])
+            if not piece.chat and tokenizer.eos_token_id is not None and learned and learned[-1]:
+                tokens, learned = [*tokens, tokenizer.eos_token_id], [*learned, True]
         if wrong := [t for t in tokens if not 0 <= t < vocab_size]:
             raise ValueError(
                 f"the data hold token {wrong[0]} but the model's vocabulary has {vocab_size}: "
@@ -164,20 +172,55 @@ def tokenize(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase, vocab_size
     return documents
 
 
-def _is_plain(piece: Piece) -> bool:
-    """Whether the tokenizer's own special tokens belong in front."""
-    return piece.ends and isinstance(piece.segments[0][0], str)
+def _is_of(piece: Piece, kind: tuple[bool, bool]) -> bool:
+    return not piece.tokens and (piece.chat, piece.is_all_learned) == kind
+
+
+def _marked(piece: Piece, places: list[tuple[int, int]]) -> list[bool]:
+    """Whether tokens at these (start, stop) begin in what is learned; an empty place is a special token's."""
+    return [any(start <= first < stop for start, stop in piece.learned) and last > first for first, last in places]
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = False, part: int = 256
-) -> Iterator[list[int]]:
-    """Token ids of every text; with ``special`` the tokenizer's start, but never its end."""
-    end = tokenizer.eos_token_id
-    with tqdm(total=len(texts), desc="tokenizing", unit="text", disable=len(texts) < part, leave=False) as bar:
-        for first in range(0, len(texts), part):
-            chosen = texts[first : first + part]
+    pieces: list[Piece], tokenizer: PreTrainedTokenizerBase, is_chat: bool, is_all_learned: bool, part: int = 256
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """Token ids of every piece, all of one kind, and whether each is learned. The tokenizer's special tokens are added
+    to what is no chat, but never its end."""
+    if not is_all_learned and not tokenizer.is_fast:
+        raise ValueError("the model's tokenizer cannot say where its tokens lie in the text: give text, or token ids")
+    special = not is_chat
+    # The places of every token of running text would take gigabytes.
+    options = {"add_special_tokens": special, "return_offsets_mapping": not is_all_learned}
+    with tqdm(total=len(pieces), desc="tokenizing", unit="text", disable=len(pieces) < part, leave=False) as bar:
+        for first in range(0, len(pieces), part):
+            chosen = pieces[first : first + part]
             # Not verbose: texts may well be longer than the model's context.
-            for ids in tokenizer(chosen, add_special_tokens=special, verbose=False)["input_ids"]:
-                yield ids[:-1] if special and len(ids) > 1 and ids[-1] == end else ids
+            found = tokenizer([p.text for p in chosen], verbose=False, **options)
+            for i, (piece, ids) in enumerate(zip(chosen, found["input_ids"], strict=True)):
+                if special and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+                    ids = ids[:-1]
+                places = None if is_all_learned else found["offset_mapping"][i][: len(ids)]
+                yield ids, [True] * len(ids) if places is None else _marked(piece, places)
             bar.update(len(chosen))
+
+
+def load_documents(
+    args: DataOptions, vocab_size: int, needs_held_out: bool = True
+) -> tuple[list[Document], list[Document], PreTrainedTokenizerBase]:
+    """Documents to train on and documents held out, with the tokenizer; ValueError if either are none."""
+    tokenizer = load_tokenizer(args.model, vocab_size)
+    pieces = list(read_pieces(args.data, tokenizer))
+    if args.held_out:
+        trained, held = pieces, list(read_pieces(args.held_out, tokenizer))
+    else:
+        sides = [corpus.is_held_out(piece.key, args.held_out_percent) for piece in pieces]
+        trained = [p for p, side in zip(pieces, sides, strict=True) if not side]
+        held = [p for p, side in zip(pieces, sides, strict=True) if side]
+    for name, found in (("to train on", trained), ("held out", held)):
+        if not found and (needs_held_out or found is trained):
+            raise ValueError(
+                f"of {len(pieces)} documents none is {name}: give more --data, --held-out FILE or another "
+                "--held-out-percent"
+            )
+    held = held if needs_held_out else []
+    return tokenize(trained, tokenizer, vocab_size), tokenize(held, tokenizer, vocab_size), tokenizer

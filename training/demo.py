@@ -13,7 +13,7 @@ from pathlib import Path
 from euryale.parallel.group import Group
 from euryale.runtime.config import flag
 from euryale.training import calibrate, distill, medusa1, medusa2, model_card, pretrain
-from euryale.training.data import STANDARD_LIBRARY
+from euryale.training.corpus import STANDARD_LIBRARY
 from euryale.training.options import CalibrateOptions, DistillOptions, Medusa1Options, Medusa2Options
 from euryale.training.pretrain import PretrainOptions
 

@@ -9,7 +9,8 @@ import numpy as np
 from euryale.parallel.group import Group
 from euryale.runtime.config import EngineConfig, load_model_config
 from euryale.scheduler.params import SamplingParams
-from euryale.training import answers, medusa1, options
+from euryale.training import answers, options
+from euryale.training.data import load_documents
 from euryale.training.options import DistillOptions
 
 
@@ -32,18 +33,12 @@ def run(args: DistillOptions, group: Group) -> dict | None:
         seed=args.seed,
         ignore_eos=args.ignore_eos,
     )
-    out, prompts, error = Path(args.out), [], None
-    if group.is_leader:
-        try:
+    out, prompts, done = Path(args.out), [], 0
+    with group.agreed():
+        if group.is_leader:
             prompts = _prompts(args)
             _remember(args, out)
             done = _keep_whole_lines(out, prompts)
-        except (ValueError, OSError) as problem:
-            error = str(problem)
-    try:
-        group.agree(error)
-    except RuntimeError as problem:
-        raise ValueError(str(problem)) from None
     if not group.is_leader:
         return answers.write_answers(config, group, [], params, None)
     with out.open("a", encoding="utf-8") as file:
@@ -52,15 +47,15 @@ def run(args: DistillOptions, group: Group) -> dict | None:
 
 
 def _prompts(args: DistillOptions) -> list[np.ndarray]:
-    vocab_size = load_model_config(args.model, "auto").vocab_size
-    documents, _, _ = medusa1.load_documents(args, vocab_size)
-    return answers.choose_prompts(documents, args.num_prompts, args.prompt_tokens)
+    config = load_model_config(args.model, "auto")
+    documents, _, _ = load_documents(args, config.vocab_size, needs_held_out=False)
+    return answers.choose_prompts(documents, args.num_prompts, args.prompt_tokens, config.max_positions)
 
 
 def _remember(args: DistillOptions, out: Path) -> None:
     """Store the settings beside ``out``; ValueError if it was begun with others."""
     path = out.with_name(out.name + ".options.json")
-    if out.exists() and path.exists() and (differing := options.changed(args, json.loads(path.read_text()))):
+    if out.exists() and path.exists() and (differing := options.changed(vars(args), json.loads(path.read_text()))):
         raise ValueError(
             f"{out} was begun with other settings ({', '.join(differing)}): remove it or give another --out"
         )
@@ -77,8 +72,12 @@ def _keep_whole_lines(out: Path, prompts: list[np.ndarray]) -> int:
     whole = content[: content.rfind(b"\n") + 1]
     lines = whole.decode().split("\n")[:-1]
     for line, prompt in zip(lines, prompts, strict=False):
-        row = json.loads(line)
-        if not row.get("error") and row["prompt_tokens"] != prompt.tolist():
+        try:
+            row = json.loads(line)
+            is_answer = bool(row.get("error")) or row["prompt_tokens"] == prompt.tolist()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            is_answer = False
+        if not is_answer:
             raise ValueError(f"{out} answers other prompts: remove it or give another --out")
     if len(whole) < len(content):
         with out.open("r+b") as file:

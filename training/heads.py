@@ -1,5 +1,5 @@
 """Medusa heads as trainable modules, and the published layouts they are written in (Medusa paper, arXiv 2401.10774,
-section 2.1.1). This file does not know how they are trained, nor trees or acceptance.
+section 2.1.1). This file does not know losses, trees or acceptance.
 """
 
 import json
@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from euryale.runtime import checkpoint, heads_format
+from euryale.training.options import TrainOptions
 
 WEIGHTS_NAME = "medusa_lm_head.safetensors"
 
@@ -91,3 +92,21 @@ def save_heads(directory: Path, tensors: dict[str, torch.Tensor], model: str, dt
     save_file({n: t.to(dtype).contiguous() for n, t in tensors.items()}, unfinished, metadata={"format": "pt"})
     unfinished.chmod(0o644)  # some writers leave it to its owner alone
     unfinished.replace(directory / WEIGHTS_NAME)
+
+
+def make_heads(args: TrainOptions, lm_head_VD: torch.Tensor) -> Heads:
+    """Fresh heads, or those of --heads."""
+    if not args.heads:
+        return Heads.like(lm_head_VD.float(), args.num_heads, args.num_layers, args.shared_lm_head)
+    heads = Heads.load(args.heads, args.model, *lm_head_VD.shape)
+    if (len(heads), heads.num_layers) != (args.num_heads, args.num_layers):
+        raise ValueError(
+            f"{args.heads} holds {len(heads)} heads of {heads.num_layers} blocks: "
+            f"say --num-heads {len(heads)} --num-layers {heads.num_layers}"
+        )
+    if args.shared_lm_head == heads.has_lm_heads:
+        raise ValueError(
+            f"the heads in {args.heads} have {'' if heads.has_lm_heads else 'no '}lm_heads of their own: "
+            f"{'leave out' if heads.has_lm_heads else 'give'} --shared-lm-head"
+        )
+    return heads

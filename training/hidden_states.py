@@ -1,6 +1,9 @@
 """Hidden states of a frozen backbone, computed once and kept on disk."""
 
+import hashlib
 import logging
+import math
+import os
 import shutil
 from pathlib import Path
 
@@ -20,48 +23,45 @@ class StoredHiddenStates:
     """A file of [windows, length, hidden size]. All ranks read the same file: nodes must share the directory."""
 
     def __init__(self, training: Training, path: Path, hidden_size: int, group: Group) -> None:
-        """Read the file, after writing it if it is not complete. ValueError, on every rank, if there is no room."""
+        """Read the file, after writing it if it is not complete or of other windows. ValueError, on every rank, if
+        there is no room."""
         self._group = group
         dtype, item = _ITEM[training.options.precision]
         shape = (len(training.windows), training.options.length, hidden_size)
-        size = int(np.prod(shape)) * item
-        complete = path.with_suffix(".complete")
-        is_complete = complete.exists() and path.exists() and path.stat().st_size == size
-        self._agree(None if is_complete else self._announce(path, size))
-        if group.is_leader and not is_complete:
-            complete.unlink(missing_ok=True)
-            with path.open("wb") as file:
-                file.truncate(size)
-        self._agree(None)
-        self._states = torch.from_file(str(path), shared=True, size=int(np.prod(shape)), dtype=dtype).view(shape)
+        size, mark = math.prod(shape) * item, path.with_suffix(".complete")
+        content = hashlib.sha256(training.windows.tokens).hexdigest() + f" {training.options.quantize}"
+        is_complete = mark.exists() and path.exists() and mark.read_text() == content and path.stat().st_size == size
+        with group.agreed():  # all have looked before the leader changes anything
+            pass
+        with group.agreed():
+            if group.is_leader and not is_complete:
+                mark.unlink(missing_ok=True)
+                self._make_room(path, size)
+        self._states = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
         if not is_complete:
             self._fill(training)
-            self._agree(None)
-            if group.is_leader:
-                complete.touch()
+            with group.agreed():
+                if group.is_leader:
+                    mark.write_text(content)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Hidden states [B, L, D] of the batch."""
         return self._states[batch.windows.cpu()].to(self._group.device)
 
-    def _announce(self, path: Path, size: int) -> str | None:
-        if not self._group.is_leader:
-            return None
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def _make_room(self, path: Path, size: int) -> None:
+        """Take all the room at once: a disk that fills up under a mapped file would kill the process."""
+        path.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
         logger.info("hidden states: %.2f GB in %s (%.2f GB free)", size / 1e9, path, free / 1e9)
-        if size < free:
-            return None
-        return (
-            f"the hidden states need {size / 1e9:.1f} GB and {path.parent} has {free / 1e9:.1f} GB free: "
-            "leave out --cache-hidden-states, give fewer data, or another --out"
-        )
-
-    def _agree(self, error: str | None) -> None:
         try:
-            self._group.agree(error)
-        except RuntimeError as problem:
-            raise ValueError(str(problem)) from None
+            with path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise ValueError(
+                f"the hidden states need {size / 1e9:.2f} GB and {path.parent} has {free / 1e9:.2f} GB free ({error}): "
+                "leave out --cache-hidden-states, give fewer data, or another --out"
+            ) from error
 
     def _fill(self, training: Training) -> None:
         """Every rank computes its share; FSDP wants all of them to run the model equally often."""

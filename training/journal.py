@@ -7,24 +7,25 @@ from euryale.training import pictures
 
 
 class Journal:
-    """Writes ``out/log.csv`` and ``out/losses.png`` on the leader; elsewhere it only remembers. A resumed training
-    drops the rows of the steps it repeats. Losses in nats per token; ``top1_k`` is head k's share of right guesses."""
+    """Writes ``out/log.csv`` and ``out/losses.png``, on the leader alone. A resumed training drops the rows of the
+    steps it repeats. Losses in nats per token; ``top1_k`` is head k's share of right guesses."""
 
-    def __init__(self, out: Path, num_heads: int, first_step: int, is_leader: bool) -> None:
+    def __init__(self, out: Path, num_heads: int, first_step: int) -> None:
         pictures.check()
         heads = range(num_heads)
         self.columns = ["kind", "step", "tokens", "backbone_loss", *(f"loss_{k}" for k in heads)]
         self.columns += [f"top{r}_{k}" for r in range(1, 6) for k in heads] + ["learning_rate", "tokens_per_second"]
-        self._path, self._picture, self._is_leader = out / "log.csv", out / "losses.png", is_leader
+        self._path, self._picture = out / "log.csv", out / "losses.png"
         self._num_heads, self.rows = num_heads, []
         if first_step and self._path.is_file():
             with self._path.open(newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
-        if is_leader:
-            with self._path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, self.columns)
-                writer.writeheader()
-                writer.writerows(self.rows)
+        rewritten = self._path.with_suffix(".tmp")  # a kill in between must not lose the log
+        with rewritten.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        rewritten.replace(self._path)
 
     @property
     def _measurements(self) -> list[dict]:
@@ -41,7 +42,7 @@ class Journal:
 
     def trained(self, step: int, losses: list[float], tokens: int, learning_rate: float, rate: float) -> None:
         """Log the losses of a step, the backbone's first."""
-        row = {"kind": "train", "step": step, "tokens": tokens, "learning_rate": f"{learning_rate:.6f}"}
+        row = {"kind": "train", "step": step, "tokens": tokens, "learning_rate": f"{learning_rate:.3e}"}
         self._append(row | self._losses(losses) | {"tokens_per_second": f"{rate:.0f}"})
 
     def measured(self, step: int, measurement: dict) -> None:
@@ -55,17 +56,15 @@ class Journal:
 
     def draw(self) -> None:
         """Draw the curves so far."""
-        if self._is_leader:
-            pictures.draw_losses(self._picture, self.rows, self._num_heads)
+        pictures.draw_losses(self._picture, self.rows, self._num_heads)
 
     def _losses(self, losses: list[float]) -> dict:
         return {name: f"{loss:.5f}" for name, loss in zip(self.columns[3:], losses, strict=False)}
 
     def _append(self, row: dict) -> None:
         self.rows.append(row)
-        if self._is_leader:
-            with self._path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
+        with self._path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
 
     def _restored(self, row: dict) -> dict:
         heads = range(self._num_heads)

@@ -33,6 +33,13 @@ def head_targets(targets_BL: torch.Tensor, documents_BL: torch.Tensor, head: int
     return shifted
 
 
+def num_targets(batch, num_heads: int) -> torch.Tensor:
+    """How many positions of a batch have a target for the backbone and for every head, int64 [1 + K]."""
+    documents, learned = batch.documents, batch.learned
+    ahead = range(1, num_heads + 2)
+    return torch.stack([(learned[:, a:] & (documents[:, a:] == documents[:, :-a])).sum() for a in ahead])
+
+
 def _in_chunks(function: Callable, rows: int, width: int, *tensors: torch.Tensor) -> torch.Tensor:
     """Sum of ``function`` over chunks of rows small enough for ``width`` numbers each, which are not kept."""
     if rows * width <= _CHUNK:
@@ -74,14 +81,20 @@ def choices(logits_of: Callable, x_BLD: torch.Tensor, vocab_size: int) -> torch.
     return torch.cat([logits_of(part).argmax(-1) for part in parts]).view(x_BLD.shape[:2])
 
 
+def rank_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """How many tokens stand before ``tokens`` [...] in the order of ``logits`` [..., V], int64 [...]. Of equal logits,
+    which bfloat16 has many of, the smallest id comes first, as when serving."""
+    true = logits.gather(-1, tokens[..., None])
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    return ((logits > true) | ((logits == true) & (ids < tokens[..., None]))).sum(-1)
+
+
 @torch.no_grad()
 def hits(logits_of: Callable, x_BLD: torch.Tensor, targets_BL: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """How often the target is the likeliest token, the second, ...: int64 [R]. Ties count in the target's favour."""
+    """How often the target is the likeliest token, the second, ...: int64 [R]."""
 
     def counted(x_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        logits_NV = logits_of(x_ND)
-        true_N1 = logits_NV.gather(1, targets_N.clamp(min=0)[:, None])
-        ranks_N = (logits_NV > true_N1).sum(-1)[targets_N >= 0]
+        ranks_N = rank_of(logits_of(x_ND), targets_N.clamp(min=0))[targets_N >= 0]
         return torch.stack([(ranks_N == rank).sum() for rank in range(TOP_RANKS)])
 
     return _in_chunks(counted, targets_BL.numel(), vocab_size, x_BLD.flatten(0, 1), targets_BL.flatten())

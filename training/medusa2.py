@@ -8,18 +8,21 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 
 from euryale.parallel import fsdp
 from euryale.parallel.group import Group
 from euryale.runtime.heads_format import MERGED_PREFIX
 from euryale.training import backbone as backbones
-from euryale.training import heads, loop, medusa1, options
+from euryale.training import heads, loop, medusa1
 from euryale.training.loop import Training
 from euryale.training.model import MedusaModel
 from euryale.training.options import Medusa2Options
+from euryale.training.packing import load_windows
 
 _BESIDE = (
     "tokenizer*",
+    "added_tokens.json",
     "chat_template*",
     "special_tokens_map.json",
     "vocab.json",
@@ -58,39 +61,40 @@ def save_merged(args: Medusa2Options, trained: dict[str, torch.Tensor]) -> None:
 
 
 def run(args: Medusa2Options, group: Group) -> dict:
-    """Train, and write the merged checkpoint to ``args.out``; returns what ``medusa1.report`` does. ValueError for
+    """Train, and write the merged checkpoint to ``args.out``; returns what ``loop.report`` does. ValueError for
     bad input."""
     out, started = Path(args.out), time.monotonic()
-    loop.remember(args, out, group, options.changed)
+    loop.remember(args, out, group)
     if not args.heads:
         stage_one = args.stage_one()
         medusa1.run(stage_one, group)
         args = dataclasses.replace(args, heads=stage_one.out)
     torch.manual_seed(args.seed)
-    backbone = backbones.load_backbone(args.model, torch.float32, group.device)
-    fresh = medusa1.make_heads(args, backbone.get_output_embeddings().weight.detach())
+    backbone = backbones.load_backbone(args.model, torch.float32)
     config = backbone.config
-    windows, held_out = medusa1.load_windows(args, config.vocab_size, config.max_position_embeddings)
+    started_heads = heads.make_heads(args, backbone.get_output_embeddings().weight.detach())
+    windows, held_out = load_windows(args, config.vocab_size, config.max_position_embeddings)
+    if args.gradient_checkpointing:
+        backbone.train()  # transformers computes activations twice in training mode only
+        backbone.gradient_checkpointing_enable()
     backbone = backbones.add_adapters(backbone, args.lora_rank) if args.lora_rank else backbone.requires_grad_(True)
-    model = MedusaModel(backbone, fresh, args.labels, joint=True, distilled=args.self_distill)
-    medusa1.prepare(model, args, group, is_whole=False)
-    groups = []
-    for part, lr in ((model.backbone, args.lr), (model.heads, args.lr * args.heads_lr_factor)):
-        groups.append({"params": [p for p in part.parameters() if p.requires_grad], "lr": lr, "base_lr": lr})
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    decay = torch.tensor([0.0, *(args.head_decay**k for k in range(args.num_heads))])
-    whole = torch.tensor([1.0, *[0.0] * args.num_heads])
+    model = MedusaModel(backbone, started_heads, args.labels, joint=True, distilled=args.self_distill)
+    model.prepare(args, group)
+    of_backbone = torch.tensor([1.0, *[0.0] * args.num_heads])
+    of_heads = torch.tensor([0.0, *(args.head_decay**k for k in range(args.num_heads))])
+    parts = ((args.lr, model.backbone), (args.lr * args.heads_lr_factor, model.heads))
     training = Training(
         options=args,
         group=group,
         model=model,
-        optimizer=optimizer,
+        optimizer=loop.make_optimizer(args, *parts),
         windows=windows,
         held_out=held_out,
-        weights=lambda step: whole + head_weight(step, args) * decay,
+        weights=lambda step: of_backbone + head_weight(step, args) * of_heads,
     )
     found = loop.train(training, out)
     state = fsdp.whole_state(model)
-    if group.is_leader:
-        save_merged(args, state)
-    return medusa1.report(args, training, found, time.monotonic() - started)
+    with group.agreed(SafetensorError):
+        if group.is_leader:
+            save_merged(args, state)
+    return loop.report(args, training, found, time.monotonic() - started)

@@ -11,17 +11,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from euryale.parallel import fsdp
+from euryale.parallel.group import Group
 from euryale.training import losses
 from euryale.training.heads import Heads
+from euryale.training.options import TrainOptions
 from euryale.training.packing import Batch
 
 
 class Sums(NamedTuple):
-    """Over all positions of a batch: ``losses`` float32 [1 + K], nats, of the backbone and of every head; ``counts``
-    int64 [1 + K], positions with a target; ``hits`` int64 [K, R], targets by the head's rank (zeros in training)."""
+    """Over all positions of a batch: ``losses`` float32 [1 + K], nats, of the backbone and of every head; ``hits``
+    int64 [K, R], targets by the head's rank (zeros in training)."""
 
     losses: torch.Tensor
-    counts: torch.Tensor
     hits: torch.Tensor
 
 
@@ -45,6 +47,15 @@ class MedusaModel(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The decoder's layers and the heads: what FSDP shards one by one."""
         return [*self.inner.layers, *(head for head in self.heads if len(head))]
+
+    def prepare(self, args: TrainOptions, group: Group) -> None:
+        """Move to the device, shard or compile. Quantized weights cannot be sharded: such a backbone stays whole."""
+        is_whole = getattr(args, "quantize", "none") != "none"
+        blocks = [head for head in self.heads if len(head)] if is_whole else self.blocks
+        whole = [self.backbone] if is_whole else []
+        fsdp.shard_parameters(self, blocks, whole, args.precision == "bfloat16", group)
+        if args.compile:
+            self.compile(dynamic=False)
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         return self.inner(batch.tokens, position_ids=batch.positions, use_cache=False).last_hidden_state
@@ -84,18 +95,15 @@ class MedusaModel(nn.Module):
         if self.labels == "backbone":
             seen_BLD = hidden_BLD if teacher_BLD is None else teacher_BLD
             targets_BL = losses.next_tokens(batch, losses.choices(self._logits, seen_BLD, self.vocab_size))
-        found, counts, hits = [], [], []
-        found.append(self._backbone_loss(hidden_BLD, teacher_BLD, text_BL, measured))
-        counts.append((text_BL >= 0).sum())
+        found, hits = [self._backbone_loss(hidden_BLD, teacher_BLD, text_BL, measured)], []
         x_BLD = hidden_BLD.float()
         for k, head in enumerate(self.heads):
             wanted_BL = losses.head_targets(targets_BL, batch.documents, k)
-            counts.append((wanted_BL >= 0).sum())
             found.append(losses.cross_entropy(self._of(head), x_BLD, wanted_BL, self.vocab_size))
             if measured:
                 hits.append(losses.hits(self._of(head), x_BLD, wanted_BL, self.vocab_size))
         none = torch.zeros(len(self.heads), losses.TOP_RANKS, dtype=torch.int64, device=x_BLD.device)
-        return Sums(torch.stack(found), torch.stack(counts), torch.stack(hits) if hits else none)
+        return Sums(torch.stack(found), torch.stack(hits) if hits else none)
 
     def _of(self, head: nn.Module):
         return lambda x: self._head_logits(head, x)

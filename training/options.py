@@ -8,8 +8,7 @@ from pathlib import Path
 from euryale.runtime.config import DTYPES, flag
 from euryale.scheduler.tree import MAX_NODES
 from euryale.training.backbone import QUANTIZATIONS
-from euryale.training.corpus import HELD_OUT_PERCENT
-from euryale.training.data import STANDARD_LIBRARY
+from euryale.training.corpus import HELD_OUT_PERCENT, STANDARD_LIBRARY
 
 SCHEDULES = ("cosine", "constant")
 LABELS = ("text", "backbone")
@@ -108,7 +107,6 @@ class TrainOptions(DataOptions):
     clip: float = flag(1.0, "largest norm of the gradient")
     precision: str = flag("bfloat16", "of activations; master weights are float32", ("bfloat16", "float32"))
     compile: bool = flag(False, "compile the model (one rank only)")
-    gradient_checkpointing: bool = flag(False, "compute activations twice instead of keeping them")
     checkpoint_steps: int = flag(200, "steps between two checkpoints and measurements")
     held_out_windows: int = flag(64, "held-out windows measured at a checkpoint")
 
@@ -119,6 +117,8 @@ class TrainOptions(DataOptions):
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.num_layers < 0 or self.warmup_steps < 0:
             raise ValueError("--num-layers and --warmup-steps must not be negative")
+        if self.clip <= 0 or self.lr <= 0:
+            raise ValueError("--clip and --lr must be above 0")
         if self.shared_lm_head and not self.num_layers:
             raise ValueError("--shared-lm-head needs --num-layers of at least 1: nothing else would be learned")
         if self.length < self.num_heads + 2:
@@ -132,7 +132,11 @@ class TrainOptions(DataOptions):
     def steps(self, num_windows: int, size: int) -> int:
         """Optimizer steps of the whole training on ``size`` ranks."""
         windows = self.tokens / self.length if self.tokens else self.epochs * num_windows
-        return max(1, math.ceil(windows / (self.batch * self.accumulate * size)))
+        return max(1, math.ceil(windows / self.windows_per_step(size)))
+
+    def windows_per_step(self, size: int) -> int:
+        """Windows whose gradients make one optimizer step on ``size`` ranks."""
+        return self.batch * self.accumulate * size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +159,7 @@ class Medusa2Options(TrainOptions):
     head_warmup_steps: int = flag(100, "steps in which that weight rises from 0")
     lora_rank: int = flag(0, "train LoRA adapters of this rank instead of all weights")
     self_distill: bool = flag(False, "teach the backbone what it says without adapters instead of the text")
+    gradient_checkpointing: bool = flag(False, "compute activations twice instead of keeping them")
     save_adapters: bool = flag(False, "write the adapters by themselves too")
 
     def __post_init__(self) -> None:
@@ -170,8 +175,14 @@ class Medusa2Options(TrainOptions):
         return Medusa1Options(**shared | {"lr": self.stage_one_lr, "out": str(Path(self.out, "stage-one"))})
 
 
-def changed(options, saved: dict) -> list[str]:
-    """Flags whose saved value is another one; those that do not change what is computed are left out."""
-    free = ("device", "out", "checkpoint_steps", "held_out_windows")
-    now = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(options).items()}
-    return [f"--{k.replace('_', '-')}" for k, v in now.items() if k not in free and saved.get(k, v) != v]
+# Settings that change no result, or only one that ``windows_per_step`` stands for.
+_FREE = ("device", "out", "checkpoint_steps", "held_out_windows", "batch", "accumulate", "compile", "medusa")
+_FREE += ("gradient_checkpointing", "max_num_seqs", "cache_hidden_states")
+
+
+def changed(settings: dict, saved: dict) -> list[str]:
+    """Flags whose ``saved`` value, read from JSON, is another one and means another result."""
+    now = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    differing = [name for name, value in now.items() if name not in _FREE and saved.get(name, value) != value]
+    named = {"windows_per_step": "--batch times --accumulate times ranks"}
+    return [named.get(name, f"--{name.replace('_', '-')}") for name in differing]

@@ -5,13 +5,17 @@ each other: every one counts its positions from 0. Shape suffixes: W windows, L 
 """
 
 import bisect
+import logging
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from euryale.training.data import Document
+from euryale.training.data import Document, load_documents
+from euryale.training.options import TrainOptions
+
+logger = logging.getLogger("euryale.training")
 
 
 class Batch(NamedTuple):
@@ -53,6 +57,10 @@ class Windows:
         positions = places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
         parts = (self.tokens[indices].astype(np.int64), self.learned[indices], documents, positions, indices)
         return Batch(*map(torch.from_numpy, parts))
+
+    def some(self, indices: np.ndarray) -> "Windows":
+        """Only the windows of these numbers."""
+        return Windows(self.tokens[indices], self.learned[indices], self.documents[indices])
 
     def chosen(self, count: int) -> np.ndarray:
         """Numbers of at most ``count`` evenly spaced windows."""
@@ -106,3 +114,17 @@ def order(num_windows: int, first: int, count: int, seed: int) -> np.ndarray:
     shuffled = np.concatenate([np.random.default_rng((seed, epoch)).permutation(num_windows) for epoch in epochs])
     start = first - epochs[0] * num_windows
     return shuffled[start : start + count]
+
+
+def load_windows(args: TrainOptions, vocab_size: int, max_positions: int) -> tuple[Windows, Windows]:
+    """Windows to train on and to measure on."""
+    if args.length > max_positions:
+        raise ValueError(f"--length {args.length} is more than the {max_positions} tokens the model was made for")
+    trained, held, tokenizer = load_documents(args, vocab_size)
+    padding = tokenizer.eos_token_id or 0
+    windows, held_out = pack(trained, args.length, padding), pack(held, args.length, padding)
+    logger.info(
+        "%d documents in %d windows of %d (%.2f M learned tokens), %d windows held out",
+        len(trained), len(windows), args.length, windows.num_learned / 1e6, len(held_out),
+    )  # fmt: skip
+    return windows, held_out

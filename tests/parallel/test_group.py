@@ -45,7 +45,7 @@ def test_a_plan_arrives_whole_whatever_its_length(ranks, length):
 def disagree(group):
     try:
         group.agree("rank 1 has no file" if group.rank == 1 else None)
-    except RuntimeError as error:
+    except ValueError as error:
         return str(error)
     return "no error"
 
@@ -53,5 +53,5 @@ def disagree(group):
 def test_an_error_on_one_rank_is_an_error_on_all(ranks):
     assert ranks(4).run(disagree) == ["rank 1 has no file"] * 4
     single().agree(None)
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(ValueError, match="broken"):
         single().agree("broken")

@@ -12,8 +12,10 @@ from euryale.runtime.config import EngineConfig
 from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.tree import load_tree
 from euryale.training import backbone, calibrate, medusa1
+from euryale.training.data import Document, load_documents
 from euryale.training.heads import Heads
 from euryale.training.options import CalibrateOptions, Medusa1Options
+from euryale.training.packing import pack
 from euryale.training.tree_search import NUM_RANKS
 
 HIDDEN, VOCAB, NUM_HEADS = 32, 384, 3
@@ -23,7 +25,7 @@ HIDDEN, VOCAB, NUM_HEADS = 32, 384, 3
 def heads_dir(model_dir, text_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("heads")
     args = Medusa1Options(model=model_dir, data=(text_file,), out=str(out), num_heads=NUM_HEADS, length=64, batch=2,
-                          tokens=64 * 2 * 40, held_out_percent=20.0, labels="backbone", lr=5e-3,
+                          tokens=64 * 2 * 150, held_out_percent=20.0, labels="backbone", lr=5e-3,
                           held_out_windows=2)  # fmt: skip
     medusa1.run(args, single())
     return str(out)
@@ -55,9 +57,14 @@ def test_ranks_are_places_among_the_sorted_guesses(model_dir, text_file, heads_d
     args = options(model_dir, text_file, heads_dir, tmp_path)
     model = calibrate.make_model(args, single())
     rows = [np.random.default_rng(0).integers(0, VOCAB, n).astype(np.int32) for n in (20, 13)]
-    plain = backbone.load_backbone(model_dir, torch.float32, torch.device("cpu"))
+    windows = pack(
+        [Document(row, np.ones(len(row), bool)) for row in rows], 40, 0
+    )  # both in one window, unseen by the other
+    (ranks_LK,), (guesses_LKR,) = calibrate.rank_windows(model, windows, single())
+    found = [(ranks_LK[a:b], guesses_LKR[a:b]) for a, b in ((0, 20), (20, 33))]
+    plain = backbone.load_backbone(model_dir, torch.float32)
     heads = Heads.load(heads_dir, model_dir, VOCAB, HIDDEN)
-    for row, (ranks, guesses) in zip(rows, calibrate.rank_rows(model, rows, single()), strict=True):
+    for row, (ranks, guesses) in zip(rows, found, strict=True):
         assert ranks.shape == (len(row), NUM_HEADS)
         assert guesses.shape == (len(row), NUM_HEADS, NUM_RANKS)
         with torch.no_grad():
@@ -92,14 +99,14 @@ def test_files_beside_the_heads(calibrated):
 
 
 def test_the_engine_gains_what_the_walk_says(calibrated, model_dir, text_file, heads_dir):
-    """Real decoding of the measured answers with the searched tree: the walk's tokens per step. The walk leaves out
-    the last tokens of an answer, where a step cannot gain its whole tree, and every step here is a tenth of a token
-    per step in 16."""
+    """Real decoding of the same answers with the searched tree. The walk leaves out where an answer ends within the
+    heads' sight, three tokens of sixteen, which may move the mean of the others by as much as 3/16 of the difference
+    between the two; the difference is at most that between 1 and 4 tokens per step."""
     out, _ = calibrated
     args = options(model_dir, text_file, heads_dir, out)
     model = calibrate.make_model(args, single())
-    documents = medusa1.load_documents(args, VOCAB)[1]
-    prompts = calibrate.answers.choose_prompts(documents, 8, 12)
+    documents = load_documents(args, VOCAB)[1]
+    prompts = calibrate.answers.choose_prompts(documents, 8, 12, 256)
     written = calibrate.own_answers(args, prompts, single())
     own = calibrate.measure_answers(args, model, written, single())
     paths = load_tree(out / "tree.json", NUM_HEADS).paths()
@@ -108,7 +115,8 @@ def test_the_engine_gains_what_the_walk_says(calibrated, model_dir, text_file, h
     found = answer(single(), config, [(p, SamplingParams(max_tokens=16)) for p in prompts])
     assert [row["tokens"] for row in written] == found["outputs"]
     lengths = [length for accepted in found["accepted"] for length in accepted[:-1]]
-    assert np.mean(lengths) == pytest.approx(walked, abs=0.25)
+    assert walked > 1.3  # these heads were taught by this backbone
+    assert np.mean(lengths) == pytest.approx(walked, rel=3 / 16)
 
 
 def test_two_ranks_measure_the_same(calibrated, ranks, model_dir, text_file, heads_dir, tmp_path):
@@ -131,6 +139,18 @@ def test_answers_end_at_the_end_of_text(model_dir, text_file, heads_dir, tmp_pat
     # Position 0 guesses new tokens 1, 2, 3; of 7 tokens the last three are guessed at position 3.
     assert measured.valid_SP.sum(axis=1).tolist() == [13, 4, 0]
     assert measured.ranks_SPK.shape == (3, 16, NUM_HEADS)
+
+
+def test_trees_with_unmeasured_ranks_and_too_few_prompts_are_refused(model_dir, text_file, heads_dir, tmp_path):
+    (tmp_path / "wide.json").write_text("[[10]]")
+    args = options(model_dir, text_file, heads_dir, tmp_path, compare=(str(tmp_path / "wide.json"),))
+    with pytest.raises(ValueError, match="asks for rank 10: ranks below 10 are measured"):
+        calibrate.run(args, single())
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"prompt": "import os"}\n{"prompt": "' + "x = 1 " * 300 + '"}\n')  # the second is too long
+    args = options(model_dir, text_file, heads_dir, tmp_path, held_out=(str(asked), text_file))
+    with pytest.raises(ValueError, match=r"1 answers with .* are too few: give more held-out prompts"):
+        calibrate.run(args, single())
 
 
 def test_missing_heads_and_bad_sizes_are_refused(model_dir, text_file, tmp_path):

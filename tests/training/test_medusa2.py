@@ -44,7 +44,7 @@ def test_both_learn_and_stage_one_comes_first(trained):
 
 
 def test_merged_checkpoint_serves(trained):
-    """transformers reads the backbone, the engine both; greedy answers are transformers', and trees guess some."""
+    """transformers reads the backbone, the engine both: greedy answers are transformers'."""
     out, _ = trained
     read = heads_format.load_heads("", checkpoint.Checkpoint(str(out)), HIDDEN, VOCAB)
     assert (read.num_heads, read.num_layers, len(read.lm_heads)) == (3, 1, 3)
@@ -83,7 +83,7 @@ def test_self_distillation_with_adapters_keeps_the_backbone(trained, model_dir, 
     assert float(rows[0].split(",")[3]) == pytest.approx(0, abs=1e-5)  # the divergence of the first step
     tokens = torch.arange(3, 40)[None]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    plain = backbones.load_backbone(model_dir, torch.float32, torch.device("cpu"))
+    plain = backbones.load_backbone(model_dir, torch.float32)
     adapted = backbones.library("peft").PeftModel.from_pretrained(plain, tmp_path / "adapters")
     with torch.no_grad():
         wanted, found = adapted(tokens).logits, merged(tokens).logits
@@ -131,6 +131,12 @@ def test_two_ranks_train_as_one(trained, ranks, model_dir, text_file, tmp_path, 
     assert reports[0]["head_losses"] == pytest.approx(wanted["head_losses"], rel=1e-3)
     found, expected = (checkpoint.Checkpoint(str(path)) for path in (two, one))
     assert found.names == expected.names
+
+
+def test_two_ranks_do_both_stages(ranks, model_dir, text_file, tmp_path):
+    report = ranks(2).run(on_rank, options(model_dir, text_file, tmp_path, precision="bfloat16"))[0]
+    assert sum(report["head_losses"]) < sum(report["first"]["head_losses"])
+    assert (tmp_path / "stage-one" / "report.json").exists()
 
 
 def test_two_ranks_go_on_as_if_undisturbed(trained, ranks, model_dir, text_file, tmp_path):
