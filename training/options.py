@@ -71,7 +71,7 @@ class CalibrateOptions(PromptOptions):
     out: str = flag("", "directory of the results (default: that of the heads)")
     nodes: int = flag(10, "guesses of tree.json, the root not counted")
     compare: tuple[str, ...] = flag((), "trees to compare with the searched one of the same number of guesses")
-    num_prompts: int = flag(256, "at most so many held-out prompts, evenly spaced")
+    num_prompts: int = flag(512, "at most so many held-out prompts, evenly spaced")
     max_tokens: int = flag(128, "longest answer")
     text_windows: int = flag(64, "windows of held-out text on which accuracy is measured too")
     length: int = flag(1024, "tokens of such a window")

@@ -46,7 +46,7 @@ def accuracy_by_rank(ranks_NK: np.ndarray) -> np.ndarray:
     return np.stack([(ranks_NK == r).mean(axis=0) for r in range(NUM_RANKS)], axis=1)
 
 
-def search_joint_tree(ranks_NK: np.ndarray, num_drafts: int, prior_count: float = 8.0) -> list[list[int]]:
+def search_joint_tree(ranks_NK: np.ndarray, num_drafts: int, prior_count: float = 64.0) -> list[list[int]]:
     """The paths of the best static tree, in decreasing order of gain: any prefix of the list is the best tree of
     its size.
 
