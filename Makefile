@@ -15,7 +15,7 @@ demo: $(STAMP)  ## serve the demo model with 2 ranks, ask it, stop it
 	$(BIN)/python demo/run.py
 
 serve: $(STAMP)  ## serve the demo model until Ctrl-C
-	$(BIN)/torchrun --nproc-per-node 2 launch/serve.py --model demo/model --medusa demo/model/medusa --device cpu --dtype float32
+	$(BIN)/torchrun --nproc-per-node 2 launch/serve.py --model demo/model --device cpu --dtype float32
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Draw one real decoding step as SVG: the candidate tree, what the model says at every node, the accepted path.
 
-``python -m euryale.benchmarks.draw_step --model demo/model --medusa demo/model/medusa --out docs/tree-step.svg``
+``python -m euryale.benchmarks.draw_step --model demo/model --out docs/tree-step.svg``
 decodes a prompt and draws the step that accepted most (of the first, if several did).
 """
 

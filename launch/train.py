@@ -22,7 +22,7 @@ except ModuleNotFoundError:
     sys.modules["euryale"] = types.ModuleType("euryale")
     sys.modules["euryale"].__path__ = [str(Path(__file__).resolve().parents[1])]
 
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from euryale.parallel.group import LOADING_TIMEOUT, join
 from euryale.runtime.flags import add_flags, from_flags
@@ -52,7 +52,8 @@ def main() -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    disable_progress_bar()  # transformers' own
+    disable_progress_bar()
+    set_verbosity_error()
     try:
         chosen = from_flags(options, args)
         group = join(LOADING_TIMEOUT, getattr(chosen, "device", "auto"))

@@ -1,4 +1,4 @@
-"""Rebuild the whole demo checkpoint: backbone, its own answers, Medusa-1, Medusa-2, calibrated tree, model card.
+"""Rebuild the whole demo checkpoint: backbone, Medusa-1, Medusa-2, calibrated tree, model card.
 
 A stage whose output is already in ``DIR/work`` is skipped, and a killed one goes on at its last checkpoint when the
 same command is given again. ``DIR/work`` is no part of the result: remove it when all is done.
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from euryale.parallel.group import Group
 from euryale.runtime.config import flag
-from euryale.training import calibrate, distill, medusa1, medusa2, model_card, pretrain
+from euryale.training import calibrate, medusa1, medusa2, model_card, pretrain
 from euryale.training.corpus import STANDARD_LIBRARY
-from euryale.training.options import CalibrateOptions, DistillOptions, Medusa1Options, Medusa2Options
+from euryale.training.options import CalibrateOptions, Medusa1Options, Medusa2Options
 from euryale.training.pretrain import PretrainOptions
 
 MAX_BYTES = 24_000_000
@@ -42,8 +42,6 @@ class DemoOptions:
     num_layers: int = flag(PretrainOptions.num_layers, "decoder layers")
     tokens: float = flag(PretrainOptions.tokens, "tokens of the backbone's training")
     polish_steps: int = flag(PretrainOptions.polish_steps, "steps that show beginnings")
-    num_prompts: int = flag(2560, "prompts the backbone answers for its heads")
-    answer_tokens: int = flag(DistillOptions.max_tokens, "longest of these answers")
     heads_tokens: float = flag(2e6, "tokens of Medusa-1")
     joint_tokens: float = flag(1.2e6, "tokens of Medusa-2")
     length: int = flag(512, "tokens of a window in both")
@@ -69,25 +67,16 @@ class DemoOptions:
     def _from_backbone(self, out: str) -> dict:
         return {"model": str(self.work / "backbone"), "out": str(self.work / out)}
 
-    def for_answers(self) -> DistillOptions:
-        where = self._from_backbone("answers.jsonl")
-        sizes = {"num_prompts": self.num_prompts, "max_tokens": self.answer_tokens, "max_num_seqs": 48}
-        return DistillOptions(**where, data=(STANDARD_LIBRARY,), **sizes, dtype="float32")
-
     def _training(self) -> dict:
         names = ("length", "batch", "num_heads", "compile")
-        shared = {"data": (self.for_answers().out,), "labels": "backbone"}
-        return shared | {name: getattr(self, name) for name in names}
+        return {"data": (STANDARD_LIBRARY,)} | {name: getattr(self, name) for name in names}
 
     def for_heads(self) -> Medusa1Options:
         return Medusa1Options(**self._from_backbone("heads"), **self._training(), tokens=self.heads_tokens, lr=3e-3)
 
     def for_joint(self) -> Medusa2Options:
-        recipe = {"lora_rank": 16, "self_distill": True, "lr": 1e-3, "heads_lr_factor": 1.0}
-        heads = self.for_heads().out
-        return Medusa2Options(
-            **self._from_backbone("joint"), **self._training(), **recipe, tokens=self.joint_tokens, heads=heads
-        )
+        recipe = {"tokens": self.joint_tokens, "lr": 3e-4, "heads": self.for_heads().out}
+        return Medusa2Options(**self._from_backbone("joint"), **self._training(), **recipe)
 
     def for_tree(self) -> CalibrateOptions:
         joint = self.for_joint().out
@@ -117,9 +106,9 @@ def assemble(args: DemoOptions) -> None:
         trainings = {
             "backbone": (args.for_backbone(), "Muon (matrices), AdamW (embedding, norms)"),
             "heads, backbone frozen (Medusa-1)": (args.for_heads(), "AdamW"),
-            "both, backbone by LoRA (Medusa-2)": (args.for_joint(), "AdamW"),
+            "heads and backbone (Medusa-2)": (args.for_joint(), "AdamW"),
         }
-        card = model_card.write(out, args.work / "backbone", trainings, args.num_prompts, args.command())
+        card = model_card.write(out, args.work / "backbone", trainings, args.command())
         (out / "README.md").write_text(card)
 
 
@@ -139,7 +128,6 @@ def run(args: DemoOptions, group: Group) -> dict:
     work = args.work
     stages = (
         (work / "backbone" / "model.safetensors", pretrain.run, args.for_backbone()),
-        (work / "answers.complete", distill.run, args.for_answers()),
         (work / "heads" / "report.json", medusa1.run, args.for_heads()),
         (work / "joint" / "report.json", medusa2.run, args.for_joint()),
         (work / "joint" / "tree.json", calibrate.run, args.for_tree()),

@@ -48,10 +48,8 @@ Context: {context} tokens. Byte-level BPE; id 0 is the end-of-text token and beg
 In the last steps of the backbone's first training every other batch shows beginnings: text from a top-level `def`,
 `class` or `import` on, half of it cut into tokens as a prompt that ends in a blank is.
 
-Heads learn what the backbone itself would say (self-distillation, section 2.3.2 of the paper): both Medusa trainings
-saw {num_answers} greedy answers it wrote to pieces of the training files, with its own choices as labels. Medusa-2
-moves the backbone too, by adapters that were merged afterwards, and holds it to what it said before by the KL
-divergence.
+Medusa-1 taught the heads the text beside the frozen backbone, Medusa-2 then trained both together, the heads' loss with
+weight 0.2 beside the backbone's own.
 
 Held-out loss, over all held-out text: **{loss:.3f} nats per token**, {bits_per_byte:.3f} bits per byte; before Medusa-2
 {loss_before:.3f} ({change:+.2f} %).
@@ -167,7 +165,7 @@ def training_table(trainings: dict) -> str:
     return table(["", "tokens, repetitions counted", "batch", "optimizer"], cells)
 
 
-def write(directory: Path, before: Path, trainings: dict, num_answers: int, command: str) -> str:
+def write(directory: Path, before: Path, trainings: dict, command: str) -> str:
     """The README of the checkpoint in ``directory``, made from the backbone in ``before``; measures losses and writes
     samples of its text."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
@@ -177,7 +175,6 @@ def write(directory: Path, before: Path, trainings: dict, num_answers: int, comm
     return _CARD.format(
         python=platform.python_version(),
         num_heads=num_heads,
-        num_answers=num_answers,
         context=context,
         sizes=sizes,
         training=training_table(trainings),

@@ -13,7 +13,7 @@ from euryale.parallel.group import single
 from euryale.runtime.config import EngineConfig
 from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.tree import load_tree
-from euryale.training import calibrate, corpus, demo, distill, medusa1, medusa2, pretrain
+from euryale.training import calibrate, corpus, demo, medusa1, medusa2, pretrain
 from euryale.training.demo import DemoOptions
 from euryale.training.tree_search import NUM_RANKS, TREE_SIZES
 
@@ -41,8 +41,6 @@ def options(tmp_path_factory):
         num_layers=2,
         tokens=12 * 4 * 64.0,
         polish_steps=4,
-        num_prompts=120,
-        answer_tokens=16,
         heads_tokens=12 * 4 * 32.0,
         joint_tokens=6 * 4 * 32.0,
         length=32,
@@ -95,7 +93,7 @@ def test_model_card_states_what_it_must(built):
 
 
 def test_finished_stages_are_skipped(built, options, monkeypatch):
-    for stage in (pretrain, distill, medusa1, medusa2, calibrate):
+    for stage in (pretrain, medusa1, medusa2, calibrate):
         monkeypatch.setattr(stage, "run", lambda *_: pytest.fail("a finished stage ran again"))
     before = (built / "README.md").stat().st_mtime_ns
     demo.run(options, single())
