@@ -55,3 +55,19 @@ def test_an_error_on_one_rank_is_an_error_on_all(ranks):
     single().agree(None)
     with pytest.raises(ValueError, match="broken"):
         single().agree("broken")
+
+
+def fail_on_one(group):
+    try:
+        with group.agreed(KeyError):
+            if group.rank == 1:
+                raise KeyError("lost")
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_failure_on_one_rank_is_heard_on_all(ranks):
+    assert ranks(2).run(fail_on_one) == ["'lost'", "'lost'"]
+    with pytest.raises(ZeroDivisionError), single().agreed():
+        raise ZeroDivisionError  # not an error to agree on: a fault of ours

@@ -247,34 +247,6 @@ def test_data_of_another_tokenizer_are_refused(model_dir, tmp_path):
         medusa1.run(args, single())
 
 
-def test_a_full_disk_is_named_and_the_older_checkpoint_kept(tmp_path):
-    """The kernel refuses large files in a process of its own, as it does on a full disk."""
-    script = (
-        "import resource, signal, sys\n"
-        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        "import support, torch\n"
-        "from euryale.parallel import fsdp\n"
-        "from euryale.parallel.group import single\n"
-        "model = torch.nn.Linear(200, 200)\n"
-        "optimizer = torch.optim.AdamW(model.parameters())\n"
-        "from pathlib import Path\n"
-        f"out = Path({str(tmp_path)!r})\n"
-        "fsdp.save_checkpoint(out, model, optimizer, 1, single())\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
-        "try:\n"
-        "    fsdp.save_checkpoint(out, model, optimizer, 2, single())\n"
-        "except ValueError as error:\n"
-        "    print(error)\n"
-        "print(fsdp.load_checkpoint(out, model, optimizer, single()))\n"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
-    message, step = result.stdout.splitlines()[-2:]
-    assert "cannot write a checkpoint" in message, result.stderr
-    assert "Make room and give the same command again" in message
-    assert step == "1"
-
-
 def test_learning_rate(model_dir, text_file, tmp_path):
     args = options(model_dir, text_file, tmp_path, warmup_steps=10)
     factors = [loop.learning_rate_factor(step, 100, args) for step in range(100)]
