@@ -46,7 +46,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     subcommands = parser.add_subparsers(dest="command", required=True)
     for name, (_, options) in COMMANDS.items():
-        add_flags(subcommands.add_parser(name, description=options.__doc__, allow_abbrev=False), options)
+        about = " ".join(options.__doc__.split())
+        add_flags(subcommands.add_parser(name, help=about, description=about, allow_abbrev=False), options)
     args = parser.parse_args()
     run, options = COMMANDS[args.command]
     if "TORCHELASTIC_RUN_ID" in os.environ:

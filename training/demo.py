@@ -47,7 +47,7 @@ class DemoOptions:
     length: int = flag(512, "tokens of a window in both")
     batch: int = flag(8, "windows of a step in all trainings")
     num_heads: int = flag(4, "Medusa heads")
-    nodes: int = flag(CalibrateOptions.nodes, "guesses of the tree")
+    nodes: int = flag(7, "guesses of the tree: with the root 8 rows, which this size runs well on a CPU")
     calibration_prompts: int = flag(CalibrateOptions.num_prompts, "held-out prompts the tree is searched on")
     compile: bool = flag(True, "compile the model")
 
