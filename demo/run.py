@@ -71,6 +71,7 @@ def main() -> int:
         with Client(address) as client:
             info = client.hello()
             print(f"{info.model} at {address}: {info.tensor_parallel_size} ranks, {info.num_medusa_heads} Medusa heads")
+            print("small numbers: how many tokens that step emitted; drawn at the model's default temperature")
             for prompt in PROMPTS:
                 stream(client, prompt)
             plain_rate, _, plain = measure(client, speculation=False)

@@ -64,6 +64,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("stopped: give the same command again and it goes on", file=sys.stderr, flush=True)
+        return 130
     if group.is_leader:
         print(json.dumps(result), flush=True)
     group.close()

@@ -98,7 +98,7 @@ class Server:
         """Take what arrived, then run a step or rest."""
         if self._stop_asked and not self.is_draining:
             self.is_draining = True
-            logger.info("draining")
+            logger.info("draining: running requests may finish, new ones are refused")
             self.link.send(links.BeginDrain())
         has_work = self.scheduler.has_work
         for message in self.link.receive(0 if has_work else SLEEP_MS):

@@ -8,6 +8,8 @@ from typing import Any
 
 from euryale.client import protocol
 
+MAX_DRAIN_TIMEOUT = 28.0  # torchrun kills its workers 30 seconds after a signal
+
 
 def _flag(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help, "choices": None})
@@ -28,7 +30,9 @@ class FrontEndConfig:
     max_characters_per_token: int = _flag(32, "a text longer than this times the model's length is not even tokenized")
     max_backlog_bytes: int = _flag(4 << 20, "unread answers after which a client is given up")
     engine_timeout: float = _flag(60.0, "seconds of silence after which the engine is taken for dead")
-    drain_timeout: float = _flag(20.0, "seconds after the begin of a drain when running requests are cancelled")
+    drain_timeout: float = _flag(
+        20.0, "seconds after the begin of a drain when running requests are cancelled; below 30"
+    )
 
     def __post_init__(self) -> None:
         check_bind(self.bind, allow_remote=self.allow_remote)
@@ -38,6 +42,11 @@ class FrontEndConfig:
         for name in ("engine_timeout", "drain_timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be a positive number of seconds, not {getattr(self, name)}")
+        if self.drain_timeout > MAX_DRAIN_TIMEOUT:
+            raise ValueError(
+                f"drain_timeout must be at most {MAX_DRAIN_TIMEOUT:.0f} seconds, not {self.drain_timeout}: torchrun "
+                "kills its workers 30 seconds after it was asked to stop, and answers in progress with them"
+            )
 
 
 def check_bind(address: str, *, allow_remote: bool) -> None:

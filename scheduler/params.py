@@ -79,7 +79,10 @@ def _check_types(params: SamplingParams) -> None:
         else:
             fits = isinstance(value, type(default))
         if not fits:
-            raise ValueError(f"{field.name} must be of type {type(default).__name__}, not {value!r}")
+            kind = "a finite number" if isinstance(default, float) else f"of type {type(default).__name__}"
+            if isinstance(default, tuple):
+                kind = "a list of strings" if field.name == "stop" else "a list of token ids"
+            raise ValueError(f"{field.name} must be {kind}, not {value!r}")
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

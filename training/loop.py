@@ -5,6 +5,7 @@ Shape suffixes: K heads, R ranks.
 """
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from euryale.training.journal import Journal
 from euryale.training.model import MedusaModel, Sums
 from euryale.training.options import TrainOptions, changed
 from euryale.training.packing import Batch, Windows, order
+
+logger = logging.getLogger("euryale.training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +137,16 @@ def train(training: Training, out: Path) -> dict:
         journal = Journal(out, len(training.model.heads), first) if group.is_leader else None
     if first == 0:
         _measured(training, journal, 0)
+    elif group.is_leader:
+        state = "is done already" if first == steps else "goes on from its checkpoint"
+        logger.info("%s: this training %s at step %d of %d", out, state, first, steps)
     num_tokens = options.windows_per_step(group.size) * options.length
     started = time.monotonic()
     with tqdm(total=steps, initial=first, desc=out.name, unit="step", disable=not group.is_leader) as bar:
         for step in range(first, steps):
             found = train_step(training, step).tolist()
+            if not all(map(math.isfinite, found)):  # the same on every rank
+                raise ValueError(f"the loss is not finite at step {step + 1}: lower --lr and begin with another --out")
             rate = (step + 1 - first) * num_tokens / (time.monotonic() - started)
             if journal:
                 learning_rate = training.optimizer.param_groups[0]["lr"]

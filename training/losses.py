@@ -3,6 +3,7 @@
 Shape suffixes: B windows, L positions, N rows, D hidden, V vocabulary, K heads, R ranks.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -84,6 +85,7 @@ def choices(logits_of: Callable, x_BLD: torch.Tensor, vocab_size: int) -> torch.
 def rank_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """How many tokens stand before ``tokens`` [...] in the order of ``logits`` [..., V], int64 [...]. Of equal logits,
     which bfloat16 has many of, the smallest id comes first, as when serving."""
+    logits = logits.nan_to_num(math.inf, math.inf, -math.inf)  # what is no number must not look like a good guess
     true = logits.gather(-1, tokens[..., None])
     ids = torch.arange(logits.shape[-1], device=logits.device)
     return ((logits > true) | ((logits == true) & (ids < tokens[..., None]))).sum(-1)

@@ -23,7 +23,7 @@ class DataOptions:
     data: tuple[str, ...] = flag((), f"JSONL or text files, or {STANDARD_LIBRARY}")
     held_out: tuple[str, ...] = flag((), "files to measure on (default: a part of --data, told apart by a hash)")
     held_out_percent: float = flag(HELD_OUT_PERCENT, "share of --data that is held out when --held-out is not given")
-    seed: int = flag(0, "everything that is drawn depends on it")
+    seed: int = flag(0, "everything that is drawn depends on it (default: 0)")
     device: str = flag("auto", "what to run on; auto: the GPUs if there are any", ("auto", "cpu", "cuda"))
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ class TrainOptions(DataOptions):
     shared_lm_head: bool = flag(False, "heads use the backbone's lm_head instead of one of their own each")
     labels: str = flag("text", "what heads learn: the text, or what the backbone would say there", LABELS)
     head_decay: float = flag(0.8, "the weight of head k's loss is this to the power of k")
-    tokens: float = flag(0.0, "tokens to train on, repetitions counted (default: --epochs)")
+    tokens: float = flag(0.0, "tokens to train on, repetitions counted (default: what --epochs makes)")
     epochs: float = flag(1.0, "how often every window is seen when --tokens is not given")
     length: int = flag(1024, "tokens of a window")
     batch: int = flag(4, "windows of a step on one rank")
@@ -117,7 +117,7 @@ class TrainOptions(DataOptions):
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.num_layers < 0 or self.warmup_steps < 0:
             raise ValueError("--num-layers and --warmup-steps must not be negative")
-        if self.clip <= 0 or self.lr <= 0:
+        if not 0 < self.clip < math.inf or not 0 < self.lr < math.inf:
             raise ValueError("--clip and --lr must be above 0")
         if self.shared_lm_head and not self.num_layers:
             raise ValueError("--shared-lm-head needs --num-layers of at least 1: nothing else would be learned")
@@ -126,8 +126,8 @@ class TrainOptions(DataOptions):
                 f"{self.num_heads} heads look {self.num_heads + 1} tokens ahead and windows have {self.length}: "
                 "raise --length or lower --num-heads"
             )
-        if self.tokens <= 0 and self.epochs <= 0:
-            raise ValueError("--tokens or --epochs must be above 0")
+        if self.tokens < 0 or self.epochs <= 0:
+            raise ValueError("--tokens must not be negative and --epochs must be above 0")
 
     def steps(self, num_windows: int, size: int) -> int:
         """Optimizer steps of the whole training on ``size`` ranks."""
@@ -164,6 +164,8 @@ class Medusa2Options(TrainOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.lora_rank < 0:
+            raise ValueError(f"--lora-rank must not be negative, not {self.lora_rank}")
         if (self.self_distill or self.save_adapters) and not self.lora_rank:
             raise ValueError(
                 "--self-distill and --save-adapters need --lora-rank: the teacher is the model without them"

@@ -41,7 +41,7 @@ GENERATE = {"type": "generate", "v": 1}
         ({"prompt": "a", "params": {"max_tokens": -5}}, "max_tokens must be between 1 and"),
         ({"prompt": "a", "params": {"max_tokens": "5"}}, "max_tokens must be of type int"),
         ({"prompt": "a", "params": {"max_tokens": 2.5}}, "max_tokens must be of type int"),
-        ({"prompt": "a", "params": {"temperature": "hot"}}, "temperature must be of type float"),
+        ({"prompt": "a", "params": {"temperature": "hot"}}, "temperature must be a finite number"),
         ({"prompt": "a", "params": {"temperature": float("nan")}}, "temperature must be"),
         ({"prompt": "a", "params": {"temperature": [[1]]}}, "temperature must be"),
         ({"prompt": "a", "params": {"seed": -1}}, "seed must be between"),

@@ -60,5 +60,10 @@ def test_numbers(name):
         FrontEndConfig(**{name: 0})
 
 
+def test_a_drain_longer_than_torchrun_waits_is_refused():
+    with pytest.raises(ValueError, match="torchrun kills its workers 30 seconds after"):
+        FrontEndConfig(drain_timeout=29)
+
+
 def test_every_field_says_what_it_is_for():
     assert all(field.metadata["help"] for field in dataclasses.fields(FrontEndConfig))

@@ -217,11 +217,19 @@ def test_an_int8_backbone_is_smaller_and_good_enough(trained, model_dir, text_fi
         ({"shared_lm_head": True, "num_layers": 0}, "nothing else would be learned"),
         ({"heads": "nowhere"}, "neither medusa_lm_head.safetensors"),
         ({"clip": 0.0}, "--clip and --lr must be above 0"),
+        ({"lr": float("nan")}, "--clip and --lr must be above 0"),
+        ({"tokens": -5.0}, "--tokens must not be negative"),
     ],
 )
 def test_bad_input_is_refused_with_a_way_out(model_dir, text_file, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         medusa1.run(options(model_dir, text_file, tmp_path, **changes), single())
+
+
+def test_a_diverging_training_is_stopped(model_dir, text_file, tmp_path):
+    with pytest.raises(ValueError, match=r"not finite at step \d: lower --lr"):
+        medusa1.run(options(model_dir, text_file, tmp_path, lr=1e30, warmup_steps=0), single())
+    assert not (tmp_path / WEIGHTS_NAME).exists()
 
 
 def test_another_training_in_the_same_place_is_refused(trained, model_dir, text_file):
