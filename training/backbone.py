@@ -55,7 +55,7 @@ def quantize(backbone: PreTrainedModel, kind: str, device: torch.device) -> None
 
     try:
         quantization.quantize_(backbone, config, filter_fn=chosen, device=device)
-    except (ImportError, NotImplementedError, AssertionError) as error:
+    except (ImportError, NotImplementedError, AssertionError) as error:  # torchao asserts what the hardware can do
         raise ValueError(f"this hardware or torchao cannot do --quantize {kind}: {error}") from error
 
 

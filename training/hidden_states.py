@@ -23,13 +23,15 @@ class StoredHiddenStates:
     """A file of [windows, length, hidden size]. All ranks read the same file: nodes must share the directory."""
 
     def __init__(self, training: Training, path: Path, hidden_size: int, group: Group) -> None:
-        """Read the file, after writing it if it is not complete or of other windows. ValueError, on every rank, if
-        there is no room."""
+        """Read the file, after writing it if it is not complete, of other windows or of another model. ValueError, on
+        every rank, if there is no room."""
         self._group = group
         dtype, item = _ITEM[training.options.precision]
         shape = (len(training.windows), training.options.length, hidden_size)
         size, mark = math.prod(shape) * item, path.with_suffix(".complete")
-        content = hashlib.sha256(training.windows.tokens).hexdigest() + f" {training.options.quantize}"
+        digest = hashlib.sha256(training.windows.tokens)
+        digest.update(training.windows.documents)
+        content = f"{digest.hexdigest()} {training.options.quantize} {training.options.model}"
         is_complete = mark.exists() and path.exists() and mark.read_text() == content and path.stat().st_size == size
         with group.agreed():  # all have looked before the leader changes anything
             pass
