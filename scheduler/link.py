@@ -169,10 +169,12 @@ class _Link:
 
     def send(self, message: Any) -> None:
         """Sends without waiting. Raises LinkLost if nobody is there."""
-        try:
-            self.socket.send(wire.encode(message), zmq.DONTWAIT)
-        except zmq.Again:
-            raise LinkLost("the process at the other end of the link is gone") from None
+        # Not left to the socket alone: for a moment after a loss it still takes messages that nobody will read.
+        if not self.lost:
+            with contextlib.suppress(zmq.Again):
+                self.socket.send(wire.encode(message), zmq.DONTWAIT)
+                return
+        raise LinkLost("the process at the other end of the link is gone")
 
     def receive(self, timeout_ms: int = 0) -> list[Any]:
         """All messages that are there, in order, after waiting up to ``timeout_ms`` for the first one.

@@ -34,12 +34,17 @@ TO_FRONT_END = [
 
 
 @pytest.fixture
-def pair():
+def engine():
     engine = link.EngineLink()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def pair(engine):
     front_end = link.FrontEndLink(engine.endpoint)
     yield engine, front_end
     front_end.close()
-    engine.close()
 
 
 def receive(end, count):
@@ -91,8 +96,7 @@ def test_the_directory_is_private_and_goes_with_the_first_message(pair):
     assert receive(front_end, 1) == [link.Drained()]
 
 
-def test_the_directory_goes_when_nobody_came():
-    engine = link.EngineLink()
+def test_the_directory_goes_when_nobody_came(engine):
     directory = Path(engine.endpoint.removeprefix("ipc://")).parent
     with pytest.raises(link.LinkLost):
         engine.send(link.BeginDrain())
@@ -123,8 +127,7 @@ os.kill(os.getpid(), 9)
 """
 
 
-def test_a_killed_front_end_is_noticed_after_its_last_message():
-    engine = link.EngineLink()
+def test_a_killed_front_end_is_noticed_after_its_last_message(engine):
     root = str(Path(__file__).resolve().parents[2])
     with subprocess.Popen([sys.executable, "-c", PEER, root, engine.endpoint], env=os.environ):
         assert receive(engine, 1) == [link.Attach(endpoint="x")]
@@ -137,7 +140,6 @@ def test_a_killed_front_end_is_noticed_after_its_last_message():
         assert time.monotonic() - start < 5
     with pytest.raises(link.LinkLost):
         engine.send(link.Drained())
-    engine.close()
 
 
 def test_an_engine_that_ends_is_noticed_after_its_last_message(pair):
