@@ -1,11 +1,14 @@
 """The tensor-parallel group: one process per rank, and the few collectives the runtime needs.
 
 Everything above this package sees a ``Group`` and asks it to reduce, gather or broadcast; only this package
-knows that there are ranks and how they talk (NCCL on CUDA, gloo on CPU).
+knows that there are ranks and how they talk: NCCL on CUDA, shared memory among the CPU ranks of one host, gloo
+across hosts.
 """
 
 import contextlib
+import dataclasses
 import datetime
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from euryale.kernels import cpu
+from euryale.kernels.add_rms_norm import add_rms_norm
+from euryale.parallel import shared_memory
+from euryale.parallel.process_group import ProcessGroup
+from euryale.parallel.shared_memory import SharedMemory
+
+logger = logging.getLogger("euryale.parallel")
 
 PLAN_HEAD = 1024  # int32 words of a plan that travel in the first broadcast
 LOADING_TIMEOUT = 1800.0  # seconds that ranks may differ in loading
@@ -25,6 +36,7 @@ class Group:
     rank: int
     size: int
     device: torch.device
+    collectives: SharedMemory | ProcessGroup | None = None
     patient: dist.ProcessGroup | None = None  # for loading, where ranks may be minutes apart; gloo, CPU tensors
 
     @property
@@ -33,23 +45,20 @@ class Group:
         return self.rank == 0
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum of ``x`` over the ranks, the same bits on every rank. Sums are taken in float32."""
+        """Sum of ``x`` over the ranks, the same bits on every rank, taken in float32. ``x`` is consumed."""
+        return x if self.size == 1 else self.collectives.all_reduce(x)
+
+    def all_reduce_add_rms_norm(
+        self, share: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``kernels.add_rms_norm`` of the sum of the ranks' ``share`` [T, D], which is consumed, as is ``residual``."""
         if self.size == 1:
-            return x
-        total = x.float() if x.dtype != torch.float32 else x.contiguous()
-        dist.all_reduce(total)
-        return total.to(x.dtype)
+            return add_rms_norm(share, residual, weight, eps)
+        return self.collectives.all_reduce_add_rms_norm(share, residual, weight, eps)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's ``x`` [...], stacked in rank order: [size, ...]."""
-        if self.size == 1:
-            return x[None]
-        return self._gather(x, None)
-
-    def _gather(self, x: torch.Tensor, process_group: dist.ProcessGroup | None) -> torch.Tensor:
-        out = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
-        dist.all_gather(list(out.unbind(0)), x.contiguous(), group=process_group)
-        return out
+        return x[None] if self.size == 1 else self.collectives.all_gather(x)
 
     def gather_last(self, x: torch.Tensor) -> torch.Tensor:
         """Concatenate every rank's [..., n] along the last axis: [..., size * n]."""
@@ -59,7 +68,13 @@ class Group:
 
     def minimum(self, value: int) -> int:
         """The smallest of the ranks' values; for use while loading."""
-        return value if self.size == 1 else int(self._gather(torch.tensor([value]), self.patient).min())
+        return value if self.size == 1 else int(self.patient_gather(torch.tensor([value])).min())
+
+    def patient_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank's CPU tensor ``x`` [...], stacked: [size, ...]; for use while loading."""
+        out = torch.empty((self.size, *x.shape), dtype=x.dtype)
+        dist.all_gather(list(out.unbind(0)), x, group=self.patient)
+        return out
 
     def share(self, count: int) -> slice:
         """This rank's items of ``count`` that are dealt out one by one."""
@@ -77,17 +92,12 @@ class Group:
             whole = torch.from_numpy(buffer)
             head[0] = len(whole)
             head[1 : 1 + min(len(whole), PLAN_HEAD)] = whole[:PLAN_HEAD]
-        head = self._broadcast(head)
+        head = self.collectives.broadcast(head)
         length = int(head[0])
         if length <= PLAN_HEAD:
             return head[1 : 1 + length].numpy()
         rest = whole[PLAN_HEAD:] if buffer is not None else torch.empty(length - PLAN_HEAD, dtype=torch.int32)
-        return torch.cat([head[1:], self._broadcast(rest)]).numpy()
-
-    def _broadcast(self, x: torch.Tensor) -> torch.Tensor:
-        on_device = x.to(self.device)
-        dist.broadcast(on_device, src=0)
-        return on_device.cpu()
+        return torch.cat([head[1:], self.collectives.broadcast(rest)]).numpy()
 
     def agree(self, error: str | None) -> None:
         """Raise on every rank if any rank has an error to report, so that none waits for one that gave up; for use
@@ -99,7 +109,7 @@ class Group:
             text = torch.zeros(1024, dtype=torch.uint8)
             raw = (error or "").encode()[:1024]
             text[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else text[:0]
-            gathered = self._gather(text, self.patient)
+            gathered = self.patient_gather(text)
             errors = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in gathered]
         distinct = list(dict.fromkeys(e for e in errors if e))
         if distinct:
@@ -118,7 +128,8 @@ class Group:
 
     def close(self) -> None:
         """Leave the group. Does not wait for the others."""
-        if dist.is_initialized():
+        if self.size > 1:
+            self.collectives.close()
             dist.destroy_process_group()
 
 
@@ -135,21 +146,49 @@ def join(timeout: float = 30.0, device: str = "auto") -> Group:
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     chosen = _choose_device(device)
-    patient = None
-    if size > 1:
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
-        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=LOADING_TIMEOUT))
-    return Group(rank, size, chosen, patient)
+    if size == 1:
+        return Group(rank, size, chosen)
+    limit = datetime.timedelta(seconds=timeout)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=limit)
+    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=LOADING_TIMEOUT))
+    group = Group(rank, size, chosen, ProcessGroup(size, chosen), patient)
+    is_one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+    if chosen.type == "cpu" and is_one_host and group.minimum(cpu.library() is not None):
+        return dataclasses.replace(group, collectives=_share_memory(group, timeout) or group.collectives)
+    return group
+
+
+def _share_memory(group: Group, timeout: float) -> SharedMemory | None:
+    """Memory shared by all ranks of this host, or None on every rank if any cannot have it."""
+    shared, fd, error = None, -1, None
+    with contextlib.suppress(OSError):
+        fd = shared_memory.create(group.size) if group.is_leader else -1
+    place = group.patient_gather(torch.tensor([os.getpid(), fd]))[0].tolist()
+    try:
+        shared = SharedMemory(fd if fd >= 0 else shared_memory.open_of(*place), group.rank, group.size, timeout)
+    except OSError as problem:
+        error = problem
+    if group.minimum(shared is not None):
+        return shared
+    logger.warning(
+        "the ranks talk over gloo, which is slower: no memory to share (%s)", error or "another rank's error"
+    )
+    if shared is not None:
+        shared.close()
+    return None
 
 
 def _choose_device(wanted: str) -> torch.device:
     """This process's device; on a CPU the cores are shared out among the host's ranks, of which torchrun's default
-    of one thread each would waste most."""
+    of one thread each would waste most, and kept apart."""
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     available = torch.cuda.device_count()
     if wanted == "cpu" or (wanted == "auto" and not available):
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        cores = sorted(os.sched_getaffinity(0))
+        share = len(cores) // local_size
+        torch.set_num_threads(max(1, share))
+        if local_size > 1 and share:
+            os.sched_setaffinity(0, cores[local_rank * share : (local_rank + 1) * share])
         return torch.device("cpu")
     if available < local_size:
         raise ValueError(

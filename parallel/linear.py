@@ -22,23 +22,29 @@ class ColumnParallelLinear(FrozenLinear):
         super().__init__(torch.cat(weights) if len(weights) > 1 else weights[0], bias)
 
 
-class RowParallelLinear(nn.Module):
-    """Input features are shared out and the ranks' partial sums added: [T, local in] -> [T, out] on every rank."""
+class RowParallelLinear(FrozenLinear):
+    """Input features are shared out: [T, local in] -> [T, out], this rank's share of a sum over the ranks, which the
+    ``ResidualNorm`` that follows takes."""
 
     def __init__(self, group: Group, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """``weight`` [out, local in]; ``bias`` [out] whole, added once after the sum."""
-        super().__init__()
-        self.group = group
-        self.partial = FrozenLinear(weight)
-        self.bias = parameter(bias) if bias is not None else None
+        """``weight`` [out, local in]; ``bias`` [out] whole, part of the leader's share."""
+        super().__init__(weight, bias if group.is_leader else None)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.group.all_reduce(self.partial(x))
-        return y if self.bias is None else y + self.bias
+
+class ResidualNorm(nn.Module):
+    """RMSNorm of the residual stream after adding to it what the ranks hold shares of."""
+
+    def __init__(self, group: Group, weight: torch.Tensor, eps: float) -> None:
+        super().__init__()
+        self.group, self.weight, self.eps = group, parameter(weight), eps
+
+    def forward(self, share: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """``share`` and ``residual`` [T, D], both consumed: the norm and the new residual, the same on every rank."""
+        return self.group.all_reduce_add_rms_norm(share, residual, self.weight, self.eps)
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows of the embedding are shared out: token ids [T] -> [T, D] on every rank."""
+    """Rows of the embedding are shared out: token ids [T] -> [T, D], zero where another rank has the row."""
 
     def __init__(self, group: Group, weight: torch.Tensor) -> None:
         """``weight`` [ceil(V / size), D], padded with zeros."""
@@ -52,4 +58,4 @@ class VocabParallelEmbedding(nn.Module):
         local = tokens - self.group.rank * len(self.weight)
         is_mine = (local >= 0) & (local < len(self.weight))
         rows = F.embedding(local.clamp(0, len(self.weight) - 1), self.weight)
-        return self.group.all_reduce(torch.where(is_mine[:, None], rows, 0))
+        return rows.masked_fill_(~is_mine[:, None], 0)

@@ -8,6 +8,7 @@ import torch
 
 from euryale.kernels.commit import commit
 from euryale.kernels.geometry import StepGeometry
+from euryale.kernels.rope_qk import rope_qk
 from euryale.kernels.tree_attention import tree_attention
 from euryale.parallel.group import Group
 from euryale.runtime.config import EngineConfig, ModelConfig
@@ -28,14 +29,17 @@ class KVCache:
         self.pages = torch.zeros(*head, num_pages, num_kv_heads, page_size, config.head_dim, **kind)
         self.scratch = torch.zeros(*head, rows, num_kv_heads, config.head_dim, **kind)
         self.page_size = page_size
+        self._layers = list(zip(self.scratch.unbind(), self.pages.unbind(), strict=True))
         self._scale = config.head_dim**-0.5
         self._windows = config.windows
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: StepGeometry):
-        """Keep the rows' ``k``, ``v`` [R, kv_heads, head_dim] in the scratch; attend with ``q``, returned likewise."""
-        self.scratch[layer, 0, : len(k)] = k
-        self.scratch[layer, 1, : len(v)] = v
-        return tree_attention(q, k, v, self.pages[layer], geometry, self._scale, self._windows[layer])
+    def attend(self, layer: int, qkv: torch.Tensor, rotary, norms, geometry: StepGeometry) -> torch.Tensor:
+        """Attention of the rows' ``qkv`` [R, (heads + 2 kv_heads) * head_dim], which is consumed: [R, heads *
+        head_dim]. Their keys and values stay in the scratch. ``rotary``: cosines and sines by position; ``norms``:
+        weights of the q/k norm, or None twice, and its epsilon."""
+        scratch, pages = self._layers[layer]
+        q = rope_qk(qkv, geometry.positions, *rotary, scratch, *norms)
+        return tree_attention(q, scratch, pages, geometry, self._scale, self._windows[layer])
 
     def commit(self, geometry: StepGeometry, rows: torch.Tensor) -> None:
         """Make ``rows`` int64 [n] of the last step permanent, in all layers at once."""

@@ -6,6 +6,7 @@ then tells the other ranks and the front end that it lives. It knows no client a
 
 import logging
 import multiprocessing
+import os
 import signal
 import time
 from pathlib import Path
@@ -29,8 +30,10 @@ SLEEP_MS = 200  # how long a signal may go unnoticed
 FRONT_END_START = 120.0  # seconds a front end may need to load its tokenizer
 
 
-def run_front_end(endpoint: str, model: str, vocab_size: int, config: FrontEndConfig) -> None:
-    """The front end's process. It outlives a killed engine just long enough to tell the clients."""
+def run_front_end(endpoint: str, model: str, vocab_size: int, config: FrontEndConfig, cores: set[int]) -> None:
+    """The front end's process, free to use ``cores``: the rank that starts it is kept to its share of them. It outlives
+    a killed engine just long enough to tell the clients."""
+    os.sched_setaffinity(0, cores)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the engine hears them and begins the drain
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
@@ -58,7 +61,8 @@ class Server:
         self._stop_asked = False
         self._last_sign = 0.0
         context = multiprocessing.get_context("spawn")
-        arguments = (self.link.endpoint, engine.config.model, engine.loaded.limits.vocab_size, config)
+        cores = os.sched_getaffinity(os.getppid())  # whoever started us may use all of them
+        arguments = (self.link.endpoint, engine.config.model, engine.loaded.limits.vocab_size, config, cores)
         self._front_end = context.Process(target=run_front_end, args=arguments, name="front end", daemon=False)
 
     def run(self) -> None:

@@ -13,7 +13,7 @@ def test_a_wheel_imports_away_from_the_checkout(tmp_path):
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     for name in files.stdout.split():
-        if name.endswith((".py", ".toml", ".md", "LICENSE")) and not name.startswith(("tests/", "demo/")):
+        if name.endswith((".py", ".toml", ".md", ".cpp", ".h", "LICENSE")) and not name.startswith(("tests/", "demo/")):
             target = source / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((ROOT / name).read_bytes())
@@ -23,7 +23,7 @@ def test_a_wheel_imports_away_from_the_checkout(tmp_path):
     (wheel,) = (tmp_path / "wheels").glob("euryale-*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = "import euryale.client, euryale.kernels.accept, euryale.launch.serve, euryale.runtime.engine as e; "
-    code += "print(e.__file__)"
+    code += "from euryale.kernels import cpu; assert cpu.library(); print(e.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONPATH": str(tmp_path / "site")},

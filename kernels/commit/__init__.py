@@ -2,7 +2,7 @@
 
 import torch
 
-from euryale.kernels.commit import reference
+from euryale.kernels.backend import implementation
 
 
 def commit(cache: torch.Tensor, scratch: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
@@ -12,4 +12,4 @@ def commit(cache: torch.Tensor, scratch: torch.Tensor, rows: torch.Tensor, slots
     ``rows`` int64 [n]; ``slots`` int64 [n], distinct, page * page_size + offset. Source and destination are
     different tensors, so the order of the copies does not matter.
     """
-    reference.commit(cache, scratch, rows, slots)
+    implementation("commit", cache.device).commit(cache, scratch, rows, slots)

@@ -2,21 +2,24 @@
 
 import torch
 
-from euryale.kernels.rope_qk import reference
+from euryale.kernels.backend import implementation
 
 
 def rope_qk(
-    q: torch.Tensor,
-    k: torch.Tensor,
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
+    scratch: torch.Tensor,
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate ``q`` [R, heads, head_dim] and ``k`` [R, kv_heads, head_dim] by each row's position.
+) -> torch.Tensor:
+    """Turn queries and keys by each row's position; keys and values go to the step's scratch.
 
-    ``cos``, ``sin`` [R, head_dim / 2] of the rows' positions (context + depth, not the row's index), in the dtype
-    of ``q``; ``q_norm``, ``k_norm`` [head_dim], RMSNorm weights applied per head first (Qwen3).
+    ``qkv`` [R, (heads + 2 kv_heads) * head_dim], queries, keys, values: consumed. ``positions`` int64 [R] (context +
+    depth, not the row's index); ``cos``, ``sin`` [positions, head_dim / 2] in the dtype of ``qkv``; ``scratch`` [2,
+    rows >= R, kv_heads, head_dim] of this layer, keys and values; ``q_norm``, ``k_norm`` [head_dim], RMSNorm weights
+    applied per head first (Qwen3). Returns the queries [R, heads, head_dim].
     """
-    return reference.rope_qk(q, k, cos, sin, q_norm, k_norm, eps)
+    return implementation("rope_qk", qkv.device).rope_qk(qkv, positions, cos, sin, scratch, q_norm, k_norm, eps)

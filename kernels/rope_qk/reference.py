@@ -4,12 +4,19 @@ import torch
 import torch.nn.functional as F
 
 
-def rope_qk(q, k, cos, sin, q_norm, k_norm, eps) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_qk(qkv, positions, cos, sin, scratch, q_norm, k_norm, eps) -> torch.Tensor:
     """See the package's public function."""
+    kv_heads, head_dim = scratch.shape[2:]
+    rows = len(qkv)
+    qkv = qkv.view(rows, -1, head_dim)
+    q, k, v = qkv.split([qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None:
         q = F.rms_norm(q, q.shape[-1:], q_norm, eps)
         k = F.rms_norm(k, k.shape[-1:], k_norm, eps)
-    return _rotate(q, cos[:, None], sin[:, None]), _rotate(k, cos[:, None], sin[:, None])
+    cos, sin = cos[positions][:, None], sin[positions][:, None]
+    scratch[0, :rows] = _rotate(k, cos, sin)
+    scratch[1, :rows] = v
+    return _rotate(q, cos, sin)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,13 @@
 
 import torch
 
+from euryale.kernels.backend import implementation
 from euryale.kernels.geometry import StepGeometry
-from euryale.kernels.tree_attention import reference
 
 
 def tree_attention(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    scratch: torch.Tensor,
     cache: torch.Tensor,
     geometry: StepGeometry,
     scale: float,
@@ -17,9 +16,9 @@ def tree_attention(
 ) -> torch.Tensor:
     """Softmax attention (Medusa paper, section 2.1.2, with the committed context in pages).
 
-    ``q`` [R, heads, head_dim]; ``k``, ``v`` [R, kv_heads, head_dim] of this step's rows; ``cache`` [2, pages,
-    kv_heads, page_size, head_dim] of this layer. A row sees the committed tokens of its request, the certain rows
-    up to itself, and of the draft rows its ancestors and itself; with ``window`` only the last ``window``
-    positions of these, its own included. Returns [R, heads, head_dim].
+    ``q`` [R, heads, head_dim], a row's heads next to each other; ``scratch`` [2, rows >= R, kv_heads, head_dim], keys
+    and values of this step's rows; ``cache`` [2, pages, kv_heads, page_size, head_dim], both of this layer. A row sees
+    the committed tokens of its request, the certain rows up to itself, and of the draft rows its ancestors and itself;
+    with ``window`` only the last ``window`` positions of these, its own included. Returns [R, heads * head_dim].
     """
-    return reference.tree_attention(q, k, v, cache, geometry, scale, window)
+    return implementation("tree_attention", q.device).tree_attention(q, scratch, cache, geometry, scale, window)

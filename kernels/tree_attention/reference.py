@@ -28,24 +28,24 @@ class _Batch:
 
 def tree_attention(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    scratch: torch.Tensor,
     cache: torch.Tensor,
     geometry: StepGeometry,
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
     """See the package's public function."""
+    k, v = scratch[:, : len(q)]
     key = ("tree_attention.reference", window, q.dtype, q.shape[1] // k.shape[1])
     if key not in geometry.prepared:
         geometry.prepared[key] = _prepare(geometry, window, q.dtype, q.shape[1] // k.shape[1], q.device)
     batches: list[_Batch] = geometry.prepared[key]
     if batches[0].rows is None:
-        return _attend(q, k, v, cache, batches[0], scale)
+        return _attend(q, k, v, cache, batches[0], scale).flatten(1)
     out = torch.empty_like(q)
     for batch in batches:
         out[batch.targets] = _attend(q, k, v, cache, batch, scale)[batch.sources]
-    return out
+    return out.flatten(1)
 
 
 def _attend(q, k, v, cache, batch: _Batch, scale: float) -> torch.Tensor:

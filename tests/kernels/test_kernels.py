@@ -1,17 +1,52 @@
-"""The reference kernels against the plainest possible loops."""
+"""Every implementation of the kernels against the plainest possible loops."""
 
 import numpy as np
 import pytest
 import torch
 
+from euryale.kernels import backend, cpu
 from euryale.kernels.accept import accept
+from euryale.kernels.add_rms_norm import add_rms_norm
 from euryale.kernels.commit import commit
 from euryale.kernels.geometry import SegmentShape, StepGeometry, tree_tables
 from euryale.kernels.linear import FrozenLinear
 from euryale.kernels.rope_qk import rope_qk
+from euryale.kernels.silu_mul import silu_mul
 from euryale.kernels.tree_attention import tree_attention
 
 CPU, PAGE = torch.device("cpu"), 16
+INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
+DTYPES = (torch.float32, torch.bfloat16)
+# The rounding of an output in its own dtype, 2^-24 and 2^-9, and some room for sums in another order.
+LIMITS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+
+
+@pytest.fixture(params=["reference", *INSTRUCTION_SETS])
+def _implementation(request):
+    """Runs the test on one implementation of the kernels."""
+    if request.param == "reference":
+        with backend.forced("reference"):
+            yield
+        return
+    assert cpu.library() is not None, "the CPU kernels are not built: pip install -e ."
+    best = cpu.instruction_set()
+    if not cpu.use(request.param):
+        pytest.skip(f"this CPU has no {request.param}")
+    with backend.forced("cpu"):
+        yield
+    cpu.use(best)
+
+
+every_implementation = pytest.mark.usefixtures("_implementation")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """Memory that a kernel leaves unwritten shows."""
+    fill = lambda x: x.fill_(torch.nan) if x.is_floating_point() else x  # noqa: E731
+    empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
 
 
 def shapes(rng, kind: str) -> list[SegmentShape]:
@@ -23,6 +58,7 @@ def shapes(rng, kind: str) -> list[SegmentShape]:
         "tree of 64": [(1, 100, [0] * 9 + list(range(54)))],
         "tree of 128": [(1, 5, [0] * 9 + list(range(118)))],
         "prompt chunk": [(37, 0, []), (200, 64, [])],
+        "one long, one short": [(1, 1100, [0, 0, 1]), (1, 15, [])],
         "all at once": [
             (1, 1000, [0, 0, 1, 1, 3]),
             (63, 0, []),
@@ -80,25 +116,58 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got.double() - expected.double()).square().mean().sqrt() / expected.double().square().mean().sqrt())
 
 
+def attention_case(kind: str, heads: int, kv_heads: int, dim: int):
+    """Segments, and random queries, scratch (a row longer than needed) and cache."""
+    segments = shapes(np.random.default_rng(0), kind)
+    rows = sum(s.num_rows for s in segments)
+    torch.manual_seed(0)
+    q, scratch = torch.randn(rows, heads, dim), torch.randn(2, rows + 1, kv_heads, dim)
+    return segments, q, scratch, torch.randn(2, 400, kv_heads, PAGE, dim)
+
+
+@every_implementation
 @pytest.mark.parametrize("window", [None, 1, 20])
 @pytest.mark.parametrize("kind", KINDS)
 def test_tree_attention(kind, window):
-    rng = np.random.default_rng(0)
-    torch.manual_seed(0)
-    segments = shapes(rng, kind)
-    geometry = StepGeometry.build(segments, PAGE, CPU)
-    rows, heads, kv_heads, dim = geometry.num_rows, 6, 2, 20
-    q, k, v = torch.randn(rows, heads, dim), torch.randn(rows, kv_heads, dim), torch.randn(rows, kv_heads, dim)
-    cache = torch.randn(2, 400, kv_heads, PAGE, dim)
-    got = tree_attention(q, k, v, cache, geometry, 0.3, window)
-    expected = attend_slowly(q, k, v, cache, segments, 0.3, window)
+    segments, q, scratch, cache = attention_case(kind, 6, 2, 20)
+    k, v = scratch[:, : len(q)]
+    got = tree_attention(q, scratch, cache, StepGeometry.build(segments, PAGE, CPU), 0.3, window)
+    expected = attend_slowly(q, k, v, cache, segments, 0.3, window).flatten(1)
     # float32 against float64: rounding of sums over up to 1,000 keys stays below 1e-6; a wrong mask gives > 1e-2.
     assert relative_error(got, expected) < 2e-6
     # bfloat16 inputs have 8 bits: 2^-9 relative rounding of inputs and outputs.
-    low = tree_attention(
-        *(x.bfloat16() for x in (q, k, v, cache)), StepGeometry.build(segments, PAGE, CPU), 0.3, window
-    )
+    q, scratch, cache = (x.bfloat16() for x in (q, scratch, cache))
+    low = tree_attention(q, scratch, cache, StepGeometry.build(segments, PAGE, CPU), 0.3, window)
+    assert low.dtype == torch.bfloat16
     assert relative_error(low, expected) < 2e-2
+
+
+@every_implementation
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (9, 1), (8, 2)])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_tree_attention_of_published_shapes(dim, heads):
+    segments, q, scratch, cache = attention_case("one long, one short", *heads, dim)
+    k, v = scratch[:, : len(q)]
+    got = tree_attention(q, scratch, cache, StepGeometry.build(segments, PAGE, CPU), dim**-0.5, None)
+    expected = attend_slowly(q, k, v, cache, segments, dim**-0.5, None).flatten(1)
+    assert relative_error(got, expected) < 2e-6  # as above
+
+
+@every_implementation
+def test_a_row_of_attention_does_not_depend_on_its_neighbours_or_threads(request):
+    if "reference" in request.node.name:
+        pytest.skip("the reference pads segments to each other")
+    segments, q, scratch, cache = attention_case("all at once", 6, 2, 40)
+    together = tree_attention(q, scratch, cache, StepGeometry.build(segments, PAGE, CPU), 0.3)
+    threads, row = torch.get_num_threads(), 0
+    torch.set_num_threads(2)
+    for segment in segments:
+        mine = slice(row, row + segment.num_rows)
+        geometry = StepGeometry.build([segment], PAGE, CPU)
+        alone = tree_attention(q[mine], scratch[:, mine].contiguous(), cache, geometry, 0.3)
+        assert torch.equal(alone, together[mine])
+        row += segment.num_rows
+    torch.set_num_threads(threads)
 
 
 def test_positions_slots_and_bits():
@@ -114,6 +183,7 @@ def test_positions_slots_and_bits():
         StepGeometry.build([bad], PAGE, CPU)
 
 
+@every_implementation
 def test_commit_copies_the_rows_and_nothing_else():
     torch.manual_seed(0)
     cache, scratch = torch.randn(3, 2, 5, 2, PAGE, 4), torch.randn(3, 2, 9, 2, 4)
@@ -158,26 +228,63 @@ def test_accept_finds_the_deepest_then_likeliest_path():
     assert deepest >= 4
 
 
-def test_rope_is_that_of_transformers():
+@every_implementation
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("dim", [10, 64, 80])
+def test_rope_is_that_of_transformers(dim, has_norm, dtype):
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     torch.manual_seed(0)
-    q, k, angles = torch.randn(5, 4, 10), torch.randn(5, 2, 10), torch.randn(5, 5)
-    both = torch.cat([angles, angles], dim=1)
-    expected = apply_rotary_pos_emb(
-        q[None].transpose(1, 2), k[None].transpose(1, 2), both[None].cos(), both[None].sin()
+    qkv, angles, norms = torch.randn(5, 8, dim).to(dtype), torch.randn(9, dim // 2), torch.rand(2, dim).to(dtype) + 0.5
+    positions = torch.tensor([8, 0, 3, 3, 1])
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    scratch = torch.zeros(2, 6, 2, dim, dtype=dtype)
+    q, k, v = (x.double() for x in qkv.split([4, 2, 2], dim=1))
+    if has_norm:
+        q, k = (torch.nn.functional.rms_norm(x, (dim,), w.double(), 1e-5) for x, w in zip((q, k), norms, strict=True))
+    both_cos, both_sin = (torch.cat([x, x], dim=1)[positions].double() for x in (cos, sin))
+    expected_q, expected_k = apply_rotary_pos_emb(
+        q[None].transpose(1, 2), k[None].transpose(1, 2), both_cos[None], both_sin[None]
     )
-    got = rope_qk(q, k, angles.cos(), angles.sin())
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b[0].transpose(0, 1), rtol=1e-6, atol=1e-6)  # one fused multiply-add apart
+    got = rope_qk(qkv.flatten(1), positions, cos, sin, scratch, *(norms if has_norm else (None, None)), 1e-5)
+    limit = 3 * LIMITS[dtype]  # the reference rounds after every operation
+    assert relative_error(got, expected_q[0].transpose(0, 1)) < limit
+    assert relative_error(scratch[0, :5], expected_k[0].transpose(0, 1)) < limit
+    assert torch.equal(scratch[1, :5], v.to(dtype))
+    assert not scratch[:, 5].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_implementation
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 63, 72, 256])
+def test_add_rms_norm(width, dtype):
+    torch.manual_seed(0)
+    x, residual, weight = (torch.randn(shape).to(dtype) for shape in ((5, width), (5, width), (width,)))
+    for added in (residual, None):
+        total = x.double() if added is None else x.double() + added.double()
+        expected = torch.nn.functional.rms_norm(total, (width,), weight.double(), 1e-5)
+        got, new = add_rms_norm(x.clone(), None if added is None else added.clone(), weight, 1e-5)
+        assert relative_error(new, total) < LIMITS[dtype]
+        assert relative_error(got, expected) < 2 * LIMITS[dtype]  # the sum is rounded before it is normed
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 63, 130])
+def test_silu_mul(width, dtype):
+    torch.manual_seed(0)
+    gate_up = torch.cat([torch.randn(5, width) * 20, torch.randn(5, width)], dim=1).to(dtype)
+    gate, up = gate_up.double().chunk(2, dim=1)
+    limit = 3 * LIMITS[dtype]  # the reference rounds SiLU before the product
+    assert relative_error(silu_mul(gate_up), torch.nn.functional.silu(gate) * up) < limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 9, 200])
 def test_a_packed_product_is_the_product(dtype, rows):
     torch.manual_seed(0)
     weight, bias, x = torch.randn(67, 33), torch.randn(67), torch.randn(rows, 33)
     layer = FrozenLinear(weight.to(dtype), bias.to(dtype))
     expected = torch.nn.functional.linear(x.to(dtype).double(), weight.to(dtype).double(), bias.to(dtype).double())
-    limit = 1e-6 if dtype == torch.float32 else 4e-3  # the output's own rounding: 2^-24 and 2^-9
-    assert relative_error(layer(x.to(dtype)), expected) < limit
+    assert relative_error(layer(x.to(dtype)), expected) < LIMITS[dtype]

@@ -1,0 +1,24 @@
+"""Residual and RMSNorm by the compiled kernel (cpu.h beside this file)."""
+
+import torch
+
+from euryale.kernels import cpu
+
+
+def add_rms_norm(x, residual, weight, eps) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the package's public function."""
+    rows, width = x.shape
+    normed = torch.empty_like(x)
+    total = x.data_ptr()
+    cpu.library().add_rms_norm(
+        cpu.DTYPES[x.dtype],
+        rows,
+        width,
+        total,
+        None if residual is None else residual.data_ptr(),
+        weight.data_ptr(),
+        eps,
+        normed.data_ptr(),
+        total,
+    )
+    return normed, x

@@ -1,0 +1,41 @@
+"""Which implementation of an operation runs: ``reference`` (plain PyTorch, the oracle), ``cpu`` (C++) or ``triton``."""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from euryale.kernels import cpu
+
+_forced: str | None = None
+
+
+def implementation(operation: str, device: torch.device) -> ModuleType:
+    """The module of ``euryale.kernels.<operation>`` that runs on this device."""
+    return _module(operation, _forced or _best(device.type))
+
+
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Run one implementation everywhere: for tests and benchmarks."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@cache
+def _best(device_type: str) -> str:
+    if device_type == "cpu" and cpu.library() is not None:
+        return "cpu"
+    return "reference"
+
+
+@cache
+def _module(operation: str, name: str) -> ModuleType:
+    return importlib.import_module(f"euryale.kernels.{operation}.{name}")

@@ -1,0 +1,23 @@
+"""KV compaction by the compiled kernel, one call for all layers (cpu/dispatch.cpp)."""
+
+import torch
+
+from euryale.kernels import cpu
+
+
+def commit(cache: torch.Tensor, scratch: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
+    """See the package's public function."""
+    layers, _, pages, heads, page, dim = cache.shape
+    cpu.library().commit(
+        layers,
+        pages,
+        heads,
+        page,
+        scratch.shape[2],
+        dim * cache.element_size(),
+        cache.data_ptr(),
+        scratch.data_ptr(),
+        len(rows),
+        rows.data_ptr(),
+        slots.data_ptr(),
+    )

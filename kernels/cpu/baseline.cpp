@@ -1,0 +1,5 @@
+#include "std.h"
+
+#define EURYALE_ISA baseline
+#define LANES 4
+#include "kernels.h"

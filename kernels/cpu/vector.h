@@ -1,0 +1,106 @@
+// Vectors of floats in the compiler's own notation, so that one source serves every instruction set.
+//
+// A file that includes this has set LANES (floats of a vector) and EURYALE_ISA (a namespace of its own), and has
+// included the standard headers before any `#pragma GCC target`.
+#include <cstdint>
+
+namespace euryale {
+namespace EURYALE_ISA {
+
+constexpr int W = LANES;
+typedef float vfloat __attribute__((vector_size(W * 4)));
+typedef int32_t vint __attribute__((vector_size(W * 4)));
+typedef uint32_t vuint __attribute__((vector_size(W * 4)));
+typedef uint16_t vhalf __attribute__((vector_size(W * 2)));
+// The same in memory, at any address.
+typedef float vfloat_at __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint16_t vhalf_at __attribute__((vector_size(W * 2), aligned(2), may_alias));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline vfloat load(const float* p) { return *(const vfloat_at*)p; }
+inline vfloat load(const bfloat16* p) { return (vfloat)(__builtin_convertvector(*(const vhalf_at*)p, vuint) << 16); }
+inline void store(float* p, vfloat x) { *(vfloat_at*)p = x; }
+inline void store(bfloat16* p, vfloat x) {
+    const vuint bits = (vuint)x;
+    const vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+    *(vhalf_at*)p = __builtin_convertvector(rounded, vhalf);
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bfloat16 x) {
+    const uint32_t bits = (uint32_t)x.bits << 16;
+    float f;
+    __builtin_memcpy(&f, &bits, 4);
+    return f;
+}
+inline void from_float(float* p, float x) { *p = x; }
+inline void from_float(bfloat16* p, float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    p->bits = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline vfloat broadcast(float x) { return x - vfloat{}; }
+inline vfloat select(vint mask, vfloat a, vfloat b) { return (vfloat)((mask & (vint)a) | (~mask & (vint)b)); }
+inline vfloat larger(vfloat a, vfloat b) { return select(a > b, a, b); }
+
+inline float sum(vfloat x) {
+    float total = 0;
+    for (int i = 0; i < W; ++i) total += x[i];
+    return total;
+}
+inline float largest(vfloat x) {
+    float top = x[0];
+    for (int i = 1; i < W; ++i) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+// e^x with a relative error below 2e-7; arguments below -87 give about 1e-38, above 88 are cut off there.
+inline vfloat exponential(vfloat x) {
+    x = larger(x, broadcast(-87.0f));
+    x = select(x < 88.0f, x, broadcast(88.0f));
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+    const vfloat n = (x * 1.44269504f + magic) - magic;
+    const vfloat f = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+    vfloat p = broadcast(1.9875691500e-4f);  // minimax polynomial of Cephes' expf
+    p = p * f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * f * f + f + 1.0f;
+    const vint power = (__builtin_convertvector(n, vint) + 127) << 23;
+    return p * (vfloat)power;
+}
+
+template <int D>
+inline void exchange(vfloat& low, vfloat& high) {
+    vint pick_low, pick_high;
+    for (int c = 0; c < W; ++c) {
+        pick_low[c] = (c & D) ? W + (c ^ D) : c;
+        pick_high[c] = (c & D) ? W + c : (c | D);
+    }
+    const vfloat a = low, b = high;
+    low = __builtin_shuffle(a, b, pick_low);
+    high = __builtin_shuffle(a, b, pick_high);
+}
+
+template <int D>
+inline void transpose_stage(vfloat* v) {
+    for (int i = 0; i < W; ++i)
+        if (!(i & D)) exchange<D>(v[i], v[i | D]);
+}
+
+// v[i][j] becomes v[j][i].
+inline void transpose(vfloat* v) {
+    if (W > 8) transpose_stage<8 % W>(v);
+    if (W > 4) transpose_stage<4 % W>(v);
+    transpose_stage<2>(v);
+    transpose_stage<1>(v);
+}
+
+}  // namespace EURYALE_ISA
+}  // namespace euryale
