@@ -18,6 +18,11 @@ def implementation(operation: str, device: torch.device) -> ModuleType:
     return _module(operation, _forced or _best(device.type))
 
 
+def is_compiled(device: torch.device) -> bool:
+    """Whether the C++ kernels run on this device."""
+    return (_forced or _best(device.type)) == "cpu"
+
+
 @contextmanager
 def forced(name: str) -> Iterator[None]:
     """Run one implementation everywhere: for tests and benchmarks."""

@@ -5,6 +5,7 @@ tree whose root (node 0) is the last certain row and whose node n is the n-th dr
 ancestor bits.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -66,6 +67,10 @@ class StepGeometry:
     @property
     def num_rows(self) -> int:
         return self.row_starts[-1]
+
+    def on_buffers(self, positions: torch.Tensor, step) -> "StepGeometry":
+        """The same on buffers that a recording keeps: ``positions``, and what the CPU's attention reads."""
+        return dataclasses.replace(self, positions=positions, prepared={"tree_attention.cpu": step})
 
     @classmethod
     def build(cls, segments: list[SegmentShape], page_size: int, device: torch.device) -> "StepGeometry":

@@ -60,6 +60,11 @@ class Group:
         """Every rank's ``x`` [...], stacked in rank order: [size, ...]."""
         return x[None] if self.size == 1 else self.collectives.all_gather(x)
 
+    def check(self, status: int) -> None:
+        """Raise what the recorded collective that returned ``status`` would have raised; 0 is none."""
+        if status:
+            self.collectives.check(status)
+
     def gather_last(self, x: torch.Tensor) -> torch.Tensor:
         """Concatenate every rank's [..., n] along the last axis: [..., size * n]."""
         if self.size == 1:

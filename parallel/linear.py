@@ -2,15 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from euryale.kernels.linear import FrozenLinear
 from euryale.parallel.group import Group
-
-
-def parameter(x: torch.Tensor) -> nn.Parameter:
-    """A weight that is not trained here."""
-    return nn.Parameter(x, requires_grad=False)
 
 
 class ColumnParallelLinear(FrozenLinear):
@@ -31,28 +25,26 @@ class RowParallelLinear(FrozenLinear):
         super().__init__(weight, bias if group.is_leader else None)
 
 
-class ResidualNorm(nn.Module):
+class ResidualNorm:
     """RMSNorm of the residual stream after adding to it what the ranks hold shares of."""
 
     def __init__(self, group: Group, weight: torch.Tensor, eps: float) -> None:
-        super().__init__()
-        self.group, self.weight, self.eps = group, parameter(weight), eps
+        self.group, self.weight, self.eps = group, weight, eps
 
-    def forward(self, share: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, share: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """``share`` and ``residual`` [T, D], both consumed: the norm and the new residual, the same on every rank."""
         return self.group.all_reduce_add_rms_norm(share, residual, self.weight, self.eps)
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding:
     """Rows of the embedding are shared out: token ids [T] -> [T, D], zero where another rank has the row."""
 
     def __init__(self, group: Group, weight: torch.Tensor) -> None:
         """``weight`` [ceil(V / size), D], padded with zeros."""
-        super().__init__()
         self.group = group
-        self.weight = parameter(weight)
+        self.weight = weight
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         if self.group.size == 1:
             return F.embedding(tokens, self.weight)
         local = tokens - self.group.rank * len(self.weight)

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "../kernels/cpu/dispatch.h"
+#include "../kernels/cpu/interface.h"
 
 namespace {
 
@@ -43,13 +44,15 @@ int64_t now() {
     return t.tv_sec * 1'000'000'000LL + t.tv_nsec;
 }
 
-void pause() {
+void relax() {
 #ifdef __x86_64__
     __builtin_ia32_pause();
 #endif
 }
 
-struct Group {
+}  // namespace
+
+struct EuryaleGroup {
     int fd;  // -1: ranks are threads of one process, which die together
     int64_t rank, size, capacity, timeout;
     int spins;
@@ -83,7 +86,7 @@ struct Group {
 
     int wait(int64_t r, uint32_t wanted) {
         Flag& f = flag(r);
-        for (int i = 0; i < spins; ++i, pause())
+        for (int i = 0; i < spins; ++i, relax())
             if (reached(f.value.load(std::memory_order_acquire), wanted)) return OK;
         for (int i = 0; i < YIELDS; ++i, sched_yield())
             if (reached(f.value.load(std::memory_order_acquire), wanted)) return OK;
@@ -185,15 +188,13 @@ struct Group {
     }
 };
 
-}  // namespace
-
 extern "C" {
 
 // Bytes of the mapping that a group needs.
 int64_t euryale_shared_bytes(int64_t size, int64_t capacity) { return size * (sizeof(Flag) + 2 * capacity); }
 
 // Map `fd` (zeros at the start) and hold this rank's lock; null if that fails. `memory`: use this mapping, no file.
-Group* euryale_shared_attach(int fd, void* memory, int64_t rank, int64_t size, int64_t capacity, int64_t timeout_ns) {
+EuryaleGroup* euryale_shared_attach(int fd, void* memory, int64_t rank, int64_t size, int64_t capacity, int64_t timeout_ns) {
     if (fd >= 0) {
         struct flock lock = {};
         lock.l_type = F_WRLCK;
@@ -206,10 +207,10 @@ Group* euryale_shared_attach(int fd, void* memory, int64_t rank, int64_t size, i
     }
     cpu_set_t mine;
     const int cores = sched_getaffinity(0, sizeof mine, &mine) ? 1 : CPU_COUNT(&mine);
-    return new Group{fd, rank, size, capacity, timeout_ns, size <= cores ? SPINS : 0, (char*)memory};
+    return new EuryaleGroup{fd, rank, size, capacity, timeout_ns, size <= cores ? SPINS : 0, (char*)memory};
 }
 
-void euryale_shared_detach(Group* group) {
+void euryale_shared_detach(EuryaleGroup* group) {
     if (group->fd >= 0) {
         munmap(group->memory, euryale_shared_bytes(group->size, group->capacity));
         close(group->fd);
@@ -217,23 +218,23 @@ void euryale_shared_detach(Group* group) {
     delete group;
 }
 
-int euryale_shared_all_reduce(Group* group, int64_t is_bfloat16, int64_t count, void* data) {
+int euryale_shared_all_reduce(EuryaleGroup* group, int64_t is_bfloat16, int64_t count, void* data) {
     return group->all_reduce(is_bfloat16, count, (char*)data);
 }
 
 // `share` becomes the sum over the ranks plus the residual, `normed` its RMSNorm.
-int euryale_shared_all_reduce_add_rms_norm(Group* group, int64_t is_bfloat16, int64_t rows, int64_t width, void* share,
+int euryale_shared_all_reduce_add_rms_norm(EuryaleGroup* group, int64_t is_bfloat16, int64_t rows, int64_t width, void* share,
                                            const void* residual, const void* weight, float eps, void* normed) {
     if (const int problem = group->all_reduce(is_bfloat16, rows * width, (char*)share)) return problem;
     euryale::kernels()->add_rms_norm(is_bfloat16, rows, width, share, residual, weight, eps, normed, share);
     return OK;
 }
 
-int euryale_shared_all_gather(Group* group, int64_t bytes, const void* data, void* out) {
+int euryale_shared_all_gather(EuryaleGroup* group, int64_t bytes, const void* data, void* out) {
     return group->all_gather(bytes, (const char*)data, (char*)out);
 }
 
-int euryale_shared_broadcast(Group* group, int64_t root, int64_t bytes, void* data) {
+int euryale_shared_broadcast(EuryaleGroup* group, int64_t root, int64_t bytes, void* data) {
     return group->broadcast(root, bytes, (char*)data);
 }
 

@@ -5,7 +5,6 @@ rank is gone, however it went, so is the memory.
 """
 
 import os
-from ctypes import c_float, c_int, c_int64, c_void_p
 
 import torch
 
@@ -13,18 +12,6 @@ from euryale.kernels import cpu
 
 CAPACITY = 1 << 20  # bytes of a rank's buffer, a multiple of 64; longer messages travel in pieces
 _TIMED_OUT = -1
-_SIGNATURES = {
-    "bytes": (c_int64, [c_int64, c_int64]),
-    "attach": (c_void_p, [c_int, c_void_p, c_int64, c_int64, c_int64, c_int64]),
-    "detach": (None, [c_void_p]),
-    "all_reduce": (c_int, [c_void_p, c_int64, c_int64, c_void_p]),
-    "all_reduce_add_rms_norm": (
-        c_int,
-        [c_void_p, *[c_int64] * 3, *[c_void_p] * 3, c_float, c_void_p],
-    ),
-    "all_gather": (c_int, [c_void_p, c_int64, c_void_p, c_void_p]),
-    "broadcast": (c_int, [c_void_p, c_int64, c_int64, c_void_p]),
-}
 
 
 class GroupLost(RuntimeError):
@@ -34,7 +21,7 @@ class GroupLost(RuntimeError):
 def create(size: int) -> int:
     """File descriptor of new shared memory for ``size`` ranks."""
     fd = os.memfd_create("euryale", os.MFD_CLOEXEC)
-    os.ftruncate(fd, _functions()["bytes"](size, CAPACITY))
+    os.ftruncate(fd, cpu.library().shared_bytes(size, CAPACITY))
     return fd
 
 
@@ -49,9 +36,8 @@ class SharedMemory:
 
     def __init__(self, fd: int, rank: int, size: int, timeout: float) -> None:
         """Take over ``fd``. OSError if its memory cannot be used."""
-        self._call = _functions()
         self._size, self._timeout = size, timeout
-        self._handle = self._call["attach"](fd, None, rank, size, CAPACITY, int(timeout * 1e9))
+        self._handle = cpu.library().shared_attach(fd, None, rank, size, CAPACITY, int(timeout * 1e9))
         if not self._handle:
             os.close(fd)
             raise OSError("the memory shared by the ranks of this host cannot be mapped or locked")
@@ -59,15 +45,15 @@ class SharedMemory:
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum of float32 or bfloat16 ``x`` over the ranks, in float32 and in their order; takes the place of ``x``."""
         x = x.contiguous()
-        self._check(self._call["all_reduce"](self._handle, cpu.DTYPES[x.dtype], x.numel(), x.data_ptr()))
+        self.check(cpu.library().shared_all_reduce(self._handle, cpu.DTYPES[x.dtype], x.numel(), x.data_ptr()))
         return x
 
     def all_reduce_add_rms_norm(
         self, share: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``kernels.add_rms_norm`` of the sum of the ranks' ``share`` [T, D], in one call."""
-        normed = torch.empty_like(share)
-        problem = self._call["all_reduce_add_rms_norm"](
+        normed = cpu.empty(share, *share.shape)
+        problem = cpu.library().shared_all_reduce_add_rms_norm(
             self._handle,
             cpu.DTYPES[share.dtype],
             *share.shape,
@@ -77,38 +63,30 @@ class SharedMemory:
             eps,
             normed.data_ptr(),
         )
-        self._check(problem)
+        self.check(problem)
         return normed, share
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's ``x`` [...], stacked in rank order: [size, ...]."""
         x = x.contiguous()
         out = x.new_empty((self._size, *x.shape))
-        self._check(self._call["all_gather"](self._handle, x.nbytes, x.data_ptr(), out.data_ptr()))
+        self.check(cpu.library().shared_all_gather(self._handle, x.nbytes, x.data_ptr(), out.data_ptr()))
         return out
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """The leader's ``x``, which takes the place of the others'."""
-        self._check(self._call["broadcast"](self._handle, 0, x.nbytes, x.data_ptr()))
+        self.check(cpu.library().shared_broadcast(self._handle, 0, x.nbytes, x.data_ptr()))
         return x
 
     def close(self) -> None:
         """Leave. May be called twice."""
         if self._handle:
-            self._call["detach"](self._handle)
+            cpu.library().shared_detach(self._handle)
             self._handle = None
 
-    def _check(self, problem: int) -> None:
+    def check(self, problem: int) -> None:
+        """Raise GroupLost unless the status ``problem`` of a call is 0."""
         if problem == _TIMED_OUT:
             raise GroupLost(f"a rank did not come to a collective within {self._timeout:.0f} s (--step-timeout)")
         if problem:
             raise GroupLost(f"rank {problem - 1} is gone")
-
-
-def _functions() -> dict:
-    library, found = cpu.library(), {}
-    for name, (result, types) in _SIGNATURES.items():
-        function = getattr(library, f"euryale_shared_{name}")
-        function.restype, function.argtypes = result, types
-        found[name] = function
-    return found

@@ -1,14 +1,14 @@
 """Reductions over logits whose vocabulary is shared out. Full logits never cross the wire.
 
 Every function returns the same bits on every rank, because what it decides from was gathered. Legend: R rows,
-V local vocabulary (padded), S ranks, C candidates a rank sends. Ties go to the smallest token id; only where more
-tokens tie for the last places of a top-k than there are places, which of them are in it is PyTorch's choice.
+V local vocabulary (padded), S ranks, C candidates a rank sends. Ties go to the smallest token id.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from euryale.kernels import top_k as kernels
 from euryale.parallel.group import Group
 
 
@@ -52,8 +52,8 @@ def best(values_NR: torch.Tensor, ids_NR: torch.Tensor) -> torch.Tensor:
 
 def local_best(shard: VocabShard, scores_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's largest score of each row and its global token id: float32 [R], int64 [R]."""
-    values, local = scores_RV.max(dim=1)
-    return values, local + shard.offset
+    values, local = kernels.top_k(scores_RV, 1)
+    return values[:, 0], local[:, 0] + shard.offset
 
 
 def argmax(shard: VocabShard, scores_RV: torch.Tensor) -> torch.Tensor:
@@ -72,22 +72,20 @@ def top_k(shard: VocabShard, logits_RV: torch.Tensor, k: int) -> tuple[torch.Ten
     16 k bytes per row and rank. Where the vocabulary has fewer than ``k`` tokens the rest is -inf.
     """
     values, ids = local_top_k(shard, logits_RV, k)
-    if shard.group.size > 1:
-        packed = pack(list(values.unbind(1)), list(ids.unbind(1)))
-        all_values, all_ids = unpack(shard.group.all_gather(packed), values.shape[1])
-        values = torch.stack(all_values).flatten(0, 1).T  # [R, k * S]
-        ids = torch.stack(all_ids).flatten(0, 1).T
-    ids, order = ids.sort(dim=1)
-    values, by_value = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return values[:, :k], ids.gather(1, by_value)[:, :k]
+    if shard.group.size == 1:
+        return values, ids
+    packed = pack(list(values.unbind(1)), list(ids.unbind(1)))
+    all_values, all_ids = unpack(shard.group.all_gather(packed), values.shape[1])
+    # Ranks in order, and each rank's best first: of equal values the smaller ids come first.
+    values = torch.stack(all_values).permute(2, 1, 0).flatten(1)  # [R, S * k]
+    ids = torch.stack(all_ids).permute(2, 1, 0).flatten(1)
+    values, order = kernels.top_k(values, k)
+    return values, ids.gather(1, order)
 
 
 def local_top_k(shard: VocabShard, logits_RV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's ``k`` largest of each row, padded with -inf where it has fewer tokens."""
-    values, local = logits_RV.topk(min(k, shard.length), dim=1)
-    if k > shard.length:
-        values = torch.nn.functional.pad(values, (0, k - shard.length), value=-torch.inf)
-        local = torch.nn.functional.pad(local, (0, k - shard.length))
+    values, local = kernels.top_k(logits_RV, k)
     return values, local + shard.offset
 
 

@@ -34,8 +34,7 @@ def decide(shard: VocabShard, logits_NV: torch.Tensor, batch: StepBatch) -> Acce
     geometry = batch.geometry
     params = [batch.segments[i].params for i in batch.sampling]
     is_typical = any(p.acceptance == "typical" for p in params)
-    drafts = (geometry.parent_rows >= 0).nonzero()[:, 0]  # every draft row belongs to a sampling segment
-    parents_at = batch.decided_at[geometry.parent_rows[drafts]]
+    drafts, parents_at = batch.drafts, batch.parents_at
     if all(p.temperature == 0 for p in params):
         # Greedy needs no distribution; typical at temperature 0 accepts the argmax and nothing else.
         drawn, is_typical = Draw(tokens=vocabulary.argmax(shard, logits_NV)), False

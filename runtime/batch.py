@@ -13,7 +13,8 @@ from euryale.scheduler.plan import Segment, StepPlan
 class StepBatch:
     """``tokens`` int64 [R]; ``roots`` int64 [B], each segment's last certain row; ``certain`` int64 [n], all
     certain rows; ``decided`` int64 [N], the rows whose next token is needed (roots and drafts of the sampling
-    segments), and ``decided_at`` int64 [R], a row's place among them; ``sampling``: which segments sample."""
+    segments), and ``decided_at`` int64 [R], a row's place among them; ``drafts`` int64 [D], the draft rows, and
+    ``parents_at`` int64 [D], the places of their parents among the decided; ``sampling``: which segments sample."""
 
     segments: list[Segment]
     geometry: StepGeometry
@@ -22,6 +23,8 @@ class StepBatch:
     certain: torch.Tensor
     decided: torch.Tensor
     decided_at: torch.Tensor
+    drafts: torch.Tensor
+    parents_at: torch.Tensor
     sampling: list[int]
 
     @classmethod
@@ -34,12 +37,14 @@ class StepBatch:
         geometry = StepGeometry.build(shapes, page_size, device)
         starts = geometry.row_starts
         roots = [starts[i] + s.num_certain - 1 for i, s in enumerate(segments)]
-        certain = [np.arange(starts[i], roots[i] + 1) for i in range(len(segments))]
         sampling = [i for i, s in enumerate(segments) if s.samples]
-        decided = [np.arange(roots[i], starts[i + 1]) for i in sampling]
-        decided = np.concatenate(decided) if decided else np.zeros(0, dtype=np.int64)
+        certain = [row for i, root in enumerate(roots) for row in range(starts[i], root + 1)]
+        decided = [row for i in sampling for row in range(roots[i], starts[i + 1])]
+        drafts = [row for i in sampling for row in range(roots[i] + 1, starts[i + 1])]
         decided_at = np.full(geometry.num_rows, -1, dtype=np.int64)
         decided_at[decided] = np.arange(len(decided))
+        parents = [segments[i].parents + roots[i] for i in sampling]
+        parents_at = decided_at[np.concatenate(parents)] if drafts else drafts
 
         def on_device(x) -> torch.Tensor:
             return torch.from_numpy(np.asarray(x, dtype=np.int64)).to(device)
@@ -49,8 +54,10 @@ class StepBatch:
             geometry=geometry,
             tokens=on_device(np.concatenate([s.tokens for s in segments])),
             roots=on_device(roots),
-            certain=on_device(np.concatenate(certain)),
+            certain=on_device(certain),
             decided=on_device(decided),
             decided_at=on_device(decided_at),
+            drafts=on_device(drafts),
+            parents_at=on_device(parents_at),
             sampling=sampling,
         )

@@ -40,10 +40,10 @@ class Engine:
     def step(self) -> list[Output]:
         """Plan one step, run it on all ranks, and say what each request gained."""
         plan = self.scheduler.plan(self.epoch, self.runner.digest)
-        buffer = self.group.broadcast(plans.encode(plan))
+        if self.group.size > 1:
+            self.group.broadcast(plans.encode(plan))
         self._last_sent = time.monotonic()
-        # Like the others the leader runs what was sent, so that no rounding on the way can set them apart.
-        return self.scheduler.advance(plan, self.runner.run(plans.decode(buffer, self.epoch)))
+        return self.scheduler.advance(plan, self.runner.run(plan))
 
     def keep_alive(self) -> None:
         """Tell the other ranks that the leader lives though it has nothing for them; call it often, it sends seldom."""

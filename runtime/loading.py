@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from euryale.kernels.graph import Graphs
 from euryale.parallel.group import Group
 from euryale.parallel.layout import Layout
 from euryale.runtime import generation, heads_format, rope
@@ -19,6 +20,8 @@ from euryale.scheduler.scheduler import Limits
 from euryale.scheduler.tree import TreeShape, load_tree
 
 logger = logging.getLogger("euryale.loading")
+
+GRAPH_MEMORY = 4 << 20  # bytes of the buffers of one graph; a step that needs more has work enough to hide its calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,8 @@ def load(config: EngineConfig, group: Group) -> Loaded:
         page_size=config.page_size,
         end_ids=generation.end_ids(config.model, model),
     )
-    runner = StepRunner(decoder, heads if tree else None, cache, tree.num_candidates if tree else 0)
+    graphs = None if config.eager else _graphs(decoder, cache, model, group)
+    runner = StepRunner(decoder, heads if tree else None, cache, tree.num_candidates if tree else 0, graphs)
     return Loaded(runner=runner, limits=limits, tree=tree, model=model, fingerprint=marks)
 
 
@@ -85,6 +89,13 @@ def _load_parts(config: EngineConfig, group: Group):
     if tensors:
         heads = MedusaHeads(tensors, layout, decoder.lm_head, decoder.shard, model.dtype)
     return decoder, heads, tree, model, layout, _fingerprint(config, checkpoint, model, tree)
+
+
+def _graphs(decoder: Decoder, cache: KVCache, config: ModelConfig, group: Group) -> Graphs:
+    """Graphs of the decoder for so many rows as fit GRAPH_MEMORY."""
+    widths = config.num_heads * config.head_dim * 3 + config.intermediate_size * 3
+    per_row = config.num_layers * (widths / group.size + 4 * config.hidden_size) * config.dtype.itemsize
+    return Graphs(lambda x, geometry: decoder.transform(x, cache, geometry), int(GRAPH_MEMORY / per_row))
 
 
 def _load_tree(config: EngineConfig, num_heads: int, vocab_size: int) -> TreeShape | None:

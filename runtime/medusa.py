@@ -7,23 +7,20 @@ is. Legend: B requests, K heads, D hidden, V local vocabulary.
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from euryale.kernels.linear import FrozenLinear
 from euryale.parallel import vocabulary
 from euryale.parallel.layout import Layout
-from euryale.parallel.linear import parameter
 from euryale.parallel.vocabulary import VocabShard
 from euryale.runtime.checkpoint import cut
 from euryale.runtime.heads_format import HeadTensors
 
 
-class MedusaHeads(nn.Module):
+class MedusaHeads:
     """This rank's share of the heads. A residual block is x + SiLU(W x + b)."""
 
     def __init__(self, heads: HeadTensors, layout: Layout, lm_head: FrozenLinear, shard: VocabShard, dtype) -> None:
         """``lm_head`` [V, D], the backbone's, serves heads that have none of their own."""
-        super().__init__()
         self.group, self.shard, self.num_heads = layout.group, shard, heads.num_heads
         self.hidden_size = lm_head.in_features
 
@@ -42,10 +39,10 @@ class MedusaHeads(nn.Module):
             weights, biases = block(0)
             self.first = FrozenLinear(weights.flatten(0, 1), biases.flatten())
         later = [block(layer) for layer in range(1, heads.num_layers)]
-        self.weights = nn.ParameterList(parameter(w) for w, _ in later)
-        self.biases = nn.ParameterList(parameter(b) for _, b in later)
+        self.weights = [w for w, _ in later]
+        self.biases = [b for _, b in later]
         own = [FrozenLinear(w) for w in local(heads.lm_heads, "vocabulary")] if heads.lm_heads else None
-        self.lm_heads = nn.ModuleList(own or [lm_head] * self.num_heads)
+        self.lm_heads = own or [lm_head] * self.num_heads
 
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         """Float32 logits over this rank's vocabulary shard: [B * K, V], a request's heads next to each other."""

@@ -5,7 +5,6 @@ query heads, K local kv heads, d head dimension.
 """
 
 import torch
-from torch import nn
 
 from euryale.kernels.geometry import StepGeometry
 from euryale.kernels.silu_mul import silu_mul
@@ -14,7 +13,6 @@ from euryale.parallel.linear import (
     ResidualNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
-    parameter,
 )
 from euryale.parallel.vocabulary import VocabShard
 from euryale.runtime import rope
@@ -38,9 +36,8 @@ SHARDING = {
 }
 
 
-class Attention(nn.Module):
+class Attention:
     def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:
-        super().__init__()
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         self.qkv_proj = ColumnParallelLinear(*weights.matrices(sizes, config.hidden_size, config.has_qkv_bias))
@@ -48,38 +45,36 @@ class Attention(nn.Module):
         self.o_proj = RowParallelLinear(weights.group, *o_proj)
         self.layer, self.eps = layer, config.rms_norm_eps
         has_norm = config.has_qk_norm
-        self.q_norm = parameter(weights.vector("q_norm.weight", config.head_dim)) if has_norm else None
-        self.k_norm = parameter(weights.vector("k_norm.weight", config.head_dim)) if has_norm else None
+        self.q_norm = weights.vector("q_norm.weight", config.head_dim) if has_norm else None
+        self.k_norm = weights.vector("k_norm.weight", config.head_dim) if has_norm else None
 
-    def forward(self, x_RD: torch.Tensor, rotary: Rotary, cache: KVCache, geometry: StepGeometry) -> torch.Tensor:
+    def __call__(self, x_RD: torch.Tensor, rotary: Rotary, cache: KVCache, geometry: StepGeometry) -> torch.Tensor:
         qkv = self.qkv_proj(x_RD)
         return self.o_proj(cache.attend(self.layer, qkv, rotary, (self.q_norm, self.k_norm, self.eps), geometry))
 
 
-class MLP(nn.Module):
+class MLP:
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
-        super().__init__()
         hidden, width, has_bias = config.hidden_size, config.intermediate_size, config.has_mlp_bias
         sizes = {"gate_proj": width, "up_proj": width}
         self.gate_up_proj = ColumnParallelLinear(*weights.matrices(sizes, hidden, has_bias))
         self.down_proj = RowParallelLinear(weights.group, *weights.matrix("down_proj", hidden, width, has_bias))
 
-    def forward(self, x_RD: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_RD: torch.Tensor) -> torch.Tensor:
         return self.down_proj(silu_mul(self.gate_up_proj(x_RD)))
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer:
     """``x_RD`` is what is still to be added to the residual stream, this rank's share of the sum: the norm that comes
     next adds it up over the ranks."""
 
     def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:
-        super().__init__()
         self.input_layernorm = _norm(config, weights, "input_layernorm.weight")
         self.self_attn = Attention(config, weights.scope("self_attn"), layer)
         self.post_attention_layernorm = _norm(config, weights, "post_attention_layernorm.weight")
         self.mlp = MLP(config, weights.scope("mlp"))
 
-    def forward(self, x_RD, residual_RD, rotary: Rotary, cache: KVCache, geometry: StepGeometry):
+    def __call__(self, x_RD, residual_RD, rotary: Rotary, cache: KVCache, geometry: StepGeometry):
         x_RD, residual_RD = self.input_layernorm(x_RD, residual_RD)
         x_RD = self.self_attn(x_RD, rotary, cache, geometry)
         x_RD, residual_RD = self.post_attention_layernorm(x_RD, residual_RD)
@@ -90,25 +85,25 @@ def _norm(config: ModelConfig, weights: Weights, name: str) -> ResidualNorm:
     return ResidualNorm(weights.group, weights.vector(name, config.hidden_size), config.rms_norm_eps)
 
 
-class Decoder(nn.Module):
+class Decoder:
     """A backbone with the weights of this rank."""
 
     def __init__(self, config: ModelConfig, weights: Weights, num_positions: int) -> None:
-        super().__init__()
         vocab, hidden = config.vocab_size, config.hidden_size
         embedding, _ = weights.matrix("model.embed_tokens", vocab, hidden)
         self.embed_tokens = VocabParallelEmbedding(weights.group, embedding)
         layers = weights.progress(range(config.num_layers))
-        self.layers = nn.ModuleList(DecoderLayer(config, weights.scope(f"model.layers.{i}"), i) for i in layers)
+        self.layers = [DecoderLayer(config, weights.scope(f"model.layers.{i}"), i) for i in layers]
         self.norm = _norm(config, weights, "model.norm.weight")
         lm_head = embedding if config.tied else weights.matrix("lm_head", vocab, hidden)[0]
         self.lm_head = ColumnParallelLinear([lm_head], [None])
         self.shard = VocabShard(weights.group, vocab, len(lm_head))
         self.rotary = rope.tables(config, num_positions, weights.group.device)
 
-    def forward(self, tokens_R: torch.Tensor, cache: KVCache, geometry: StepGeometry) -> torch.Tensor:
-        """Final-norm hidden states [R, D] of all rows of a step, on every rank."""
-        x_RD, residual_RD = self.embed_tokens(tokens_R), None
+    def transform(self, x_RD: torch.Tensor, cache: KVCache, geometry: StepGeometry) -> torch.Tensor:
+        """Embedded rows of a step, as ``embed_tokens`` gives them, to final-norm hidden states [R, D] on every rank.
+        ``x_RD`` is consumed."""
+        residual_RD = None
         for layer in self.layers:
             x_RD, residual_RD = layer(x_RD, residual_RD, self.rotary, cache, geometry)
         hidden_RD, _ = self.norm(x_RD, residual_RD)

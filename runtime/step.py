@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from euryale.kernels.graph import Graphs
 from euryale.runtime.acceptance import decide
 from euryale.runtime.batch import StepBatch
 from euryale.runtime.kv_cache import KVCache
@@ -26,6 +27,7 @@ class StepRunner:
     heads: MedusaHeads | None
     cache: KVCache
     num_candidates: int
+    graphs: Graphs | None = None  # None: every kernel is called from Python
     digest: int = 0
 
     @torch.inference_mode()
@@ -34,7 +36,7 @@ class StepRunner:
         if not plan.segments:
             return []
         batch = StepBatch.build(plan, self.cache.page_size, self.decoder.shard.group.device)
-        hidden_RD = self.decoder(batch.tokens, self.cache, batch.geometry)
+        hidden_RD = self._hidden_states(batch)
         if not batch.sampling:
             self.cache.commit(batch.geometry, batch.certain)
             return []
@@ -42,6 +44,14 @@ class StepRunner:
         self.cache.commit(batch.geometry, torch.cat([batch.certain, accepted.rows]))
         guesses = self._guess(batch, hidden_RD, accepted.last)
         return self._results(batch, accepted, guesses)
+
+    def _hidden_states(self, batch: StepBatch) -> torch.Tensor:
+        x_RD, group = self.decoder.embed_tokens(batch.tokens), self.decoder.shard.group
+        if self.graphs is None:
+            return self.decoder.transform(x_RD, self.cache, batch.geometry)
+        hidden_RD, status = self.graphs(x_RD, batch.geometry)
+        group.check(status)
+        return hidden_RD
 
     def _guess(self, batch: StepBatch, hidden_RD: torch.Tensor, last: torch.Tensor) -> dict[int, np.ndarray]:
         """The heads' candidates [heads, k] after the last accepted row of every segment that wants them."""

@@ -4,13 +4,15 @@ Every request in a plan is a *segment* of rows: first its certain rows (prompt o
 computed, a chain), then its draft rows (a candidate tree whose root is the last certain row). A segment carries
 all a rank has to know of its request, so that ranks keep no state between steps but the KV cache.
 
-Buffer layout: HEADER words, then per segment FIELDS words, then row tokens, row parents, page ids. 64-bit
-values are two words, floats are their bits. This file does not know how the buffer travels.
+Buffer layout, in int32 words: a header, then per segment its fields, then row tokens, row parents, page ids. This
+file does not know how the buffer travels.
 """
 
 import enum
+import struct
 import zlib
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -18,25 +20,12 @@ from euryale.scheduler.params import ACCEPTANCE_RULES, SamplingParams
 
 MAGIC = 0x45555259  # "EURY"
 VERSION = 1
-HEADER = ("magic", "version", "checksum", "length", "kind", "epoch", "step", "digest", "segments", "rows", "pages")
-FIELDS = (
-    "num_certain",
-    "num_drafts",
-    "context",
-    "num_pages",
-    "samples",
-    "wants_candidates",
-    "position",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "seed_low",
-    "seed_high",
-    "acceptance",
-    "epsilon",
-    "delta",
-)
+# magic, version, checksum, length, kind, epoch, step, digest, segments, rows, pages
+_HEADER = struct.Struct("<11I")
+# certain rows, drafts, context, pages, samples, wants_candidates, position; temperature, top_k, top_p, min_p, seed,
+# acceptance, epsilon, delta
+_SEGMENT = struct.Struct("<7i" + "fiffQiff")
+_CHECKSUM = slice(8, 12)  # bytes of the buffer
 
 
 class PlanKind(enum.IntEnum):
@@ -95,76 +84,62 @@ class StepPlan:
 def encode(plan: StepPlan) -> np.ndarray:
     """The plan as one int32 buffer."""
     segments = plan.segments
-    fields = np.asarray([_fields(s) for s in segments], dtype=np.int64).reshape(len(segments), len(FIELDS))
-    body = [fields.astype(np.uint32).view(np.int32).ravel()]
-    body += [s.tokens for s in segments]
+    fields = b"".join(_SEGMENT.pack(*_fields(s)) for s in segments)
+    body = [s.tokens for s in segments]
     # Certain rows have no parent in the tree.
     body += [part for s in segments for part in (np.full(s.num_certain, -1, dtype=np.int32), s.parents)]
     body += [s.pages for s in segments]
-    payload = np.concatenate(body).astype(np.int32, copy=False)
-    counts = {"segments": len(segments), "rows": plan.num_rows, "pages": sum(len(s.pages) for s in segments)}
-    values = {"magic": MAGIC, "version": VERSION, "length": len(HEADER) + len(payload), "kind": int(plan.kind)}
-    values |= {"epoch": plan.epoch, "step": plan.step, "digest": plan.digest} | counts
-    values["checksum"] = 0
-    header = np.asarray([values[name] for name in HEADER], dtype=np.int64).astype(np.uint32).view(np.int32)
-    buffer = np.concatenate([header, payload])
-    buffer[HEADER.index("checksum")] = _checksum(buffer)
-    return buffer
+    payload = fields + (np.concatenate(body).astype(np.int32, copy=False).tobytes() if body else b"")
+    counts = (len(segments), plan.num_rows, sum(len(s.pages) for s in segments))
+    length = (_HEADER.size + len(payload)) // 4
+    marks = (plan.epoch & 0xFFFFFFFF, plan.step & 0xFFFFFFFF, plan.digest & 0xFFFFFFFF)
+    buffer = bytearray(_HEADER.pack(MAGIC, VERSION, 0, length, int(plan.kind), *marks, *counts) + payload)
+    buffer[_CHECKSUM] = zlib.crc32(buffer).to_bytes(4, "little")
+    return np.frombuffer(buffer, dtype=np.int32)
 
 
 def decode(buffer: np.ndarray, epoch: int) -> StepPlan:
     """The plan that ``encode`` wrote; PlanError if the buffer is damaged or from another epoch."""
-    header = {name: int(v) for name, v in zip(HEADER, buffer[: len(HEADER)].view(np.uint32), strict=True)}
-    if header["magic"] != MAGIC or header["version"] != VERSION or header["length"] != len(buffer):
-        raise PlanError(f"not a plan of version {VERSION} with {len(buffer)} words: {header}")
-    if header["checksum"] != int(np.asarray(_checksum(buffer)).view(np.uint32)):
-        raise PlanError(f"the checksum of the plan of step {header['step']} does not match")
-    if header["epoch"] != epoch & 0xFFFFFFFF:
-        raise PlanError(f"a plan of epoch {header['epoch']} reached a rank of epoch {epoch}")
-    num_segments, num_rows, num_pages = header["segments"], header["rows"], header["pages"]
-    sizes = [num_segments * len(FIELDS), num_rows, num_rows, num_pages]
-    if len(HEADER) + sum(sizes) != len(buffer):
-        raise PlanError(f"the plan of step {header['step']} does not add up: {header}")
-    fields, tokens, parents, pages = np.split(buffer[len(HEADER) :], np.cumsum(sizes)[:-1])
+    raw = bytearray(buffer.tobytes())
+    if len(raw) < _HEADER.size:
+        raise PlanError(f"not a plan: {len(raw)} bytes")
+    magic, version, checksum, length, kind, its_epoch, step, digest, *counts = _HEADER.unpack_from(raw)
+    if magic != MAGIC or version != VERSION or length != len(buffer):
+        raise PlanError(f"not a plan of version {VERSION} with {len(buffer)} words but {version}, {length}")
+    raw[_CHECKSUM] = bytes(4)
+    if checksum != zlib.crc32(raw):
+        raise PlanError(f"the checksum of the plan of step {step} does not match")
+    if its_epoch != epoch & 0xFFFFFFFF:
+        raise PlanError(f"a plan of epoch {its_epoch} reached a rank of epoch {epoch}")
+    num_segments, num_rows, num_pages = counts
+    sizes = [(_HEADER.size + num_segments * _SEGMENT.size) // 4, num_rows, num_rows, num_pages]
+    if sum(sizes) != len(buffer):
+        raise PlanError(f"the plan of step {step} does not add up: {sizes}, {len(buffer)} words")
+    head, tokens, parents, pages = np.split(buffer, np.cumsum(sizes)[:-1])
     segments, row, page = [], 0, 0
-    for values in fields.reshape(num_segments, len(FIELDS)):
-        named = dict(zip(FIELDS, values, strict=True))
-        rows = int(named["num_certain"] + named["num_drafts"])
+    for certain, drafts, context, num, samples, wants, position, *params in _SEGMENT.iter_unpack(
+        head.tobytes()[_HEADER.size :]
+    ):
+        stop = row + certain + drafts
         segments.append(
             Segment(
-                tokens=tokens[row : row + rows],
-                parents=parents[row + int(named["num_certain"]) : row + rows],
-                pages=pages[page : page + int(named["num_pages"])],
-                context=int(named["context"]),
-                samples=bool(named["samples"]),
-                wants_candidates=bool(named["wants_candidates"]),
-                position=int(named["position"]),
-                params=_params(named),
+                tokens=tokens[row:stop],
+                parents=parents[row + certain : stop],
+                pages=pages[page : page + num],
+                context=context,
+                samples=bool(samples),
+                wants_candidates=bool(wants),
+                position=position,
+                params=_params(*params),
             )
         )
-        row, page = row + rows, page + int(named["num_pages"])
-    kind = PlanKind(header["kind"])
-    return StepPlan(kind=kind, epoch=epoch, step=header["step"], digest=header["digest"], segments=segments)
+        row, page = stop, page + num
+    return StepPlan(kind=PlanKind(kind), epoch=its_epoch, step=step, digest=digest, segments=segments)
 
 
-def _checksum(buffer: np.ndarray) -> np.int32:
-    """CRC-32 of the buffer with a zero in the checksum's place."""
-    at = HEADER.index("checksum")
-    crc = zlib.crc32(buffer[at + 1 :].tobytes(), zlib.crc32(buffer[:at].tobytes()))
-    return np.uint32(crc).view(np.int32)
-
-
-def _bits(value: float) -> int:
-    return int(np.float32(value).view(np.uint32))
-
-
-def _float(word: np.int32) -> float:
-    return float(word.view(np.float32))
-
-
-def _fields(segment: Segment) -> list[int]:
+def _fields(segment: Segment) -> tuple:
     params = segment.params
-    return [
+    return (
         segment.num_certain,
         segment.num_drafts,
         segment.context,
@@ -172,26 +147,26 @@ def _fields(segment: Segment) -> list[int]:
         segment.samples,
         segment.wants_candidates,
         segment.position,
-        _bits(params.temperature),
+        params.temperature,
         params.top_k,
-        _bits(params.top_p),
-        _bits(params.min_p),
-        params.seed & 0xFFFFFFFF,
-        params.seed >> 32,
+        params.top_p,
+        params.min_p,
+        params.seed,
         ACCEPTANCE_RULES.index(params.acceptance),
-        _bits(params.epsilon),
-        _bits(params.delta),
-    ]
+        params.epsilon,
+        params.delta,
+    )
 
 
-def _params(named: dict[str, np.int32]) -> SamplingParams:
+@lru_cache(maxsize=4096)  # a request's are the same in all its steps
+def _params(temperature, top_k, top_p, min_p, seed, acceptance, epsilon, delta) -> SamplingParams:
     return SamplingParams(
-        temperature=_float(named["temperature"]),
-        top_k=int(named["top_k"]),
-        top_p=_float(named["top_p"]),
-        min_p=_float(named["min_p"]),
-        seed=int(named["seed_low"].view(np.uint32)) | int(named["seed_high"].view(np.uint32)) << 32,
-        acceptance=ACCEPTANCE_RULES[int(named["acceptance"])],
-        epsilon=_float(named["epsilon"]),
-        delta=_float(named["delta"]),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        acceptance=ACCEPTANCE_RULES[acceptance],
+        epsilon=epsilon,
+        delta=delta,
     )

@@ -2,7 +2,7 @@
 
 import torch
 
-from euryale.kernels.accept import reference
+from euryale.kernels.backend import implementation
 from euryale.kernels.geometry import StepGeometry
 
 
@@ -16,4 +16,4 @@ def accept(
     (certain rows: False); ``scores`` float32 [R]. Returns ``last`` int64 [B], the row where each walk ends (the
     root if nothing is accepted), and ``accepted`` bool [R], the draft rows on the paths.
     """
-    return reference.accept(geometry, roots, fits, scores)
+    return implementation("accept", fits.device).accept(geometry, roots, fits, scores)

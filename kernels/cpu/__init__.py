@@ -7,7 +7,8 @@ reference kernels, and a warning says so.
 
 import ctypes
 import logging
-from ctypes import POINTER, c_char_p, c_float, c_int64, c_void_p
+import struct
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -40,17 +41,91 @@ class Attention(ctypes.Structure):
 
 
 _ADDRESS, _COUNT = c_void_p, c_int64
+_STATUS = c_int  # 0, or why it failed
 _SIGNATURES = {
-    "tree_attention": [POINTER(Step), POINTER(Attention), *[_ADDRESS] * 6],
-    "rope_qk": [*[_COUNT] * 5, *[_ADDRESS] * 8, c_float],
-    "add_rms_norm": [*[_COUNT] * 3, *[_ADDRESS] * 3, c_float, *[_ADDRESS] * 2],
-    "silu_mul": [*[_COUNT] * 3, *[_ADDRESS] * 2],
-    "commit": [*[_COUNT] * 6, _ADDRESS, _ADDRESS, _COUNT, _ADDRESS, _ADDRESS],
+    "instruction_set": (c_char_p, []),
+    "use": (c_int, [c_char_p]),
+    "tree_attention": (None, [POINTER(Step), POINTER(Attention), *[_ADDRESS] * 6]),
+    "rope_qk": (None, [*[_COUNT] * 5, *[_ADDRESS] * 8, c_float]),
+    "add_rms_norm": (None, [*[_COUNT] * 3, *[_ADDRESS] * 3, c_float, *[_ADDRESS] * 2]),
+    "silu_mul": (None, [*[_COUNT] * 3, *[_ADDRESS] * 2]),
+    "top_k": (None, [*[_COUNT] * 5, *[_ADDRESS] * 3]),
+    "linear_size": (_COUNT, [*[_COUNT] * 3]),
+    "linear_pack": (None, [*[_COUNT] * 3, *[_ADDRESS] * 2]),
+    "linear_run": (None, [*[_COUNT] * 5, *[_ADDRESS] * 4]),
+    "accept": (None, [*[_COUNT] * 2, *[_ADDRESS] * 8]),
+    "commit": (None, [*[_COUNT] * 6, _ADDRESS, _ADDRESS, _COUNT, _ADDRESS, _ADDRESS]),
+    "recordable": (_COUNT, [c_char_p]),
+    "replay": (_STATUS, [_ADDRESS, _COUNT]),
+    # Collectives: parallel/shared_memory.py.
+    "shared_bytes": (_COUNT, [_COUNT, _COUNT]),
+    "shared_attach": (_ADDRESS, [c_int, _ADDRESS, *[_COUNT] * 4]),
+    "shared_detach": (None, [_ADDRESS]),
+    "shared_all_reduce": (_STATUS, [_ADDRESS, _COUNT, _COUNT, _ADDRESS]),
+    "shared_all_reduce_add_rms_norm": (_STATUS, [_ADDRESS, *[_COUNT] * 3, *[_ADDRESS] * 3, c_float, _ADDRESS]),
+    "shared_all_gather": (_STATUS, [_ADDRESS, _COUNT, _ADDRESS, _ADDRESS]),
+    "shared_broadcast": (_STATUS, [_ADDRESS, _COUNT, _COUNT, _ADDRESS]),
 }
 
 
+class Library:
+    """The library's functions by their names without the prefix, called with addresses and numbers.
+
+    While a ``Recording`` is active every call is noted in it too.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """OSError if it does not load."""
+        self._native = ctypes.CDLL(str(path))
+        self.recording: Recording | None = None
+        for name, (result, types) in _SIGNATURES.items():
+            function = getattr(self._native, f"euryale_{name}")
+            function.argtypes, function.restype = types, result
+            setattr(self, name, function)
+
+    def record(self, recording: "Recording | None") -> None:
+        """Begin, or with None end, to note what is called."""
+        self.recording = recording
+        for name in _SIGNATURES:
+            function = getattr(self._native, f"euryale_{name}")
+            place = self.recordable(name.encode()) if recording and name != "recordable" else -1
+            setattr(self, name, function if place < 0 else recording.noting(place, function))
+
+
+class Recording:
+    """Calls with their arguments, as ``replay`` reads them, and what must live as long: ``kept``."""
+
+    def __init__(self) -> None:
+        self._words: list[int] = []
+        self.kept: list = []
+
+    def noting(self, place: int, function):
+        """``function``, noted whenever it is called."""
+
+        def call(*arguments):
+            self._words += [place, len(arguments), *map(_word, arguments)]
+            self.kept += [a for a in arguments if not isinstance(a, int | float | None)]
+            return function(*arguments)
+
+        return call
+
+    def words(self) -> ctypes.Array:
+        """The calls noted so far."""
+        return (c_int64 * len(self._words))(*self._words)
+
+
+def _word(argument) -> int:
+    if argument is None:
+        return 0
+    if isinstance(argument, float):
+        return struct.unpack("<i", struct.pack("<f", argument))[0]
+    if isinstance(argument, int):
+        return argument
+    return ctypes.addressof(argument.contents)  # a pointer to a structure
+
+
 @cache
-def library() -> ctypes.CDLL | None:
+def library() -> Library | None:
     """The library, or None, with a warning, if it was not built here or does not load."""
     found = sorted(Path(__file__).parent.glob("_native*.so"))
     if not found:
@@ -61,17 +136,18 @@ def library() -> ctypes.CDLL | None:
         return None
     _share_openmp()
     try:
-        lib = ctypes.CDLL(str(found[0]))
+        return Library(found[0])
     except OSError as error:
         logger.warning("the CPU kernels do not load, so the much slower reference kernels run: %s", error)
         return None
-    for name, types in _SIGNATURES.items():
-        function = getattr(lib, f"euryale_{name}")
-        function.argtypes, function.restype = types, None
-        setattr(lib, name, function)
-    lib.euryale_instruction_set.restype = c_char_p
-    lib.euryale_use.argtypes = [c_char_p]
-    return lib
+
+
+def empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """An output of a kernel, of the dtype of ``like``; kept for as long as a recording that writes to it."""
+    out = like.new_empty(shape)
+    if (recording := library().recording) is not None:
+        recording.kept.append(out)
+    return out
 
 
 def _share_openmp() -> None:
@@ -92,9 +168,9 @@ def halves(x: torch.Tensor) -> tuple[int, int]:
 def instruction_set() -> str:
     """What the kernels run on: avx512, avx2, baseline, or reference if there are none."""
     lib = library()
-    return lib.euryale_instruction_set().decode() if lib else "reference"
+    return lib.instruction_set().decode() if lib else "reference"
 
 
 def use(instruction_set: str) -> bool:
     """Run the kernels on a narrower instruction set than the best, for tests; False if this CPU lacks it."""
-    return bool(library().euryale_use(instruction_set.encode()))
+    return bool(library().use(instruction_set.encode()))

@@ -1,68 +1,118 @@
 // The C interface that kernels/cpu/__init__.py calls: it picks the widest instruction set that the CPU has, once.
-#include <cstring>
-
 #include "dispatch.h"
+#include "interface.h"
 #include "std.h"
 
 namespace {
 
-const euryale::Ops* best(const char** name) {
+struct InstructionSet {
+    const char* name;
+    bool is_here;
+    const euryale::Ops* ops;
+};
+
+// The widest first.
+const std::vector<InstructionSet>& instruction_sets() {
+    static const std::vector<InstructionSet> all = [] {
+        std::vector<InstructionSet> found;
 #ifdef __x86_64__
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return *name = "avx512", &euryale::avx512_ops;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return *name = "avx2", &euryale::avx2_ops;
+        __builtin_cpu_init();
+        const bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        const bool has_256 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        found.push_back({"avx512_bf16", has_512 && __builtin_cpu_supports("avx512bf16"), &euryale::avx512_bf16_ops});
+        found.push_back({"avx512", has_512, &euryale::avx512_ops});
+        found.push_back({"avx2", has_256, &euryale::avx2_ops});
 #endif
-    return *name = "baseline", &euryale::baseline_ops;
+        found.push_back({"baseline", true, &euryale::baseline_ops});
+        return found;
+    }();
+    return all;
 }
 
-const char* chosen;
-const euryale::Ops* ops = best(&chosen);
+const InstructionSet* best() {
+    for (const InstructionSet& set : instruction_sets())
+        if (set.is_here) return &set;
+    return nullptr;
+}
+
+const InstructionSet* chosen = best();
 
 }  // namespace
 
-const euryale::Ops* euryale::kernels() { return ops; }
+const euryale::Ops* euryale::kernels() { return chosen->ops; }
 
 extern "C" {
 
-const char* euryale_instruction_set() { return chosen; }
+const char* euryale_instruction_set() { return chosen->name; }
 
-// For tests: use a narrower set than the best. 0 if this CPU has none of that name.
+// For tests: use a narrower set than the best. 0 if this CPU has none of that name. Packed weights are not carried over.
 int euryale_use(const char* name) {
-    const char* widest;
-    const euryale::Ops* found = best(&widest);
-#ifdef __x86_64__
-    if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        found = &euryale::avx2_ops, widest = "avx2";
-#endif
-    if (!std::strcmp(name, "baseline")) found = &euryale::baseline_ops, widest = "baseline";
-    if (std::strcmp(name, widest)) return 0;
-    ops = found;
-    chosen = widest;
-    return 1;
+    for (const InstructionSet& set : instruction_sets())
+        if (set.is_here && !std::strcmp(set.name, name)) {
+            chosen = &set;
+            return 1;
+        }
+    return 0;
 }
 
 void euryale_tree_attention(const euryale::Step* step, const euryale::Attention* shape, const void* q,
                             const void* step_k, const void* step_v, const void* cache_k, const void* cache_v,
                             void* out) {
-    ops->tree_attention(step, shape, q, step_k, step_v, cache_k, cache_v, out);
+    euryale::kernels()->tree_attention(step, shape, q, step_k, step_v, cache_k, cache_v, out);
 }
 
 void euryale_rope_qk(int64_t is_bfloat16, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, void* qkv,
                      const int64_t* positions, const void* cos, const void* sin, void* step_k, void* step_v,
                      const void* q_norm, const void* k_norm, float eps) {
-    ops->rope_qk(is_bfloat16, rows, heads, kv_heads, head_dim, qkv, positions, cos, sin, step_k, step_v, q_norm,
+    euryale::kernels()->rope_qk(is_bfloat16, rows, heads, kv_heads, head_dim, qkv, positions, cos, sin, step_k, step_v, q_norm,
                  k_norm, eps);
 }
 
 void euryale_add_rms_norm(int64_t is_bfloat16, int64_t rows, int64_t width, const void* x, const void* residual,
                           const void* weight, float eps, void* normed, void* sum) {
-    ops->add_rms_norm(is_bfloat16, rows, width, x, residual, weight, eps, normed, sum);
+    euryale::kernels()->add_rms_norm(is_bfloat16, rows, width, x, residual, weight, eps, normed, sum);
 }
 
 void euryale_silu_mul(int64_t is_bfloat16, int64_t rows, int64_t width, const void* gate_up, void* out) {
-    ops->silu_mul(is_bfloat16, rows, width, gate_up, out);
+    euryale::kernels()->silu_mul(is_bfloat16, rows, width, gate_up, out);
+}
+
+void euryale_top_k(int64_t is_bfloat16, int64_t rows, int64_t stride, int64_t width, int64_t k, const void* x,
+                   float* values, int64_t* ids) {
+    euryale::kernels()->top_k(is_bfloat16, rows, stride, width, k, x, values, ids);
+}
+
+// Elements that packed weights take.
+int64_t euryale_linear_size(int64_t is_bfloat16, int64_t in, int64_t out) {
+    const int64_t panel = euryale::kernels()->linear_panel();
+    return (out + panel - 1) / panel * panel * (is_bfloat16 ? (in + 1) / 2 * 2 : in);
+}
+
+void euryale_linear_pack(int64_t is_bfloat16, int64_t in, int64_t out, const void* weight, void* packed) {
+    euryale::kernels()->linear_pack(is_bfloat16, in, out, weight, packed);
+}
+
+void euryale_linear_run(int64_t is_bfloat16, int64_t threads, int64_t rows, int64_t in, int64_t out, const void* x,
+                        const void* packed, const void* bias, void* y) {
+    euryale::kernels()->linear_run(is_bfloat16, threads, rows, in, out, x, packed, bias, y);
+}
+
+// The deepest path of fitting rows of every tree; of equally deep ones the highest scored end, then the first.
+void euryale_accept(int64_t num_rows, int64_t num_segments, const int64_t* parent_rows, const int64_t* segment_of_row,
+                    const int64_t* depths, const int64_t* roots, const bool* fits, const float* scores, int64_t* last,
+                    bool* accepted) {
+    std::vector<char> reached(num_rows, 0);
+    for (int64_t i = 0; i < num_segments; ++i) reached[last[i] = roots[i]] = 1;
+    for (int64_t row = 0; row < num_rows; ++row) {  // parents come before their children
+        if (parent_rows[row] < 0 || !fits[row] || !reached[parent_rows[row]]) continue;
+        reached[row] = 1;
+        int64_t& end = last[segment_of_row[row]];
+        if (depths[row] > depths[end] || (depths[row] == depths[end] && scores[row] > scores[end])) end = row;
+    }
+    std::fill(accepted, accepted + num_rows, false);
+    for (int64_t i = 0; i < num_segments; ++i)
+        for (int64_t row = last[i]; parent_rows[row] >= 0; row = parent_rows[row]) accepted[row] = true;
 }
 
 // Rows of the step's scratch [layers, 2, scratch_rows, heads, dim] into the cache [layers, 2, pages, heads, page,

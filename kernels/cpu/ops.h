@@ -33,9 +33,15 @@ struct Ops {
     void (*add_rms_norm)(int64_t is_bfloat16, int64_t rows, int64_t width, const void* x, const void* residual,
                          const void* weight, float eps, void* normed, void* sum);
     void (*silu_mul)(int64_t is_bfloat16, int64_t rows, int64_t width, const void* gate_up, void* out);
+    void (*top_k)(int64_t is_bfloat16, int64_t rows, int64_t stride, int64_t width, int64_t k, const void* x,
+                  float* values, int64_t* ids);
+    int64_t (*linear_panel)();  // outputs of a panel: packed weights take whole panels
+    void (*linear_pack)(int64_t is_bfloat16, int64_t in, int64_t out, const void* weight, void* packed);
+    void (*linear_run)(int64_t is_bfloat16, int64_t threads, int64_t rows, int64_t in, int64_t out, const void* x,
+                       const void* packed, const void* bias, void* y);
     void (*reduce)(int64_t is_bfloat16, int64_t count, int64_t num_inputs, const void* const* inputs, void* out);
 };
 
-extern const Ops avx512_ops, avx2_ops, baseline_ops;
+extern const Ops avx512_bf16_ops, avx512_ops, avx2_ops, baseline_ops;
 
 }  // namespace euryale

@@ -15,12 +15,9 @@ _WORDS = 2  # of ancestor bits
 def tree_attention(q, scratch, cache, geometry: StepGeometry, scale: float, window: int | None) -> torch.Tensor:
     """See the package's public function."""
     rows, heads, head_dim = q.shape
-    if "tree_attention.cpu" not in geometry.prepared:
-        geometry.prepared["tree_attention.cpu"] = _prepare(geometry)
-    step, _ = geometry.prepared["tree_attention.cpu"]
-    out = q.new_empty(rows, heads * head_dim)
+    out = cpu.empty(q, rows, heads * head_dim)
     cpu.library().tree_attention(
-        step,
+        ctypes.pointer(prepared_step(geometry)),
         _shape(cpu.DTYPES[q.dtype], heads, scratch.shape[2], head_dim, q.stride(0), window or 0, scale),
         q.data_ptr(),
         *cpu.halves(scratch),
@@ -35,8 +32,15 @@ def _shape(*fields) -> ctypes.Structure:
     return ctypes.pointer(cpu.Attention(*fields))
 
 
-def _prepare(geometry: StepGeometry):
-    """The step for the kernel, and the arrays that must live as long."""
+def prepared_step(geometry: StepGeometry) -> cpu.Step:
+    """The step as the kernel reads it, made once; it keeps the arrays it points to alive."""
+    step = geometry.prepared.get("tree_attention.cpu")
+    if step is None:
+        step = geometry.prepared["tree_attention.cpu"] = _prepare(geometry)
+    return step
+
+
+def _prepare(geometry: StepGeometry) -> cpu.Step:
     segments, starts = geometry.segments, geometry.row_starts
     counts = np.asarray([len(s.pages) for s in segments], dtype=np.int64)
     ancestors = np.zeros((geometry.num_rows, _WORDS), dtype=np.uint64)
@@ -56,4 +60,5 @@ def _prepare(geometry: StepGeometry):
     step = cpu.Step(len(segments), geometry.page_size, torch.get_num_threads())
     for name, array in arrays.items():
         setattr(step, name, array.ctypes.data)
-    return ctypes.pointer(step), arrays
+    step.arrays = arrays
+    return step

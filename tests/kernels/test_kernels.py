@@ -12,10 +12,11 @@ from euryale.kernels.geometry import SegmentShape, StepGeometry, tree_tables
 from euryale.kernels.linear import FrozenLinear
 from euryale.kernels.rope_qk import rope_qk
 from euryale.kernels.silu_mul import silu_mul
+from euryale.kernels.top_k import top_k
 from euryale.kernels.tree_attention import tree_attention
 
 CPU, PAGE = torch.device("cpu"), 16
-INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
+INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "baseline")
 DTYPES = (torch.float32, torch.bfloat16)
 # The rounding of an output in its own dtype, 2^-24 and 2^-9, and some room for sums in another order.
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
@@ -197,6 +198,7 @@ def test_commit_copies_the_rows_and_nothing_else():
     assert torch.equal(cache, expected)
 
 
+@every_implementation
 def test_accept_finds_the_deepest_then_likeliest_path():
     rng = np.random.default_rng(1)
     deepest = 0
@@ -280,11 +282,28 @@ def test_silu_mul(width, dtype):
     assert relative_error(silu_mul(gate_up), torch.nn.functional.silu(gate) * up) < limit
 
 
+@every_implementation
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 9, 200])
-def test_a_packed_product_is_the_product(dtype, rows):
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 9, 200])
+@pytest.mark.parametrize("sizes", [(67, 33), (1, 1), (128, 64), (130, 70)])
+def test_linear(sizes, rows, dtype):
     torch.manual_seed(0)
-    weight, bias, x = torch.randn(67, 33), torch.randn(67), torch.randn(rows, 33)
-    layer = FrozenLinear(weight.to(dtype), bias.to(dtype))
-    expected = torch.nn.functional.linear(x.to(dtype).double(), weight.to(dtype).double(), bias.to(dtype).double())
-    assert relative_error(layer(x.to(dtype)), expected) < LIMITS[dtype]
+    out, width = sizes
+    weight, bias, x = (torch.randn(shape).to(dtype) for shape in ((out, width), (out,), (rows, width)))
+    for added in (bias, None):
+        expected = torch.nn.functional.linear(x.double(), weight.double(), None if added is None else added.double())
+        assert relative_error(FrozenLinear(weight, added)(x), expected) < LIMITS[dtype]
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "k"), [(1, 1), (3001, 1), (3001, 7), (200, 200), (5, 9)])
+def test_top_k(width, k, dtype):
+    torch.manual_seed(0)
+    x = (torch.randn(6, width) * 3).round().to(dtype)  # many ties
+    x[1] = -torch.inf
+    values, ids = top_k(x, k)
+    for row in range(6):
+        expected = sorted(range(width), key=lambda i, row=row: (-float(x[row, i]), i))[:k]
+        assert ids[row, : len(expected)].tolist() == expected
+        assert values[row].tolist() == [float(x[row, i]) for i in expected] + [-float("inf")] * (k - len(expected))

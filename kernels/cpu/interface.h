@@ -1,0 +1,36 @@
+// The C interface of the library; what each does is said where it is defined.
+#pragma once
+#include <cstdint>
+
+#include "ops.h"
+
+struct EuryaleGroup;  // a rank's end of the shared memory (parallel/shared_memory.cpp)
+
+extern "C" {
+
+const char* euryale_instruction_set();
+int euryale_use(const char* name);
+void euryale_tree_attention(const euryale::Step* step, const euryale::Attention* shape, const void* q,
+                            const void* step_k, const void* step_v, const void* cache_k, const void* cache_v,
+                            void* out);
+void euryale_rope_qk(int64_t is_bfloat16, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, void* qkv,
+                     const int64_t* positions, const void* cos, const void* sin, void* step_k, void* step_v,
+                     const void* q_norm, const void* k_norm, float eps);
+void euryale_add_rms_norm(int64_t is_bfloat16, int64_t rows, int64_t width, const void* x, const void* residual,
+                          const void* weight, float eps, void* normed, void* sum);
+void euryale_silu_mul(int64_t is_bfloat16, int64_t rows, int64_t width, const void* gate_up, void* out);
+void euryale_top_k(int64_t is_bfloat16, int64_t rows, int64_t stride, int64_t width, int64_t k, const void* x,
+                   float* values, int64_t* ids);
+int64_t euryale_linear_size(int64_t is_bfloat16, int64_t in, int64_t out);
+void euryale_linear_pack(int64_t is_bfloat16, int64_t in, int64_t out, const void* weight, void* packed);
+void euryale_linear_run(int64_t is_bfloat16, int64_t threads, int64_t rows, int64_t in, int64_t out, const void* x,
+                        const void* packed, const void* bias, void* y);
+void euryale_accept(int64_t num_rows, int64_t num_segments, const int64_t* parent_rows, const int64_t* segment_of_row,
+                    const int64_t* depths, const int64_t* roots, const bool* fits, const float* scores, int64_t* last,
+                    bool* accepted);
+void euryale_commit(int64_t layers, int64_t pages, int64_t heads, int64_t page, int64_t scratch_rows, int64_t size,
+                    char* cache, const char* scratch, int64_t count, const int64_t* rows, const int64_t* slots);
+int euryale_shared_all_reduce_add_rms_norm(EuryaleGroup* group, int64_t is_bfloat16, int64_t rows, int64_t width, void* share,
+                                           const void* residual, const void* weight, float eps, void* normed);
+
+}  // extern "C"

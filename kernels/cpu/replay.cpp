@@ -1,0 +1,75 @@
+// Recorded calls, run again one after the other: what a CUDA graph does for a GPU's launches.
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "interface.h"
+
+namespace {
+
+template <class T>
+T from_word(int64_t word) {
+    if constexpr (std::is_pointer_v<T>) {
+        return (T)word;
+    } else if constexpr (std::is_same_v<T, float>) {
+        float value;
+        std::memcpy(&value, &word, sizeof value);
+        return value;
+    } else {
+        return (T)word;
+    }
+}
+
+template <class R, class... A, size_t... I>
+int apply(R (*function)(A...), const int64_t* words, std::index_sequence<I...>) {
+    if constexpr (std::is_void_v<R>)
+        return function(from_word<A>(words[I])...), 0;
+    else
+        return (int)function(from_word<A>(words[I])...);
+}
+
+template <class R, class... A>
+int apply(R (*function)(A...), const int64_t* words) {
+    return apply(function, words, std::index_sequence_for<A...>{});
+}
+
+template <auto Function>
+int call(const int64_t* words) {
+    return apply(Function, words);
+}
+
+struct Recordable {
+    const char* name;
+    int (*call)(const int64_t*);
+};
+
+constexpr Recordable recordable[] = {
+    {"tree_attention", call<euryale_tree_attention>},
+    {"rope_qk", call<euryale_rope_qk>},
+    {"add_rms_norm", call<euryale_add_rms_norm>},
+    {"silu_mul", call<euryale_silu_mul>},
+    {"linear_run", call<euryale_linear_run>},
+    {"shared_all_reduce_add_rms_norm", call<euryale_shared_all_reduce_add_rms_norm>},
+};
+
+}  // namespace
+
+extern "C" {
+
+// Place of an operation in the table, -1 if it cannot be recorded.
+int64_t euryale_recordable(const char* name) {
+    for (size_t i = 0; i < sizeof recordable / sizeof *recordable; ++i)
+        if (!std::strcmp(recordable[i].name, name)) return (int64_t)i;
+    return -1;
+}
+
+// `words`: for every call its place in the table, the number of its arguments, and these; floats as their bits. Stops at
+// the first call that returns something else than 0, and returns that.
+int euryale_replay(const int64_t* words, int64_t count) {
+    for (const int64_t* end = words + count; words < end; words += 2 + words[1])
+        if (const int problem = recordable[*words].call(words + 2)) return problem;
+    return 0;
+}
+
+}  // extern "C"

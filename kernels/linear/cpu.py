@@ -1,0 +1,34 @@
+"""The compiled matrix product (cpu.h beside this file), whose weights lie in the order in which they are read."""
+
+import torch
+
+from euryale.kernels import cpu
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` [out, in] in the kernel's order; opaque, and only for the instruction set in use."""
+    library, kind = cpu.library(), cpu.DTYPES[weight.dtype]
+    out_features, in_features = weight.shape
+    packed = weight.new_empty(library.linear_size(kind, in_features, out_features))
+    source = weight.contiguous()
+    library.linear_pack(kind, in_features, out_features, source.data_ptr(), packed.data_ptr())
+    return packed
+
+
+def linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
+    """x W^T + b: [R, out_features]."""
+    x = x.contiguous()
+    rows, in_features = x.shape
+    y = cpu.empty(x, rows, out_features)
+    cpu.library().linear_run(
+        cpu.DTYPES[x.dtype],
+        torch.get_num_threads(),
+        rows,
+        in_features,
+        out_features,
+        x.data_ptr(),
+        packed.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+    )
+    return y

@@ -1,0 +1,11 @@
+"""The largest values of every row and where they are."""
+
+import torch
+
+from euryale.kernels.backend import implementation
+
+
+def top_k(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``k`` largest of each row of ``x`` [R, V], largest first, of equal ones the first: float32 [R, k], int64
+    [R, k]. Where ``k`` exceeds V, the rest is -inf."""
+    return implementation("top_k", x.device).top_k(x, k)
