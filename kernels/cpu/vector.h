@@ -47,15 +47,24 @@ inline vfloat broadcast(float x) { return x - vfloat{}; }
 inline vfloat select(vint mask, vfloat a, vfloat b) { return (vfloat)((mask & (vint)a) | (~mask & (vint)b)); }
 inline vfloat larger(vfloat a, vfloat b) { return select(a > b, a, b); }
 
+// Lane i of the result is lane i ^ D of x.
+template <int D>
+inline vfloat swap_lanes(vfloat x) {
+    vint from;
+    for (int i = 0; i < W; ++i) from[i] = i ^ D;
+    return __builtin_shuffle(x, from);
+}
 inline float sum(vfloat x) {
-    float total = 0;
-    for (int i = 0; i < W; ++i) total += x[i];
-    return total;
+    if (W > 8) x += swap_lanes<8 % W>(x);
+    if (W > 4) x += swap_lanes<4 % W>(x);
+    x += swap_lanes<2>(x);
+    return x[0] + x[1];
 }
 inline float largest(vfloat x) {
-    float top = x[0];
-    for (int i = 1; i < W; ++i) top = x[i] > top ? x[i] : top;
-    return top;
+    if (W > 8) x = larger(x, swap_lanes<8 % W>(x));
+    if (W > 4) x = larger(x, swap_lanes<4 % W>(x));
+    x = larger(x, swap_lanes<2>(x));
+    return x[0] > x[1] ? x[0] : x[1];
 }
 
 // e^x with a relative error below 2e-7; arguments below -87 give about 1e-38, above 88 are cut off there.
@@ -100,6 +109,24 @@ inline void transpose(vfloat* v) {
     if (W > 4) transpose_stage<4 % W>(v);
     transpose_stage<2>(v);
     transpose_stage<1>(v);
+}
+
+template <int D>
+inline void add_stage(vfloat* v) {
+    for (int i = 0; i < W; ++i)
+        if (!(i & D) && i < 2 * D) {
+            exchange<D>(v[i], v[i | D]);
+            v[i] += v[i | D];
+        }
+}
+
+// Lane i of the result is the sum of all lanes of v[i]; v is used up.
+inline vfloat add_lanes(vfloat* v) {
+    if (W > 8) add_stage<8 % W>(v);
+    if (W > 4) add_stage<4 % W>(v);
+    add_stage<2>(v);
+    add_stage<1>(v);
+    return v[0];
 }
 
 }  // namespace EURYALE_ISA

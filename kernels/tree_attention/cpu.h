@@ -3,14 +3,17 @@
 // Work is cut into items of (segment, kv head, block of query rows, split of the context). A query row is one head of
 // one step row; the heads of a kv group lie together, so that keys are read once for all of them. Where the context is
 // cut depends on the segment alone: a row's result does not depend on its neighbours or on the number of threads.
-// Blocks of keys are copied as float32, keys transposed, into buffers that stay in the first-level caches.
+// Scores of few rows are plain dot products; for many a slice of keys is transposed first, so that a vector holds many
+// keys and no sums across lanes are left.
 namespace euryale {
 namespace EURYALE_ISA {
 namespace attention {
 
 constexpr int KEYS = 4 * W;              // of a block
-constexpr int TILE = W == 16 ? 6 : 3;    // rows that share one load of a key vector
+constexpr int TILE = W == 16 ? 6 : 3;    // rows that share one load of a vector
 constexpr int QUERY_BLOCK = 60;          // query rows of an item, whole tiles
+constexpr int FEW = 8;                   // query rows up to which scores are dot products
+constexpr int DOT_KEYS = W == 4 ? 2 : 4, DOT_ROWS = W / DOT_KEYS;
 constexpr int64_t SPLIT = 512;           // context of an item, where all rows of the segment are one block
 constexpr float NEVER = -3e38f;          // score of what is not seen
 
@@ -27,17 +30,17 @@ struct Merge {
 
 struct Workspace {
     std::vector<float> memory;
-    float *q, *k, *v, *p, *o, *m, *l;
+    float *q, *k, *p, *o, *m, *l, *decay;
     explicit Workspace(int64_t width) {
         const int64_t rows = QUERY_BLOCK;
-        memory.resize(rows * width * 2 + KEYS * width * 2 + rows * KEYS + 2 * rows);
+        memory.resize(2 * rows * width + W * KEYS + rows * KEYS + 3 * rows);
         q = memory.data();
         o = q + rows * width;
         k = o + rows * width;
-        v = k + KEYS * width;
-        p = v + KEYS * width;
+        p = k + W * KEYS;
         m = p + rows * KEYS;
         l = m + rows;
+        decay = l + rows;
     }
 };
 
@@ -50,58 +53,98 @@ struct Kernel {
     float* partials;      // [query rows][width + 2]: weighted values, maximum, sum
     const int64_t dim = shape.head_dim, width = (dim + W - 1) / W * W, group = shape.heads / shape.kv_heads;
 
-    // Keys and values of up to KEYS rows as float32: keys transposed [width][KEYS], values [KEYS][width].
-    void fetch(Workspace& w, const T* const* keys, const T* const* values, int count) const {
+    // Calls f(row, std::integral_constant of the number of rows) for tiles of rows.
+    template <class F>
+    static void for_tiles(int64_t rows, const F& f) {
+        for (int64_t r = 0; r < rows; r += TILE) switch (std::min<int64_t>(TILE, rows - r)) {
+                case 1: f(r, std::integral_constant<int, 1>{}); break;
+                case 2: f(r, std::integral_constant<int, 2>{}); break;
+                case 3: f(r, std::integral_constant<int, 3>{}); break;
+                case 4: f(r, std::integral_constant<int, TILE < 4 ? 1 : 4>{}); break;
+                case 5: f(r, std::integral_constant<int, TILE < 5 ? 1 : 5>{}); break;
+                default: f(r, std::integral_constant<int, TILE>{});
+            }
+    }
+
+    // p[r][j] = q[r] . keys[j], lane by lane; the lanes of W products are then added up together.
+    void scores_of_few(Workspace& w, int64_t rows, const T* const* keys, int count) const {
         const int64_t whole = dim / W * W;
-        for (int j0 = 0; j0 < KEYS; j0 += W) {
-            for (int64_t c = 0; c < whole; c += W) {
+        for (int j0 = 0; j0 < count; j0 += DOT_KEYS) {
+            const T* k[DOT_KEYS];
+            for (int i = 0; i < DOT_KEYS; ++i) k[i] = keys[std::min(j0 + i, count - 1)];
+            for (int64_t r0 = 0; r0 < rows; r0 += DOT_ROWS) {
+                vfloat acc[W] = {};
+                const float* q_tile = w.q + r0 * width;
+                for (int64_t c = 0; c < whole; c += W) {
+                    vfloat key[DOT_KEYS];
+                    for (int i = 0; i < DOT_KEYS; ++i) key[i] = load(k[i] + c);
+                    for (int r = 0; r < DOT_ROWS; ++r) {
+                        const vfloat query = load(q_tile + r * width + c);
+                        for (int i = 0; i < DOT_KEYS; ++i) acc[r * DOT_KEYS + i] += query * key[i];
+                    }
+                }
+                const vfloat sums = add_lanes(acc);
+                for (int r = 0; r < DOT_ROWS; ++r)
+                    for (int i = 0; i < DOT_KEYS; ++i) {
+                        float rest = 0;
+                        for (int64_t c = whole; c < dim; ++c) rest += q_tile[r * width + c] * to_float(k[i][c]);
+                        w.p[(r0 + r) * KEYS + j0 + i] = sums[r * DOT_KEYS + i] + rest;
+                    }
+            }
+        }
+    }
+
+    // The same for many rows, W components of the keys at a time.
+    void scores_of_many(Workspace& w, int64_t rows, const T* const* keys, int count) const {
+        for (int64_t c0 = 0; c0 < width; c0 += W) {
+            for (int j0 = 0; j0 < KEYS; j0 += W) {
                 vfloat lanes[W];
-                for (int j = 0; j < W; ++j) lanes[j] = j0 + j < count ? load(keys[j0 + j] + c) : vfloat{};
+                for (int j = 0; j < W; ++j) lanes[j] = j0 + j < count ? part(keys[j0 + j], c0) : vfloat{};
                 transpose(lanes);
-                for (int j = 0; j < W; ++j) store(w.k + (c + j) * KEYS + j0, lanes[j]);
+                for (int c = 0; c < W; ++c) store(w.k + c * KEYS + j0, lanes[c]);
             }
-            for (int64_t c = whole; c < width; ++c)
-                for (int j = j0; j < j0 + W; ++j)
-                    w.k[c * KEYS + j] = c < dim && j < count ? to_float(keys[j][c]) : 0;
-        }
-        for (int j = 0; j < KEYS; ++j) {
-            float* row = w.v + j * width;
-            if (j >= count) {
-                for (int64_t c = 0; c < width; c += W) store(row + c, vfloat{});
-                continue;
-            }
-            for (int64_t c = 0; c < whole; c += W) store(row + c, load(values[j] + c));
-            for (int64_t c = whole; c < width; ++c) row[c] = c < dim ? to_float(values[j][c]) : 0;
+            for_tiles(rows, [&](int64_t r0, auto tile) {
+                constexpr int ROWS = decltype(tile)::value;
+                float* p = w.p + r0 * KEYS;
+                vfloat acc[ROWS][4];
+                for (int r = 0; r < ROWS; ++r)
+                    for (int i = 0; i < 4; ++i) acc[r][i] = c0 ? load(p + r * KEYS + i * W) : vfloat{};
+                for (int c = 0; c < W; ++c) {
+                    vfloat key[4];
+                    for (int i = 0; i < 4; ++i) key[i] = load(w.k + c * KEYS + i * W);
+                    for (int r = 0; r < ROWS; ++r)
+                        for (int i = 0; i < 4; ++i) acc[r][i] += w.q[(r0 + r) * width + c0 + c] * key[i];
+                }
+                for (int r = 0; r < ROWS; ++r)
+                    for (int i = 0; i < 4; ++i) store(p + r * KEYS + i * W, acc[r][i]);
+            });
         }
     }
 
-    // Scores of a tile: p[r][j] = q[r] . k[j]
-    void scores(const float* q_tile, const float* k, float* p) const {
-        vfloat acc[TILE][4] = {};
-        for (int64_t c = 0; c < width; ++c) {
-            vfloat key[4];
-            for (int i = 0; i < 4; ++i) key[i] = load(k + c * KEYS + i * W);
-            for (int r = 0; r < TILE; ++r)
-                for (int i = 0; i < 4; ++i) acc[r][i] += q_tile[r * width + c] * key[i];
-        }
-        for (int r = 0; r < TILE; ++r)
-            for (int i = 0; i < 4; ++i) store(p + r * KEYS + i * W, acc[r][i]);
+    // Components c to c + W of a row, zeros beyond its end.
+    vfloat part(const T* row, int64_t c) const {
+        if (c + W <= dim) return load(row + c);
+        vfloat lanes = {};
+        for (int64_t i = c; i < dim; ++i) lanes[i - c] = to_float(row[i]);
+        return lanes;
     }
 
-    // o[r] = o[r] * decay[r] + p[r] . v
-    template <int N>
-    void accumulate(const float* p, const float* v, const float* decay, float* o, int64_t c, int count) const {
-        vfloat acc[TILE][N];
-        for (int r = 0; r < TILE; ++r)
-            for (int i = 0; i < N; ++i) acc[r][i] = load(o + r * width + c + i * W) * decay[r];
+    // o[r] = o[r] * decay[r] + p[r] . values, for N vectors of components from c on.
+    template <int ROWS, int N>
+    void accumulate(Workspace& w, int64_t r0, const T* const* values, int64_t c, int count) const {
+        float* o = w.o + r0 * width + c;
+        const float* p = w.p + r0 * KEYS;
+        vfloat acc[ROWS][N];
+        for (int r = 0; r < ROWS; ++r)
+            for (int i = 0; i < N; ++i) acc[r][i] = load(o + r * width + i * W) * w.decay[r0 + r];
         for (int j = 0; j < count; ++j) {
             vfloat value[N];
-            for (int i = 0; i < N; ++i) value[i] = load(v + j * width + c + i * W);
-            for (int r = 0; r < TILE; ++r)
+            for (int i = 0; i < N; ++i) value[i] = N == 1 ? part(values[j], c) : load(values[j] + c + i * W);
+            for (int r = 0; r < ROWS; ++r)
                 for (int i = 0; i < N; ++i) acc[r][i] += p[r * KEYS + j] * value[i];
         }
-        for (int r = 0; r < TILE; ++r)
-            for (int i = 0; i < N; ++i) store(o + r * width + c + i * W, acc[r][i]);
+        for (int r = 0; r < ROWS; ++r)
+            for (int i = 0; i < N; ++i) store(o + r * width + i * W, acc[r][i]);
     }
 
     // Scores to weights, in place; the row's maximum and sum move on, what it held decays.
@@ -122,54 +165,29 @@ struct Kernel {
 
     // One block of keys against all rows of the item. `hide(query row, scores)` masks a row.
     template <class Hide>
-    void block(Workspace& w, int64_t rows, int count, const Hide& hide) const {
-        for (int64_t r0 = 0; r0 < rows; r0 += TILE) {
-            float* p = w.p + r0 * KEYS;
-            float decay[TILE];
-            scores(w.q + r0 * width, w.k, p);
-            for (int r = 0; r < TILE; ++r) {
-                for (int j = count; j < KEYS; ++j) p[r * KEYS + j] = NEVER;
-                if (r0 + r < rows) hide(r0 + r, p + r * KEYS);
-                soften(p + r * KEYS, w.m[r0 + r], w.l[r0 + r], decay[r]);
-            }
-            int64_t c = 0;
-            float* o = w.o + r0 * width;
-            for (; c + 4 * W <= width; c += 4 * W) accumulate<4>(p, w.v, decay, o, c, count);
-            for (; c + 2 * W <= width; c += 2 * W) accumulate<2>(p, w.v, decay, o, c, count);
-            for (; c < width; c += W) accumulate<1>(p, w.v, decay, o, c, count);
+    void block(Workspace& w, int64_t rows, const T* const* keys, const T* const* values, int count,
+               const Hide& hide) const {
+        if (rows <= FEW)
+            scores_of_few(w, rows, keys, count);
+        else
+            scores_of_many(w, rows, keys, count);
+        for (int64_t r = 0; r < rows; ++r) {
+            float* p = w.p + r * KEYS;
+            for (int j = count; j < KEYS; ++j) p[j] = NEVER;
+            hide(r, p);
+            soften(p, w.m[r], w.l[r], w.decay[r]);
         }
+        for_tiles(rows, [&](int64_t r0, auto tile) {
+            constexpr int ROWS = decltype(tile)::value;
+            int64_t c = 0;
+            for (; c + 4 * W <= dim; c += 4 * W) accumulate<ROWS, 4>(w, r0, values, c, count);
+            for (; c + 2 * W <= dim; c += 2 * W) accumulate<ROWS, 2>(w, r0, values, c, count);
+            for (; c < dim; c += W) accumulate<ROWS, 1>(w, r0, values, c, count);
+        });
     }
 
     int64_t row_of(const Item& item, int64_t r) const {
         return step.row_starts[item.segment] + (item.first + r) / group;
-    }
-
-    void context(Workspace& w, const Item& item) const {
-        const int64_t page = step.page_size, head_size = page * dim;
-        const int32_t* pages = step.pages + step.page_starts[item.segment];
-        const T *keys[KEYS], *values[KEYS];
-        int64_t begin = item.begin;
-        if (shape.window) {  // positions rise with depth, not with the row: look at all
-            int64_t lowest = INT64_MAX;
-            for (int64_t r = 0; r < item.count; ++r)
-                lowest = std::min(lowest, step.positions[row_of(item, r)]);
-            begin = std::max(begin, std::min(item.end, lowest - shape.window + 1));
-        }
-        for (; begin < item.end; begin += KEYS) {
-            const int count = (int)std::min<int64_t>(KEYS, item.end - begin);
-            for (int j = 0; j < count; ++j) {
-                const int64_t at = begin + j;
-                const int64_t offset = (pages[at / page] * shape.kv_heads + item.kv_head) * head_size + at % page * dim;
-                keys[j] = cache_k + offset;
-                values[j] = cache_v + offset;
-            }
-            fetch(w, keys, values, count);
-            block(w, item.count, count, [&](int64_t r, float* s) {
-                if (!shape.window) return;
-                const int64_t first = step.positions[row_of(item, r)] - shape.window + 1 - begin;
-                for (int64_t j = 0; j < std::min<int64_t>(count, first); ++j) s[j] = NEVER;
-            });
-        }
     }
 
     bool sees(int64_t certain, int64_t start, int64_t row, int64_t column) const {
@@ -182,29 +200,53 @@ struct Kernel {
         return !shape.window || step.positions[start + row] - step.positions[start + column] < shape.window;
     }
 
-    void own_rows(Workspace& w, const Item& item) const {
+    // The first context position that some row of the item sees.
+    int64_t first_seen(const Item& item) const {
+        if (!shape.window) return item.begin;
+        int64_t lowest = INT64_MAX;  // positions rise with depth, not with the row: look at all
+        for (int64_t r = 0; r < item.count; ++r) lowest = std::min(lowest, step.positions[row_of(item, r)]);
+        return std::max(item.begin, std::min(item.end, lowest - shape.window + 1));
+    }
+
+    // All keys of the item, block by block: of the context, then of the step. Both may share a block.
+    void attend(Workspace& w, const Item& item) const {
         const int64_t start = step.row_starts[item.segment], certain = step.num_certain[item.segment];
-        // Columns beyond the last row of the item are seen by none of them: parents come before children.
-        const int64_t columns = (item.first + item.count - 1) / group + 1;
+        const int64_t page = step.page_size, head_size = page * dim;
+        const int32_t* pages = step.pages + step.page_starts[item.segment];
+        // Rows beyond the last of the item are seen by none of it: parents come before children.
+        const int64_t end = item.end + (item.has_step ? (item.first + item.count - 1) / group + 1 : 0);
         const T *keys[KEYS], *values[KEYS];
-        for (int64_t begin = 0; begin < columns; begin += KEYS) {
-            const int count = (int)std::min<int64_t>(KEYS, columns - begin);
+        const auto offset_of = [&](int64_t at) {
+            return at < item.end ? (pages[at / page] * shape.kv_heads + item.kv_head) * head_size + at % page * dim
+                                 : ((start + at - item.end) * shape.kv_heads + item.kv_head) * dim;
+        };
+        for (int64_t begin = first_seen(item); begin < end; begin += KEYS) {
+            const int count = (int)std::min<int64_t>(KEYS, end - begin);
+            const int in_context = (int)std::max<int64_t>(0, std::min<int64_t>(count, item.end - begin));
             for (int j = 0; j < count; ++j) {
-                const int64_t offset = ((start + begin + j) * shape.kv_heads + item.kv_head) * dim;
-                keys[j] = step_k + offset;
-                values[j] = step_v + offset;
+                const int64_t offset = offset_of(begin + j), later = begin + j + KEYS;
+                keys[j] = (j < in_context ? cache_k : step_k) + offset;
+                values[j] = (j < in_context ? cache_v : step_v) + offset;
+                if (later < item.end)  // pages lie anywhere: the next block is asked for while this one is worked on
+                    for (int64_t c = 0, ahead = offset_of(later); c < dim; c += 64 / sizeof(T)) {
+                        __builtin_prefetch(cache_k + ahead + c, 0, 2);
+                        __builtin_prefetch(cache_v + ahead + c, 0, 2);
+                    }
             }
-            fetch(w, keys, values, count);
-            block(w, item.count, count, [&](int64_t r, float* s) {
+            block(w, item.count, keys, values, count, [&](int64_t r, float* s) {
                 const int64_t row = (item.first + r) / group;
-                for (int j = 0; j < count; ++j)
-                    if (!sees(certain, start, row, begin + j)) s[j] = NEVER;
+                if (shape.window) {
+                    const int64_t first = step.positions[start + row] - shape.window + 1 - begin;
+                    for (int64_t j = 0; j < std::min<int64_t>(in_context, first); ++j) s[j] = NEVER;
+                }
+                for (int j = in_context; j < count; ++j)
+                    if (!sees(certain, start, row, begin + j - item.end)) s[j] = NEVER;
             });
         }
     }
 
     void run(Workspace& w, const Item& item) const {
-        const int64_t padded = (item.count + TILE - 1) / TILE * TILE;
+        const int64_t padded = (item.count + DOT_ROWS - 1) / DOT_ROWS * DOT_ROWS;
         std::fill(w.q, w.q + padded * width, 0.0f);
         std::fill(w.o, w.o + padded * width, 0.0f);
         std::fill(w.m, w.m + padded, NEVER);
@@ -214,8 +256,7 @@ struct Kernel {
             const T* from = q + row_of(item, r) * shape.q_stride + head * dim;
             for (int64_t c = 0; c < dim; ++c) w.q[r * width + c] = to_float(from[c]) * shape.scale;
         }
-        context(w, item);
-        if (item.has_step) own_rows(w, item);
+        attend(w, item);
         for (int64_t r = 0; r < item.count; ++r) {
             const float* o = w.o + r * width;
             if (item.partial < 0) {
