@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 WORD = 64
+MAX_WORDS = 2  # of ancestor bits: trees of up to 128 nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +47,40 @@ def tree_tables(parents: bytes) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(depths, dtype=np.int32), np.asarray(table, dtype=np.uint64)
 
 
+@dataclass(frozen=True)
+class _RowTables:
+    """What a segment's shape alone says of its rows: ``places`` after the context, ``depths``, ``parents`` (rows of the
+    segment, -1 for certain rows), each int64 [n]; ``ancestors`` int64 [n, MAX_WORDS], bits of the tree's nodes."""
+
+    places: np.ndarray
+    depths: np.ndarray
+    parents: np.ndarray
+    ancestors: np.ndarray
+
+
+@lru_cache(maxsize=4096)
+def _row_tables(num_certain: int, parents: bytes) -> _RowTables:
+    node_depths, bits = tree_tables(parents)
+    root, drafts = num_certain - 1, len(node_depths) - 1
+    if bits.shape[1] > MAX_WORDS:
+        raise ValueError(f"a tree has {drafts + 1} nodes: at most {MAX_WORDS * WORD} are supported")
+    depths = np.concatenate([np.zeros(root, dtype=np.int64), node_depths])
+    places = np.concatenate([np.arange(root), root + node_depths])
+    parent_rows = np.concatenate([np.full(num_certain, -1), root + np.frombuffer(parents, dtype=np.int32)])
+    ancestors = np.zeros((num_certain + drafts, MAX_WORDS), dtype=np.uint64)
+    ancestors[root:, : bits.shape[1]] = bits
+    return _RowTables(places.astype(np.int64), depths, parent_rows.astype(np.int64), ancestors.view(np.int64))
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepGeometry:
-    """``segments`` on the host; on the device: ``positions`` int64 [R] (context + place in the chain or depth),
-    ``segment_of_row`` int64 [R], ``parent_rows`` int64 [R] (-1 for certain rows), ``depths`` int64 [R] (0 for
-    certain rows), ``slots`` int64 [R] (where in the paged cache a row goes if it is committed: page * page_size +
-    offset, -1 where the row can never be)."""
+    """``segments``, ``row_starts`` [B + 1] on the host. On the device, int64 where nothing else is said:
+
+    of rows: ``positions`` [R] (context + place in the chain or depth), ``segment_of_row`` [R], ``parent_rows`` [R] (-1
+    for certain rows), ``depths`` [R] (0 for certain rows), ``slots`` [R] (where in the paged cache a row goes if it is
+    committed: page * page_size + offset, -1 where the row can never be), ``ancestors`` [R, MAX_WORDS] (bits of the
+    tree's nodes, unused for certain rows); of segments: ``starts`` [B + 1], ``num_certain``, ``contexts`` and
+    ``page_starts`` [B], where a segment's pages begin in ``pages`` int32."""
 
     segments: list[SegmentShape]
     page_size: int
@@ -61,6 +90,12 @@ class StepGeometry:
     parent_rows: torch.Tensor
     depths: torch.Tensor
     slots: torch.Tensor
+    ancestors: torch.Tensor
+    starts: torch.Tensor
+    num_certain: torch.Tensor
+    contexts: torch.Tensor
+    page_starts: torch.Tensor
+    pages: torch.Tensor
     max_depth: int
     prepared: dict = field(default_factory=dict)  # what a kernel derives once per step instead of once per layer
 
@@ -75,31 +110,33 @@ class StepGeometry:
     @classmethod
     def build(cls, segments: list[SegmentShape], page_size: int, device: torch.device) -> "StepGeometry":
         """Derive everything from the segments' shapes."""
-        starts = np.cumsum([0] + [s.num_rows for s in segments])
-        num_rows = int(starts[-1])
-        host = {name: np.zeros(num_rows, dtype=np.int64) for name in ("positions", "of_row", "depths")}
-        parent_rows = np.full(num_rows, -1, dtype=np.int64)
-        slots = np.full(num_rows, -1, dtype=np.int64)
-        tables = [tree_tables(s.parents.tobytes()) for s in segments]
-        for i, (segment, (depths, _)) in enumerate(zip(segments, tables, strict=True)):
-            first, root, stop = int(starts[i]), int(starts[i]) + segment.num_certain - 1, int(starts[i + 1])
-            host["of_row"][first:stop] = i
-            host["depths"][root:stop] = depths
-            places = np.concatenate([np.arange(segment.num_certain), segment.num_certain - 1 + depths[1:]])
-            positions = segment.context + places
-            host["positions"][first:stop] = positions
-            parent_rows[root + 1 : stop] = root + segment.parents
-            fits = positions < len(segment.pages) * page_size
-            held = positions[fits]
-            slots[first:stop][fits] = segment.pages[held // page_size].astype(np.int64) * page_size + held % page_size
+        tables = [_row_tables(s.num_certain, s.parents.tobytes()) for s in segments]
+        num_pages = np.asarray([len(s.pages) for s in segments])
+        host = {
+            "num_certain": np.asarray([s.num_certain for s in segments]),
+            "contexts": np.asarray([s.context for s in segments]),
+            "page_starts": num_pages.cumsum() - num_pages,
+            "pages": _joined([s.pages for s in segments]).astype(np.int32, copy=False),
+            "depths": _joined([t.depths for t in tables]),
+            "ancestors": _joined([t.ancestors for t in tables]),
+        }
+        counts = [len(t.places) for t in tables]
+        starts, of_row = np.cumsum([0, *counts]), np.repeat(np.arange(len(segments)), counts)
+        positions = _joined([t.places for t in tables]) + host["contexts"][of_row]
+        parents = _joined([t.parents for t in tables])
+        host["parent_rows"] = np.where(parents < 0, -1, parents + starts[of_row])
+        place, held = positions // page_size, num_pages[of_row]
+        page = host["pages"][host["page_starts"][of_row] + np.minimum(place, held - 1)].astype(np.int64)
+        host["slots"] = np.where(place < held, page * page_size + positions % page_size, -1)
+        host |= {"starts": starts, "segment_of_row": of_row, "positions": positions}
         return cls(
             segments=segments,
             page_size=page_size,
             row_starts=starts.tolist(),
-            positions=torch.from_numpy(host["positions"]).to(device),
-            segment_of_row=torch.from_numpy(host["of_row"]).to(device),
-            parent_rows=torch.from_numpy(parent_rows).to(device),
-            depths=torch.from_numpy(host["depths"]).to(device),
-            slots=torch.from_numpy(slots).to(device),
             max_depth=int(host["depths"].max()),
+            **{name: torch.from_numpy(array).to(device) for name, array in host.items()},
         )
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)

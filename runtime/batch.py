@@ -35,29 +35,21 @@ class StepBatch:
             for s in segments
         ]
         geometry = StepGeometry.build(shapes, page_size, device)
-        starts = geometry.row_starts
-        roots = [starts[i] + s.num_certain - 1 for i, s in enumerate(segments)]
-        sampling = [i for i, s in enumerate(segments) if s.samples]
-        certain = [row for i, root in enumerate(roots) for row in range(starts[i], root + 1)]
-        decided = [row for i in sampling for row in range(roots[i], starts[i + 1])]
-        drafts = [row for i in sampling for row in range(roots[i] + 1, starts[i + 1])]
-        decided_at = np.full(geometry.num_rows, -1, dtype=np.int64)
-        decided_at[decided] = np.arange(len(decided))
-        parents = [segments[i].parents + roots[i] for i in sampling]
-        parents_at = decided_at[np.concatenate(parents)] if drafts else drafts
-
-        def on_device(x) -> torch.Tensor:
-            return torch.from_numpy(np.asarray(x, dtype=np.int64)).to(device)
-
-        return cls(
-            segments=segments,
-            geometry=geometry,
-            tokens=on_device(np.concatenate([s.tokens for s in segments])),
-            roots=on_device(roots),
-            certain=on_device(certain),
-            decided=on_device(decided),
-            decided_at=on_device(decided_at),
-            drafts=on_device(drafts),
-            parents_at=on_device(parents_at),
-            sampling=sampling,
-        )
+        parents, of_row = geometry.parent_rows.cpu().numpy(), geometry.segment_of_row.cpu().numpy()
+        num_certain = np.asarray([s.num_certain for s in segments])
+        roots = np.asarray(geometry.row_starts[:-1]) + num_certain - 1
+        samples = np.asarray([s.samples for s in segments])
+        is_decided = samples[of_row] & (np.arange(len(parents)) >= roots[of_row])
+        (decided,), (certain,), (drafts,) = is_decided.nonzero(), (parents < 0).nonzero(), (parents >= 0).nonzero()
+        decided_at = np.where(is_decided, is_decided.cumsum() - 1, -1)
+        host = {
+            "tokens": np.concatenate([s.tokens for s in segments]).astype(np.int64),
+            "roots": roots,
+            "certain": certain,
+            "decided": decided,
+            "decided_at": decided_at,
+            "drafts": drafts,
+            "parents_at": decided_at[parents[drafts]],
+        }
+        on_device = {name: torch.from_numpy(array).to(device) for name, array in host.items()}
+        return cls(segments=segments, geometry=geometry, sampling=samples.nonzero()[0].tolist(), **on_device)
