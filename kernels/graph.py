@@ -23,7 +23,7 @@ class _Graph:
 
     def __init__(self, function: Function, x: torch.Tensor, geometry: StepGeometry) -> None:
         self._x, self._positions = x.clone(), geometry.positions.clone()
-        self._step = cpu.Step.from_buffer_copy(prepared_step(geometry))
+        self._step, self._geometry = cpu.Step.from_buffer_copy(prepared_step(geometry)), geometry
         recording, library = cpu.Recording(), cpu.library()
         library.record(recording)
         try:
@@ -36,8 +36,20 @@ class _Graph:
         """Compute ``out`` again for another input; the status of the call that failed, or 0."""
         self._x.copy_(x)
         self._positions.copy_(geometry.positions)
+        self._geometry = geometry  # the step points into its tensors
         ctypes.memmove(ctypes.addressof(self._step), ctypes.addressof(prepared_step(geometry)), ctypes.sizeof(cpu.Step))
         return cpu.library().replay(self._words, len(self._words))
+
+    def time(self, rounds: int) -> dict[str, float]:
+        """Seconds of one replay by operation, the mean of ``rounds``, on the input of the last replay."""
+        library, names = cpu.library(), []
+        while (name := library.recordable_name(len(names))) is not None:
+            names.append(name.decode())
+        spent = (ctypes.c_int64 * len(names))()
+        for _ in range(rounds):
+            if library.replay_timed(self._words, len(self._words), spent):
+                raise RuntimeError("a recorded collective failed")
+        return {name: spent[i] / rounds / 1e9 for i, name in enumerate(names) if spent[i]}
 
 
 class Graphs:
@@ -47,6 +59,10 @@ class Graphs:
         """``max_rows``: more rows run eagerly; there the kernels' own work outweighs the calls."""
         self._function, self._max_rows, self._max_graphs = function, max_rows, max_graphs
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+
+    def latest(self) -> "_Graph | None":
+        """The graph used last."""
+        return next(reversed(self._graphs.values()), None)
 
     def __call__(self, x: torch.Tensor, geometry: StepGeometry) -> tuple[torch.Tensor, int]:
         """The function's result, valid until the next call, and 0 or the status of the call that failed."""

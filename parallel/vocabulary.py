@@ -57,7 +57,7 @@ def local_best(shard: VocabShard, scores_RV: torch.Tensor) -> tuple[torch.Tensor
 
 
 def argmax(shard: VocabShard, scores_RV: torch.Tensor) -> torch.Tensor:
-    """The token of the largest score in each row over all ranks: int64 [R]. 16 bytes per row and rank."""
+    """The token of the largest score in each row over all ranks: int64 [R]. 8 bytes per row and rank."""
     values, ids = local_best(shard, scores_RV)
     if shard.group.size == 1:
         return ids
@@ -69,7 +69,7 @@ def argmax(shard: VocabShard, scores_RV: torch.Tensor) -> torch.Tensor:
 def top_k(shard: VocabShard, logits_RV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``k`` largest logits of each row and their token ids, largest first: float32 [R, k], int64 [R, k].
 
-    16 k bytes per row and rank. Where the vocabulary has fewer than ``k`` tokens the rest is -inf.
+    8 k bytes per row and rank. Where the vocabulary has fewer than ``k`` tokens the rest is -inf.
     """
     values, ids = local_top_k(shard, logits_RV, k)
     if shard.group.size == 1:

@@ -60,7 +60,7 @@ def load(config: EngineConfig, group: Group) -> Loaded:
         page_size=config.page_size,
         end_ids=generation.end_ids(config.model, model),
     )
-    graphs = None if config.eager else _graphs(decoder, cache, model, group)
+    graphs = None if config.eager else make_graphs(decoder, cache, model, group)
     runner = StepRunner(decoder, heads if tree else None, cache, tree.num_candidates if tree else 0, graphs)
     return Loaded(runner=runner, limits=limits, tree=tree, model=model, fingerprint=marks)
 
@@ -91,7 +91,7 @@ def _load_parts(config: EngineConfig, group: Group):
     return decoder, heads, tree, model, layout, _fingerprint(config, checkpoint, model, tree)
 
 
-def _graphs(decoder: Decoder, cache: KVCache, config: ModelConfig, group: Group) -> Graphs:
+def make_graphs(decoder: Decoder, cache: KVCache, config: ModelConfig, group: Group) -> Graphs:
     """Graphs of the decoder for so many rows as fit GRAPH_MEMORY."""
     widths = config.num_heads * config.head_dim * 3 + config.intermediate_size * 3
     per_row = config.num_layers * (widths / group.size + 4 * config.hidden_size) * config.dtype.itemsize

@@ -56,7 +56,9 @@ _SIGNATURES = {
     "accept": (None, [*[_COUNT] * 2, *[_ADDRESS] * 8]),
     "commit": (None, [*[_COUNT] * 6, _ADDRESS, _ADDRESS, _COUNT, _ADDRESS, _ADDRESS]),
     "recordable": (_COUNT, [c_char_p]),
+    "recordable_name": (c_char_p, [_COUNT]),
     "replay": (_STATUS, [_ADDRESS, _COUNT]),
+    "replay_timed": (_STATUS, [_ADDRESS, _COUNT, _ADDRESS]),
     # Collectives: parallel/shared_memory.py.
     "shared_bytes": (_COUNT, [_COUNT, _COUNT]),
     "shared_attach": (_ADDRESS, [c_int, _ADDRESS, *[_COUNT] * 4]),

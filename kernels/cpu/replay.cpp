@@ -1,4 +1,5 @@
 // Recorded calls, run again one after the other: what a CUDA graph does for a GPU's launches.
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -70,6 +71,20 @@ int euryale_replay(const int64_t* words, int64_t count) {
     for (const int64_t* end = words + count; words < end; words += 2 + words[1])
         if (const int problem = recordable[*words].call(words + 2)) return problem;
     return 0;
+}
+
+// The same; adds the nanoseconds of each call to those of its operation.
+int euryale_replay_timed(const int64_t* words, int64_t count, int64_t* nanoseconds) {
+    for (const int64_t* end = words + count; words < end; words += 2 + words[1]) {
+        const auto started = std::chrono::steady_clock::now();
+        if (const int problem = recordable[*words].call(words + 2)) return problem;
+        nanoseconds[*words] += (std::chrono::steady_clock::now() - started).count();
+    }
+    return 0;
+}
+
+const char* euryale_recordable_name(int64_t place) {
+    return place < (int64_t)(sizeof recordable / sizeof *recordable) ? recordable[place].name : nullptr;
 }
 
 }  // extern "C"

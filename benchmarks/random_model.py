@@ -1,0 +1,90 @@
+"""Models of real shapes with random weights, by name: for measuring steps, not for reading answers.
+
+Nothing is written to disk: a checkpoint that makes up every tensor it is asked for stands in for the files.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig
+
+from euryale.parallel.group import Group
+from euryale.parallel.layout import Layout
+from euryale.parallel.shard import Shard
+from euryale.runtime.config import ModelConfig
+from euryale.runtime.heads_format import HeadTensors
+from euryale.runtime.kv_cache import KVCache
+from euryale.runtime.loading import make_graphs
+from euryale.runtime.medusa import MedusaHeads
+from euryale.runtime.model import SHARDING, Decoder
+from euryale.runtime.step import StepRunner
+from euryale.runtime.weights import Weights
+
+PAGE = 16
+# hidden, layers, heads, kv heads, intermediate, vocabulary
+SHAPES = {
+    "demo-6m": (256, 6, 8, 4, 768, 4096),
+    "llama-110m": (768, 12, 12, 12, 2048, 32000),
+    "llama-1b": (2048, 16, 32, 8, 8192, 128256),
+    "llama-7b": (4096, 32, 32, 32, 11008, 32000),
+    "llama-8b-gqa": (4096, 32, 32, 8, 14336, 128256),
+}
+
+
+@dataclass
+class RandomCheckpoint:
+    """Every tensor, of whatever shape is asked for; norms are ones."""
+
+    device: torch.device
+
+    def read(self, name: str, shape: tuple[int, ...], shard: Shard, dtype: torch.dtype) -> torch.Tensor:
+        """This rank's part of a tensor."""
+        shape = list(shape)
+        if shard.dim is not None:
+            shape[shard.dim] = shard.length
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=dtype, device=self.device)
+        return torch.empty(shape, dtype=dtype, device=self.device).normal_(0, 0.02)
+
+
+def model_config(name: str, dtype: torch.dtype, max_positions: int) -> ModelConfig:
+    """The configuration of a shape."""
+    hidden, layers, heads, kv_heads, width, vocab = SHAPES[name]
+    return ModelConfig(
+        family="llama",
+        num_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        vocab_size=vocab,
+        rms_norm_eps=1e-5,
+        max_positions=max_positions,
+        tied=name == "demo-6m",
+        windows=(None,) * layers,
+        has_qkv_bias=False,
+        has_o_bias=False,
+        has_mlp_bias=False,
+        dtype=dtype,
+        hf=LlamaConfig(hidden_size=hidden, num_attention_heads=heads),
+    )
+
+
+def make_runner(
+    name: str, dtype: torch.dtype, num_contexts: int, context: int, group: Group, eager: bool, num_heads: int = 4
+) -> StepRunner:
+    """A step runner with Medusa heads that share the backbone's lm_head and room for ``num_contexts`` requests of
+    ``context`` tokens and a tree, whose pages hold random keys and values."""
+    config = model_config(name, dtype, context + 256)
+    layout = Layout(group, config.num_heads, config.num_kv_heads, config.head_dim)
+    decoder = Decoder(config, Weights(RandomCheckpoint(group.device), layout, SHARDING, dtype), context + 256)
+    hidden = config.hidden_size
+    block = [torch.zeros(hidden, hidden) for _ in range(num_heads)], [torch.zeros(hidden) for _ in range(num_heads)]
+    tensors = HeadTensors(weights=[block[0]], biases=[block[1]], lm_heads=[], num_heads=num_heads)
+    heads = MedusaHeads(tensors, layout, decoder.lm_head, decoder.shard, dtype)
+    pages = num_contexts * (-(-(context + 128) // PAGE) + 1)
+    cache = KVCache(config, layout.num_kv_heads, pages, PAGE, 128 * num_contexts, group.device)
+    cache.pages.normal_()
+    graphs = None if eager else make_graphs(decoder, cache, config, group)
+    return StepRunner(decoder, heads, cache, 8, graphs)

@@ -1,0 +1,147 @@
+"""What a step costs, by the number of its rows and the length of the context, and what it is made of.
+
+``python -m euryale.benchmarks.step --model llama-110m --dtype bfloat16`` times whole steps of one request with a tree:
+attention over a context of random keys, verification, commit, Medusa heads. Rounds go through all row counts one after
+the other, so that noise meets them alike; medians. Under torchrun the ranks share the model.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import numpy as np
+import torch
+
+from euryale.benchmarks.machine import describe, read_bandwidth
+from euryale.benchmarks.random_model import PAGE, SHAPES, make_runner
+from euryale.parallel.group import Group, join
+from euryale.runtime.config import DTYPES
+from euryale.runtime.step import StepRunner
+from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.plan import Segment, StepPlan
+
+
+def make_plan(runner: StepRunner, rows: int, context: int) -> StepPlan:
+    """One request whose tree has ``rows`` nodes, five guesses below the root, chains below these."""
+    parents = np.asarray([max(0, node - 5) for node in range(1, rows)], dtype=np.int32)
+    pages = np.random.default_rng(0).permutation(runner.cache.pages.shape[2]).astype(np.int32)
+    segment = Segment(
+        tokens=np.arange(1, rows + 1, dtype=np.int32),
+        parents=parents,
+        pages=pages[: -(-(context + rows) // PAGE)],
+        context=context,
+        samples=True,
+        wants_candidates=True,
+        position=0,
+        params=SamplingParams(),
+    )
+    return StepPlan(segments=[segment])
+
+
+def measure(runner: StepRunner, plans: dict[int, StepPlan], rounds: int) -> dict[int, float]:
+    """Median seconds of a step for every number of rows."""
+    found: dict[int, list[float]] = {rows: [] for rows in plans}
+    for plan in plans.values():
+        runner.run(plan)
+        runner.run(plan)
+    for _ in range(rounds):
+        for rows, plan in plans.items():
+            started = time.perf_counter()
+            runner.run(plan)
+            found[rows].append(time.perf_counter() - started)
+    return {rows: statistics.median(seconds) for rows, seconds in found.items()}
+
+
+def shares(runner: StepRunner, plan: StepPlan, total: float, rounds: int) -> dict[str, float]:
+    """Seconds by part; the recorded operations of the decoder one by one, the rest is ``host and sampling``."""
+    timers = {"lm_head": (runner.decoder, "logits"), "heads": (runner, "_guess"), "commit": (runner.cache, "commit")}
+    spent = dict.fromkeys(timers, 0.0)
+    for name, (owner, method) in timers.items():
+        inner = getattr(owner, method)
+
+        def timed(*args, inner=inner, name=name):
+            started = time.perf_counter()
+            result = inner(*args)
+            spent[name] += time.perf_counter() - started
+            return result
+
+        setattr(owner, method, timed)
+    for _ in range(rounds):
+        runner.run(plan)
+    for owner, method in timers.values():
+        delattr(owner, method)
+    parts = {name: seconds / rounds for name, seconds in spent.items()}
+    graph = runner.graphs.latest() if runner.graphs else None
+    if graph is not None:
+        parts |= graph.time(rounds)
+    parts["host and sampling"] = total - sum(parts.values()) if graph is not None else float("nan")
+    return parts
+
+
+def weight_bytes(runner: StepRunner) -> int:
+    """Bytes of the backbone's matrices on this rank, the embedding's rows not counted."""
+    linears = [runner.decoder.lm_head]
+    for layer in runner.decoder.layers:
+        linears += [layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj]
+    itemsize = runner.cache.pages.element_size()
+    return sum(linear.out_features * linear.in_features for linear in linears) * itemsize
+
+
+def run(args: argparse.Namespace, group: Group) -> dict:
+    """All contexts of one model; what is printed and returned is the leader's."""
+    dtype, report = DTYPES[args.dtype], {"machine": describe(), "model": args.model, "dtype": args.dtype}
+    bandwidth = read_bandwidth(group.device)
+    report |= {"world_size": group.size, "threads": torch.get_num_threads(), "read_GBps": round(bandwidth / 1e9, 1)}
+    report["contexts"] = {}
+    for context in args.contexts:
+        runner = make_runner(args.model, dtype, 1, context, group, args.eager)
+        plans = {rows: make_plan(runner, rows, context) for rows in args.rows}
+        seconds = measure(runner, plans, args.rounds)
+        kv = runner.cache.pages[:, :, 0].numel() * runner.cache.pages.element_size() / PAGE * context
+        floor = (weight_bytes(runner) + kv) / bandwidth
+        found = {}
+        for rows, total in seconds.items():
+            parts = shares(runner, plans[rows], total, max(3, args.rounds // 3))
+            found[rows] = {
+                "ms": round(total * 1e3, 3),
+                "x_one_row": round(total / seconds[args.rows[0]], 3),
+                "x_byte_floor": round(total / floor, 2),
+                "shares": {name: round(part / total, 4) for name, part in parts.items()},
+            }
+        report["contexts"][context] = found
+    return report
+
+
+def show(report: dict) -> None:
+    """The table for people."""
+    print(f"{report['model']}, {report['dtype']}, {report['world_size']} ranks, {report['threads']} threads a rank, ")
+    print(f"{report['machine']}, reads {report['read_GBps']} GB/s; one request")
+    for context, found in report["contexts"].items():
+        print(f"\ncontext {context}\n{'rows':>5}{'ms':>9}{'x 1 row':>9}{'x floor':>9}  shares of the step, %")
+        for rows, row in found.items():
+            parts = ", ".join(f"{name} {100 * part:.1f}" for name, part in row["shares"].items())
+            print(f"{rows:>5}{row['ms']:>9.3f}{row['x_one_row']:>9.2f}{row['x_byte_floor']:>9.2f}  {parts}")
+    print(json.dumps(report))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=SHAPES, default="llama-110m")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--eager", action="store_true", help="call every kernel from Python")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    args = parser.parse_args()
+    group = join(device=args.device)
+    with torch.inference_mode():
+        report = run(args, group)
+    if group.is_leader:
+        show(report)
+    group.close()
+
+
+if __name__ == "__main__":
+    main()
