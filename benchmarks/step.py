@@ -23,7 +23,9 @@ from euryale.scheduler.plan import Segment, StepPlan
 
 
 def make_plan(runner: StepRunner, rows: int, context: int) -> StepPlan:
-    """One request whose tree has ``rows`` nodes, five guesses below the root, chains below these."""
+    """One request whose tree has ``rows`` nodes, five guesses below the root, chains below these; 0: one row and no
+    heads, which is a step of plain decoding."""
+    wants_candidates, rows = rows > 0, max(rows, 1)
     parents = np.asarray([max(0, node - 5) for node in range(1, rows)], dtype=np.int32)
     pages = np.random.default_rng(0).permutation(runner.cache.pages.shape[2]).astype(np.int32)
     segment = Segment(
@@ -32,7 +34,7 @@ def make_plan(runner: StepRunner, rows: int, context: int) -> StepPlan:
         pages=pages[: -(-(context + rows) // PAGE)],
         context=context,
         samples=True,
-        wants_candidates=True,
+        wants_candidates=wants_candidates,
         position=0,
         params=SamplingParams(),
     )
@@ -53,30 +55,36 @@ def measure(runner: StepRunner, plans: dict[int, StepPlan], rounds: int) -> dict
     return {rows: statistics.median(seconds) for rows, seconds in found.items()}
 
 
-def shares(runner: StepRunner, plan: StepPlan, total: float, rounds: int) -> dict[str, float]:
-    """Seconds by part; the recorded operations of the decoder one by one, the rest is ``host and sampling``."""
-    timers = {"lm_head": (runner.decoder, "logits"), "heads": (runner, "_guess"), "commit": (runner.cache, "commit")}
-    spent = dict.fromkeys(timers, 0.0)
+def shares(runner: StepRunner, plan: StepPlan, rounds: int) -> dict[str, float]:
+    """Median seconds of a step by part: the recorded operations of the decoder one by one, what is around it, and the
+    rest. Without a recording the decoder is one part."""
+    timers = {"decoder": (runner, "_hidden_states"), "lm_head": (runner.decoder, "logits")}
+    timers |= {"heads": (runner, "_guess"), "commit": (runner.cache, "commit")}
+    spent: dict[str, list[float]] = {}
     for name, (owner, method) in timers.items():
         inner = getattr(owner, method)
 
         def timed(*args, inner=inner, name=name):
             started = time.perf_counter()
             result = inner(*args)
-            spent[name] += time.perf_counter() - started
+            spent.setdefault(name, []).append(time.perf_counter() - started)
             return result
 
         setattr(owner, method, timed)
+    graph = runner.graphs.graph(plan.num_rows) if runner.graphs else None
     for _ in range(rounds):
+        started = time.perf_counter()
         runner.run(plan)
+        spent.setdefault("step", []).append(time.perf_counter() - started)
+        for name, seconds in graph.time().items() if graph else ():
+            spent.setdefault(name, []).append(seconds)
     for owner, method in timers.values():
         delattr(owner, method)
-    parts = {name: seconds / rounds for name, seconds in spent.items()}
-    graph = runner.graphs.latest() if runner.graphs else None
-    if graph is not None:
-        parts |= graph.time(rounds)
-    parts["host and sampling"] = total - sum(parts.values()) if graph is not None else float("nan")
-    return parts
+    parts = {name: statistics.median(seconds) for name, seconds in spent.items()}
+    step, decoder = parts.pop("step"), parts.pop("decoder")
+    if graph is None:
+        parts["decoder"] = decoder
+    return {name: part / step for name, part in parts.items()} | {"host and sampling": 1 - sum(parts.values()) / step}
 
 
 def weight_bytes(runner: StepRunner) -> int:
@@ -96,18 +104,18 @@ def run(args: argparse.Namespace, group: Group) -> dict:
     report["contexts"] = {}
     for context in args.contexts:
         runner = make_runner(args.model, dtype, 1, context, group, args.eager)
-        plans = {rows: make_plan(runner, rows, context) for rows in args.rows}
+        plans = {rows: make_plan(runner, rows, context) for rows in (0, *args.rows)}
         seconds = measure(runner, plans, args.rounds)
         kv = runner.cache.pages[:, :, 0].numel() * runner.cache.pages.element_size() / PAGE * context
         floor = (weight_bytes(runner) + kv) / bandwidth
         found = {}
         for rows, total in seconds.items():
-            parts = shares(runner, plans[rows], total, max(3, args.rounds // 3))
+            parts = shares(runner, plans[rows], max(5, args.rounds // 3))
             found[rows] = {
                 "ms": round(total * 1e3, 3),
-                "x_one_row": round(total / seconds[args.rows[0]], 3),
+                "x_plain": round(total / seconds[0], 3),
                 "x_byte_floor": round(total / floor, 2),
-                "shares": {name: round(part / total, 4) for name, part in parts.items()},
+                "shares": {name: round(part, 4) for name, part in parts.items()},
             }
         report["contexts"][context] = found
     return report
@@ -118,10 +126,10 @@ def show(report: dict) -> None:
     print(f"{report['model']}, {report['dtype']}, {report['world_size']} ranks, {report['threads']} threads a rank, ")
     print(f"{report['machine']}, reads {report['read_GBps']} GB/s; one request")
     for context, found in report["contexts"].items():
-        print(f"\ncontext {context}\n{'rows':>5}{'ms':>9}{'x 1 row':>9}{'x floor':>9}  shares of the step, %")
+        print(f"\ncontext {context}\n{'rows':>5}{'ms':>9}{'x plain':>9}{'x floor':>9}  shares of the step, %")
         for rows, row in found.items():
             parts = ", ".join(f"{name} {100 * part:.1f}" for name, part in row["shares"].items())
-            print(f"{rows:>5}{row['ms']:>9.3f}{row['x_one_row']:>9.2f}{row['x_byte_floor']:>9.2f}  {parts}")
+            print(f"{rows or 'plain':>5}{row['ms']:>9.3f}{row['x_plain']:>9.2f}{row['x_byte_floor']:>9.2f}  {parts}")
     print(json.dumps(report))
 
 

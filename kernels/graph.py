@@ -40,16 +40,15 @@ class _Graph:
         ctypes.memmove(ctypes.addressof(self._step), ctypes.addressof(prepared_step(geometry)), ctypes.sizeof(cpu.Step))
         return cpu.library().replay(self._words, len(self._words))
 
-    def time(self, rounds: int) -> dict[str, float]:
-        """Seconds of one replay by operation, the mean of ``rounds``, on the input of the last replay."""
+    def time(self) -> dict[str, float]:
+        """Seconds of one more replay, on the input of the last one, by operation."""
         library, names = cpu.library(), []
         while (name := library.recordable_name(len(names))) is not None:
             names.append(name.decode())
         spent = (ctypes.c_int64 * len(names))()
-        for _ in range(rounds):
-            if library.replay_timed(self._words, len(self._words), spent):
-                raise RuntimeError("a recorded collective failed")
-        return {name: spent[i] / rounds / 1e9 for i, name in enumerate(names) if spent[i]}
+        if library.replay_timed(self._words, len(self._words), spent):
+            raise RuntimeError("a recorded collective failed")
+        return {name: spent[i] / 1e9 for i, name in enumerate(names) if spent[i]}
 
 
 class Graphs:
@@ -60,16 +59,16 @@ class Graphs:
         self._function, self._max_rows, self._max_graphs = function, max_rows, max_graphs
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
 
-    def latest(self) -> "_Graph | None":
-        """The graph used last."""
-        return next(reversed(self._graphs.values()), None)
+    def graph(self, rows: int) -> "_Graph | None":
+        """The graph of so many rows, if there is one."""
+        return self._graphs.get((rows, torch.get_num_threads()))
 
     def __call__(self, x: torch.Tensor, geometry: StepGeometry) -> tuple[torch.Tensor, int]:
         """The function's result, valid until the next call, and 0 or the status of the call that failed."""
         if len(x) > self._max_rows or not backend.is_compiled(x.device):
             return self._function(x, geometry), 0
         key = (len(x), torch.get_num_threads())
-        graph, status = self._graphs.get(key), 0
+        graph, status = self.graph(len(x)), 0
         if graph is not None:
             self._graphs.move_to_end(key)
             status = graph.replay(x, geometry)

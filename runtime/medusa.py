@@ -41,8 +41,8 @@ class MedusaHeads:
         later = [block(layer) for layer in range(1, heads.num_layers)]
         self.weights = [w for w, _ in later]
         self.biases = [b for _, b in later]
-        own = [FrozenLinear(w) for w in local(heads.lm_heads, "vocabulary")] if heads.lm_heads else None
-        self.lm_heads = own or [lm_head] * self.num_heads
+        self.lm_heads = [FrozenLinear(w) for w in local(heads.lm_heads, "vocabulary")] if heads.lm_heads else None
+        self.lm_head = lm_head
 
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         """Float32 logits over this rank's vocabulary shard: [B * K, V], a request's heads next to each other."""
@@ -51,8 +51,11 @@ class MedusaHeads:
             x_BKD = x_BKD + F.silu(self._gather(self.first(hidden_BD).unflatten(1, (self.num_heads, -1))))
         for weight, bias in zip(self.weights, self.biases, strict=True):
             x_BKD = x_BKD + F.silu(self._gather(torch.einsum("bkd,kod->bko", x_BKD, weight) + bias))
-        logits = torch.stack([lm_head(x_BKD[:, k]) for k, lm_head in enumerate(self.lm_heads)], dim=1)
-        return self.shard.hide_padding(logits.flatten(0, 1))
+        if self.lm_heads is None:
+            logits = self.lm_head(x_BKD.flatten(0, 1))
+        else:
+            logits = torch.stack([lm_head(x_BKD[:, k]) for k, lm_head in enumerate(self.lm_heads)], dim=1).flatten(0, 1)
+        return self.shard.hide_padding(logits)
 
     def candidates(self, hidden_BD: torch.Tensor, k: int) -> torch.Tensor:
         """The ``k`` likeliest tokens of every head, likeliest first: int64 [B, K, k], the same on every rank."""
