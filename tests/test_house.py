@@ -22,6 +22,7 @@ MAY_IMPORT = {
 MAX_FILE, MAX_FUNCTION, MAX_TEST_FILE = 300, 60, 400
 
 SOURCES = [p for name in PACKAGES for p in sorted((ROOT / name).rglob("*.py"))]
+NATIVE = [p for name in PACKAGES for ending in ("cpp", "h") for p in sorted((ROOT / name).rglob(f"*.{ending}"))]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
@@ -64,6 +65,13 @@ def test_files_and_functions_stay_small(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno + 1 <= MAX_FUNCTION, f"{node.name} is too long: split it"
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=name_of)
+def test_native_files_stay_small_and_are_built(path):
+    assert len(path.read_text().splitlines()) <= MAX_FILE, "split this file by its nouns"
+    extension = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"][0]
+    assert name_of(path) in extension["sources"] + extension["depends"], "a forgotten file would not be in the package"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

@@ -6,6 +6,7 @@
 #include "../rope_qk/cpu.h"
 #include "../silu_mul/cpu.h"
 #include "../top_k/cpu.h"
+#include "../tree_attention/block.h"
 #include "../tree_attention/cpu.h"
 #include "reduce.h"
 

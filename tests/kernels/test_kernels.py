@@ -295,6 +295,17 @@ def test_linear(sizes, rows, dtype):
         assert relative_error(FrozenLinear(weight, added)(x), expected) < LIMITS[dtype]
 
 
+def test_without_a_compiler_the_reference_runs_and_says_so(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "__init__.py"))
+    assert cpu.library.__wrapped__() is None
+    assert "install a C++ compiler" in caplog.text
+    (tmp_path / "_native.so").write_bytes(b"not a library")
+    assert cpu.library.__wrapped__() is None
+    assert "do not load" in caplog.text
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    assert backend._best.__wrapped__("cpu") == "reference"
+
+
 @every_implementation
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("width", "k"), [(1, 1), (3001, 1), (3001, 7), (200, 200), (5, 9)])

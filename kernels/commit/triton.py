@@ -1,0 +1,50 @@
+"""KV compaction in Triton: one launch for all rows and heads of all layers, K and V."""
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 1024
+
+
+def commit(cache: torch.Tensor, scratch: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
+    """See the package's public function."""
+    if len(rows) == 0:
+        return
+    layers, _, num_pages, heads, page_size, head_dim = cache.shape
+    grid = (len(rows), 2 * layers, triton.cdiv(heads * head_dim, _BLOCK))
+    _copy[grid](
+        cache,
+        scratch,
+        rows,
+        slots,
+        num_pages,
+        scratch.shape[2],
+        heads,
+        PAGE=page_size,
+        HEAD_DIM=head_dim,
+        BLOCK=_BLOCK,
+    )
+
+
+@triton.jit
+def _copy(
+    cache,
+    scratch,
+    rows,
+    slots,
+    num_pages,
+    num_rows,
+    heads,
+    PAGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, slot = tl.load(rows + tl.program_id(0)), tl.load(slots + tl.program_id(0))
+    half = tl.program_id(1).to(tl.int64)  # layer by layer, K then V
+    element = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    exists = element < heads * HEAD_DIM
+    head, column = element // HEAD_DIM, element % HEAD_DIM
+    value = tl.load(scratch + (half * num_rows + row) * heads * HEAD_DIM + element, mask=exists, other=0.0)
+    of_page = (half * num_pages + slot // PAGE) * heads
+    tl.store(cache + ((of_page + head) * PAGE + slot % PAGE) * HEAD_DIM + column, value, mask=exists)

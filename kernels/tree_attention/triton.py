@@ -1,0 +1,281 @@
+"""Tree attention in Triton: online softmax over blocks of keys, committed pages first, then the step's own rows.
+
+One kernel for decode, chains, trees and prompt chunks; work_list.py beside this file says where a step is cut. A
+program does one item for one kv head: keys are read once for all query rows of the block. Partial results are merged
+by a second kernel, in the order of the splits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from euryale.kernels.geometry import WORD, StepGeometry
+from euryale.kernels.tree_attention.work_list import work_list
+
+_WORD = tl.constexpr(WORD)
+_NEVER = tl.constexpr(-3e38)  # score of what is not seen
+_FIELDS = tl.constexpr(8)  # of an item
+_MERGE_FIELDS = tl.constexpr(5)
+_MERGE_ROWS = 4  # query rows of a program that merges
+
+
+def tree_attention(q, scratch, cache, geometry: StepGeometry, scale: float, window: int | None) -> torch.Tensor:
+    """See the package's public function."""
+    rows, heads, head_dim = q.shape
+    kv_heads, dim = scratch.shape[2], max(16, triton.next_power_of_2(head_dim))
+    group = heads // kv_heads
+    out = q.new_empty(rows, heads * head_dim)
+    shape = {"GROUP": group, "HEAD_DIM": head_dim, "DIM": dim}
+    for work in work_list(geometry, group, dim, q.dtype == torch.float32, window, q.device):
+        tile = work.tile
+        sums = q.new_empty(work.num_partials, kv_heads, tile.rows, dim, dtype=torch.float32)
+        peaks = q.new_empty(work.num_partials, kv_heads, tile.rows, 2, dtype=torch.float32)
+        _attend[(len(work.items), kv_heads)](
+            q,
+            *cache.unbind(),
+            *scratch.unbind(),
+            geometry.pages,
+            geometry.positions,
+            geometry.ancestors,
+            work.items,
+            out,
+            sums,
+            peaks,
+            scale * 1.4426950408889634,  # log2(e): the kernels' exponentials are powers of two
+            q.stride(0),
+            **shape,
+            PAGE=geometry.page_size,
+            ROWS=tile.rows,
+            KEYS=tile.keys,
+            SPLIT=tile.split,
+            WINDOW=window or 0,
+            UPCAST=q.device.type == "cpu",  # Triton's interpreter, which cannot compute in bfloat16
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+        if len(work.merges):
+            grid = (len(work.merges), kv_heads, tile.rows // _MERGE_ROWS)
+            _merge[grid](sums, peaks, work.merges, out, **shape, ROWS=tile.rows, PART=_MERGE_ROWS, num_warps=1)
+    return out
+
+
+@triton.jit
+def _load_heads(base, offsets, exists, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, UPCAST: tl.constexpr):
+    """[n, DIM] from ``base`` + ``offsets`` int64 [n], zeros beyond HEAD_DIM and where nothing ``exists``."""
+    columns = tl.arange(0, DIM)
+    mask = exists[:, None] & (columns < HEAD_DIM)[None, :]
+    x = tl.load(base + offsets[:, None] + columns[None, :], mask=mask, other=0.0)
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _store_heads(base, offsets, exists, x, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+    columns = tl.arange(0, DIM)
+    mask = exists[:, None] & (columns < HEAD_DIM)[None, :]
+    tl.store(base + offsets[:, None] + columns[None, :], x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _absorb(q, k, v, seen, scale, acc, top, total):
+    """One block of keys into the running weighted values, maximum and sum."""
+    scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, _NEVER)
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    # Where a row has seen nothing yet, the maximum is _NEVER itself and the power is 1.
+    weights = tl.where(seen, tl.exp2(scores - new_top[:, None]), 0.0)
+    decay = tl.exp2(top - new_top)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return acc, new_top, total * decay + tl.sum(weights, axis=1)
+
+
+@triton.jit
+def _over_context(
+    q,
+    cache_k,
+    cache_v,
+    pages,
+    begin,
+    end,
+    position,
+    scale,
+    acc,
+    top,
+    total,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    KEYS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Phase 1, committed keys ``begin`` to ``end``; ``cache_k``, ``cache_v`` begin at this kv head."""
+    page_stride = tl.num_programs(1).to(tl.int64) * PAGE * HEAD_DIM
+    for at in range(begin, end, KEYS):
+        keys = at + tl.arange(0, KEYS)
+        exists = keys < end
+        page = tl.load(pages + keys // PAGE, mask=exists, other=0).to(tl.int64)
+        offsets = page * page_stride + keys % PAGE * HEAD_DIM
+        k = _load_heads(cache_k, offsets, exists, HEAD_DIM, DIM, UPCAST)
+        v = _load_heads(cache_v, offsets, exists, HEAD_DIM, DIM, UPCAST)
+        seen = exists[None, :]
+        if WINDOW > 0:
+            seen = seen & (position[:, None] - keys[None, :] < WINDOW)
+        acc, top, total = _absorb(q, k, v, seen, scale, acc, top, total)
+    return acc, top, total
+
+
+@triton.jit
+def _over_step(
+    q,
+    step_k,
+    step_v,
+    positions,
+    ancestors,
+    begin,
+    end,
+    row,
+    exists,
+    certain,
+    position,
+    scale,
+    acc,
+    top,
+    total,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    KEYS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Phase 2, the segment's rows ``begin`` to ``end``; all tensors begin at its first row, keys at this kv head."""
+    low = tl.load(ancestors + row * 2, mask=exists, other=0)[:, None]
+    high = tl.load(ancestors + row * 2 + 1, mask=exists, other=0)[:, None]
+    is_draft = (row >= certain)[:, None]
+    for at in range(begin, end, KEYS):
+        column = at + tl.arange(0, KEYS)
+        inside = column < end
+        offsets = column.to(tl.int64) * tl.num_programs(1) * HEAD_DIM
+        k = _load_heads(step_k, offsets, inside, HEAD_DIM, DIM, UPCAST)
+        v = _load_heads(step_v, offsets, inside, HEAD_DIM, DIM, UPCAST)
+        node = (column - certain + 1)[None, :]  # 1 and up for drafts
+        bits = tl.where(node < _WORD, low, high) >> (node & (_WORD - 1)).to(tl.int64)
+        in_chain = (node < 1) & (column[None, :] <= row[:, None])
+        seen = inside[None, :] & (in_chain | ((node >= 1) & is_draft & ((bits & 1) != 0)))
+        if WINDOW > 0:
+            their_position = tl.load(positions + column, mask=inside, other=0).to(tl.int32)
+            seen = seen & (position[:, None] - their_position[None, :] < WINDOW)
+        acc, top, total = _absorb(q, k, v, seen, scale, acc, top, total)
+    return acc, top, total
+
+
+@triton.jit
+def _attend(
+    q,
+    cache_k,
+    cache_v,
+    step_k,
+    step_v,
+    pages,
+    positions,
+    ancestors,
+    items,
+    out,
+    sums,
+    peaks,
+    scale,
+    q_stride,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    kv_head, kv_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    item = items + tl.program_id(0) * _FIELDS
+    start, count, certain = tl.load(item).to(tl.int64), tl.load(item + 1), tl.load(item + 2)
+    context, first_page = tl.load(item + 3), tl.load(item + 4)
+    first, split, partial = tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
+    query = first + tl.arange(0, ROWS)
+    exists, row, head = query < count * GROUP, query // GROUP, kv_head * GROUP + query % GROUP
+    q = _load_heads(q, (start + row) * q_stride + head * HEAD_DIM, exists, HEAD_DIM, DIM, UPCAST)
+    position = tl.load(positions + start + row, mask=exists, other=0).to(tl.int32)
+    begin, end = split * SPLIT, context + (tl.minimum(first + ROWS, count * GROUP) - 1) // GROUP + 1
+    if WINDOW > 0:
+        begin = tl.maximum(begin, context + tl.minimum(first // GROUP, certain) - WINDOW + 1)
+    end = tl.minimum(end, (split + 1) * SPLIT)
+    top, total = tl.full((ROWS,), _NEVER, tl.float32), tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, DIM), tl.float32)
+
+    of_head = kv_head * PAGE * HEAD_DIM
+    acc, top, total = _over_context(
+        q,
+        cache_k + of_head,
+        cache_v + of_head,
+        pages + first_page,
+        begin,
+        tl.minimum(end, context),
+        position,
+        scale,
+        acc,
+        top,
+        total,
+        HEAD_DIM,
+        DIM,
+        PAGE,
+        KEYS,
+        WINDOW,
+        UPCAST,
+    )
+    of_step = (start * kv_heads + kv_head) * HEAD_DIM
+    acc, top, total = _over_step(
+        *(q, step_k + of_step, step_v + of_step, positions + start, ancestors + start * 2),
+        *(tl.maximum(begin - context, 0), end - context, row, exists, certain),
+        *(position, scale, acc, top, total, HEAD_DIM, DIM, KEYS, WINDOW, UPCAST),
+    )
+    if partial < 0:
+        at = ((start + row) * kv_heads * GROUP + head) * HEAD_DIM
+        _store_heads(out, at, exists, acc / total[:, None], HEAD_DIM, DIM)
+    else:
+        at = (partial.to(tl.int64) * kv_heads + kv_head) * ROWS + tl.arange(0, ROWS)
+        tl.store(sums + at[:, None] * DIM + tl.arange(0, DIM)[None, :], acc)
+        tl.store(peaks + at * 2, top)
+        tl.store(peaks + at * 2 + 1, total)
+
+
+@triton.jit
+def _merge(
+    sums,
+    peaks,
+    merges,
+    out,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """PART query rows of a block: their splits, one after the other."""
+    kv_head, kv_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    merge = merges + tl.program_id(0) * _MERGE_FIELDS
+    start, first, count = tl.load(merge).to(tl.int64), tl.load(merge + 1), tl.load(merge + 2)
+    partial, num_splits = tl.load(merge + 3).to(tl.int64), tl.load(merge + 4)
+    within = tl.program_id(2) * PART + tl.arange(0, PART)
+    top, total = tl.full((PART,), _NEVER, tl.float32), tl.zeros((PART,), tl.float32)
+    acc = tl.zeros((PART, DIM), tl.float32)
+    for split in range(num_splits):
+        at = ((partial + split) * kv_heads + kv_head) * ROWS + within
+        peak = tl.load(peaks + at * 2)
+        new_top = tl.maximum(top, peak)
+        decay, weight = tl.exp2(top - new_top), tl.exp2(peak - new_top)
+        part = tl.load(sums + at[:, None] * DIM + tl.arange(0, DIM)[None, :])
+        acc = acc * decay[:, None] + part * weight[:, None]
+        total = total * decay + tl.load(peaks + at * 2 + 1) * weight
+        top = new_top
+    query = first + within
+    at = ((start + query // GROUP) * kv_heads * GROUP + kv_head * GROUP + query % GROUP) * HEAD_DIM
+    _store_heads(out, at, query < count, acc / total[:, None], HEAD_DIM, DIM)

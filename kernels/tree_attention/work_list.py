@@ -1,0 +1,110 @@
+"""Where Triton's tree attention cuts a step: items of (segment, block of query rows, split of the keys).
+
+A query row is one head of one step row; the heads of a kv group lie together. The keys of a segment are its context
+and then its own rows. Sizes come from a table, by the segment alone, so that a row's result does not depend on its
+neighbours. A block of query rows with one split goes straight to the output, others leave partial results to merge.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from euryale.kernels.geometry import StepGeometry
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How segments of some number of query rows are cut: ``rows`` query rows and ``keys`` at a time, at most ``split``
+    keys by one program."""
+
+    rows: int
+    keys: int
+    split: int
+    num_warps: int
+    num_stages: int
+
+
+# Segments of up to 16 and up to 512 query rows, and larger ones: few query rows make few programs, so that short
+# splits have to fill the GPU; a prompt chunk fills it by itself, and its partial results would be large.
+_LIMITS = (16, 512)
+# By the head dimension, rounded up to a power of two. Keys and values of all stages fit into the 99 kB of shared
+# memory of small GPUs.
+_TILES = {
+    64: (Tile(16, 128, 512, 4, 2), Tile(64, 64, 1024, 4, 2), Tile(128, 64, 16384, 4, 2)),
+    128: (Tile(16, 64, 512, 4, 2), Tile(64, 64, 1024, 4, 2), Tile(128, 32, 16384, 8, 2)),
+    256: (Tile(16, 32, 512, 4, 2), Tile(64, 32, 1024, 8, 2), Tile(64, 32, 16384, 8, 2)),
+}
+# float32 products are exact, without tensor cores: they are for tests, not for speed.
+_TILES_FLOAT32 = (Tile(16, 32, 512, 4, 1), Tile(32, 32, 1024, 4, 1), Tile(32, 32, 16384, 4, 1))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one launch does, ``num_partials`` of its items with partial results.
+
+    ``items`` int32 [n, 8]: a segment's first row, its rows, its certain rows, its context, where its pages begin; the
+    block's first query row; which split of the keys; where its partial results go, -1: straight to the output.
+    ``merges`` int32 [m, 5]: a segment's first row; the block's first query row; the segment's query rows; the first
+    partial result and how many.
+    """
+
+    tile: Tile
+    items: torch.Tensor
+    merges: torch.Tensor
+    num_partials: int
+
+
+def work_list(
+    geometry: StepGeometry, group: int, dim: int, is_float32: bool, window: int | None, device: torch.device
+) -> list[Work]:
+    """The launches of a step, one per size of tile in it, for ``group`` heads per kv head and heads of ``dim`` places,
+    a power of two; made once per step."""
+    key = ("tree_attention.triton", group, dim, is_float32, window)
+    if key not in geometry.prepared:
+        tiles = _TILES_FLOAT32 if is_float32 else _TILES[min(max(dim, 64), 256)]
+        geometry.prepared[key] = _plan(geometry, tiles, group, window or 0, device)
+    return geometry.prepared[key]
+
+
+def _plan(geometry: StepGeometry, tiles: tuple[Tile, ...], group: int, window: int, device) -> list[Work]:
+    segments = geometry.segments
+    num_pages = np.asarray([len(s.pages) for s in segments])
+    counts = np.asarray([s.num_rows for s in segments])
+    columns = (
+        np.asarray(geometry.row_starts[:-1]),
+        counts,
+        np.asarray([s.num_certain for s in segments]),
+        np.asarray([s.context for s in segments]),
+        num_pages.cumsum() - num_pages,
+    )
+    table, kinds = np.stack(columns, axis=1), np.searchsorted(_LIMITS, counts * group)
+    return [_work(table[kinds == kind], tiles[kind], group, window, device) for kind in np.unique(kinds)]
+
+
+def _work(table: np.ndarray, tile: Tile, group: int, window: int, device) -> Work:
+    segment, block = _counted(-(-table[:, 1] * group // tile.rows))
+    start, count, certain, context, _ = table[segment].T
+    first = block * tile.rows
+    # A row sees no row after it. The lowest position of a block is that of its first row, or of the first draft.
+    end = context + (np.minimum(first + tile.rows, count * group) - 1) // group + 1
+    lowest = context + np.minimum(first // group, certain)
+    first_split = np.maximum(lowest - window + 1, 0) // tile.split if window else np.zeros_like(end)
+    num_splits = -(-end // tile.split) - first_split
+    is_split = num_splits > 1
+    partials = np.cumsum(num_splits * is_split)
+    partial = partials - num_splits * is_split
+    of_item, split = _counted(num_splits)
+    place = np.where(is_split[of_item], partial[of_item] + split, -1)
+    fields = (table[segment[of_item]], first[of_item], first_split[of_item] + split, place)
+    merges = np.column_stack((start, first, count * group, partial, num_splits))[is_split]
+    items, merges = (
+        torch.from_numpy(x.astype(np.int32)).to(device, non_blocking=True) for x in (np.column_stack(fields), merges)
+    )
+    return Work(tile, items, merges, int(partials[-1]))
+
+
+def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of things of which there are ``counts`` per owner: the owner of each, and which of its owner's it is."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - (counts.cumsum() - counts)[owner]
