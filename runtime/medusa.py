@@ -38,9 +38,8 @@ class MedusaHeads:
         if heads.num_layers:
             weights, biases = block(0)
             self.first = FrozenLinear(weights.flatten(0, 1), biases.flatten())
-        later = [block(layer) for layer in range(1, heads.num_layers)]
-        self.weights = [w for w, _ in later]
-        self.biases = [b for _, b in later]
+        later = (block(layer) for layer in range(1, heads.num_layers))
+        self.later = [[FrozenLinear(*of_head) for of_head in zip(*parts, strict=True)] for parts in later]
         self.lm_heads = [FrozenLinear(w) for w in local(heads.lm_heads, "vocabulary")] if heads.lm_heads else None
         self.lm_head = lm_head
 
@@ -49,8 +48,9 @@ class MedusaHeads:
         x_BKD = hidden_BD[:, None].expand(-1, self.num_heads, -1)
         if self.first is not None:
             x_BKD = x_BKD + F.silu(self._gather(self.first(hidden_BD).unflatten(1, (self.num_heads, -1))))
-        for weight, bias in zip(self.weights, self.biases, strict=True):
-            x_BKD = x_BKD + F.silu(self._gather(torch.einsum("bkd,kod->bko", x_BKD, weight) + bias))
+        for layer in self.later:
+            local = torch.stack([linear(x_BKD[:, k]) for k, linear in enumerate(layer)], dim=1)
+            x_BKD = x_BKD + F.silu(self._gather(local))
         if self.lm_heads is None:
             logits = self.lm_head(x_BKD.flatten(0, 1))
         else:

@@ -42,12 +42,13 @@ class DemoOptions:
     num_layers: int = flag(PretrainOptions.num_layers, "decoder layers")
     tokens: float = flag(PretrainOptions.tokens, "tokens of the backbone's training")
     polish_steps: int = flag(PretrainOptions.polish_steps, "steps that show beginnings")
-    heads_tokens: float = flag(2e6, "tokens of Medusa-1")
+    heads_tokens: float = flag(1.5e6, "tokens of Medusa-1")
     joint_tokens: float = flag(1.2e6, "tokens of Medusa-2")
     length: int = flag(512, "tokens of a window in both")
     batch: int = flag(8, "windows of a step in all trainings")
-    num_heads: int = flag(4, "Medusa heads")
-    nodes: int = flag(7, "guesses of the tree: with the root 8 rows, which this size runs well on a CPU")
+    num_heads: int = flag(4, "Medusa heads, which share the backbone's lm_head: their own would outweigh it")
+    head_layers: int = flag(2, "residual blocks of a head")
+    nodes: int = flag(5, "guesses of the tree: with the root 6 rows, for which the weights are read once")
     calibration_prompts: int = flag(CalibrateOptions.num_prompts, "held-out prompts the tree is searched on")
     compile: bool = flag(True, "compile the model")
 
@@ -69,7 +70,8 @@ class DemoOptions:
 
     def _training(self) -> dict:
         names = ("length", "batch", "num_heads", "compile")
-        return {"data": (STANDARD_LIBRARY,)} | {name: getattr(self, name) for name in names}
+        of_heads = {"num_layers": self.head_layers, "shared_lm_head": True}
+        return {"data": (STANDARD_LIBRARY,)} | of_heads | {name: getattr(self, name) for name in names}
 
     def for_heads(self) -> Medusa1Options:
         return Medusa1Options(**self._from_backbone("heads"), **self._training(), tokens=self.heads_tokens, lr=3e-3)

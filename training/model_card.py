@@ -147,11 +147,13 @@ def sizes_table(directory: Path, backbone: LlamaForCausalLM) -> tuple[str, int]:
         names = [n for n in file.keys() if n.startswith(MERGED_PREFIX)]  # noqa: SIM118
         parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in names)
     num_heads = 1 + max(int(name.split(".")[1]) for name in names)
+    blocks = sum(name.startswith(f"{MERGED_PREFIX}0.") and name.endswith("linear.bias") for name in names)
+    lm_head = "its own lm_head" if f"{MERGED_PREFIX}0.{blocks}.weight" in names else "the backbone's lm_head"
     shape = backbone.config
     body = f"{shape.num_hidden_layers} layers, hidden {shape.hidden_size}, vocabulary {shape.vocab_size}"
     rows = [
         [f"backbone: {body}, tied embeddings", f"{backbone.num_parameters() / 1e6:.2f} M"],
-        [f"heads: {num_heads}, each 1 residual block and its own lm_head", f"{parameters / 1e6:.2f} M"],
+        [f"heads: {num_heads}, each {blocks} residual blocks and {lm_head}", f"{parameters / 1e6:.2f} M"],
         ["`model.safetensors`", f"{(directory / 'model.safetensors').stat().st_size / 1e6:.1f} MB"],
     ]
     return table(["", "parameters (bfloat16)"], rows), num_heads

@@ -131,7 +131,7 @@ def test_a_killed_training_of_the_backbone_goes_on_as_if_undisturbed(options, bu
 
 
 def test_the_command_repeats_what_was_asked_for():
-    args = DemoOptions(out="x", nodes=5, compile=False)
-    assert args.command() == "python launch/train.py demo --out DIR --nodes 5"
-    assert args.for_tree().nodes == 5
+    args = DemoOptions(out="x", nodes=9, compile=False)
+    assert args.command() == "python launch/train.py demo --out DIR --nodes 9"
+    assert args.for_tree().nodes == 9
     assert args.for_joint().model == args.for_heads().model == "x/work/backbone"
