@@ -6,4 +6,8 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __unix__
+#include <sys/mman.h>
+#endif
+
 #include "ops.h"

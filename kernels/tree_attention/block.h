@@ -65,13 +65,14 @@ struct Block {
                         for (int i = 0; i < DOT_KEYS; ++i) acc[r * DOT_KEYS + i] += query * key[i];
                     }
                 }
-                const vfloat sums = add_lanes(acc);
-                for (int r = 0; r < DOT_ROWS; ++r)
-                    for (int i = 0; i < DOT_KEYS; ++i) {
-                        float rest = 0;
-                        for (int64_t c = whole; c < dim; ++c) rest += q_tile[r * width + c] * to_float(k[i][c]);
-                        w.p[(r0 + r) * KEYS + j0 + i] = sums[r * DOT_KEYS + i] + rest;
-                    }
+                float sums[W];
+                store(sums, add_lanes(acc));
+                for (int r = 0; r < DOT_ROWS; ++r) {
+                    for (int i = 0; i < DOT_KEYS && whole < dim; ++i)
+                        for (int64_t c = whole; c < dim; ++c)
+                            sums[r * DOT_KEYS + i] += q_tile[r * width + c] * to_float(k[i][c]);
+                    std::memcpy(w.p + (r0 + r) * KEYS + j0, sums + r * DOT_KEYS, DOT_KEYS * sizeof(float));
+                }
             }
         }
     }

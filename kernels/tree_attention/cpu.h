@@ -52,6 +52,14 @@ struct Kernel {
         return std::max(item.begin, std::min(item.end, lowest - shape.window + 1));
     }
 
+    // Pages lie anywhere: the next block's are asked for while this one is worked on.
+    void prefetch(int64_t offset, int64_t count) const {
+        for (int64_t c = 0; c < count; c += 64 / sizeof(T)) {
+            __builtin_prefetch(cache_k + offset + c, 0, 2);
+            __builtin_prefetch(cache_v + offset + c, 0, 2);
+        }
+    }
+
     // All keys of the item, block by block: of the context, then of the step. Both may share a block.
     void attend(Workspace& w, const Item& item) const {
         const int64_t start = step.row_starts[item.segment], certain = step.num_certain[item.segment];
@@ -60,22 +68,24 @@ struct Kernel {
         // Rows beyond the last of the item are seen by none of it: parents come before children.
         const int64_t end = item.end + (item.has_step ? (item.first + item.count - 1) / group + 1 : 0);
         const T *keys[KEYS], *values[KEYS];
-        const auto offset_of = [&](int64_t at) {
-            return at < item.end ? (pages[at / page] * shape.kv_heads + item.kv_head) * head_size + at % page * dim
-                                 : ((start + at - item.end) * shape.kv_heads + item.kv_head) * dim;
-        };
-        for (int64_t begin = first_seen(item); begin < end; begin += KEYS) {
+        const int64_t ahead = (KEYS + page - 1) / page, num_pages = (item.end + page - 1) / page;
+        const int64_t at = first_seen(item);
+        int64_t number = at / page, inside = at % page;
+        const auto page_of = [&](int64_t n) { return (pages[n] * shape.kv_heads + item.kv_head) * head_size; };
+        for (int64_t begin = at; begin < end; begin += KEYS) {
             const int count = (int)std::min<int64_t>(KEYS, end - begin);
             const int in_context = (int)std::max<int64_t>(0, std::min<int64_t>(count, item.end - begin));
-            for (int j = 0; j < count; ++j) {
-                const int64_t offset = offset_of(begin + j), later = begin + j + KEYS;
-                keys[j] = (j < in_context ? cache_k : step_k) + offset;
-                values[j] = (j < in_context ? cache_v : step_v) + offset;
-                if (later < item.end)  // pages lie anywhere: the next block is asked for while this one is worked on
-                    for (int64_t c = 0, ahead = offset_of(later); c < dim; c += 64 / sizeof(T)) {
-                        __builtin_prefetch(cache_k + ahead + c, 0, 2);
-                        __builtin_prefetch(cache_v + ahead + c, 0, 2);
-                    }
+            for (int j = 0; j < in_context; ++j) {
+                const int64_t offset = page_of(number) + inside * dim;
+                keys[j] = cache_k + offset;
+                values[j] = cache_v + offset;
+                if (number + ahead < num_pages) prefetch(page_of(number + ahead) + inside * dim, dim);
+                if (++inside == page) inside = 0, ++number;
+            }
+            for (int j = in_context; j < count; ++j) {
+                const int64_t offset = ((start + begin + j - item.end) * shape.kv_heads + item.kv_head) * dim;
+                keys[j] = step_k + offset;
+                values[j] = step_v + offset;
             }
             block.attend(w, item.count, keys, values, count, [&](int64_t r, float* s) {
                 const int64_t row = (item.first + r) / group;

@@ -60,14 +60,11 @@ def tree_attention(q, scratch, cache, geometry: StepGeometry, scale: float, wind
 
 
 @triton.jit
-def _load_heads(base, offsets, exists, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, UPCAST: tl.constexpr):
+def _load_heads(base, offsets, exists, dtype: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
     """[n, DIM] from ``base`` + ``offsets`` int64 [n], zeros beyond HEAD_DIM and where nothing ``exists``."""
     columns = tl.arange(0, DIM)
     mask = exists[:, None] & (columns < HEAD_DIM)[None, :]
-    x = tl.load(base + offsets[:, None] + columns[None, :], mask=mask, other=0.0)
-    if UPCAST:
-        x = x.to(tl.float32)
-    return x
+    return tl.load(base + offsets[:, None] + columns[None, :], mask=mask, other=0.0).to(dtype)
 
 
 @triton.jit
@@ -99,25 +96,24 @@ def _over_context(
     end,
     position,
     scale,
-    acc,
-    top,
-    total,
     HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
     PAGE: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """Phase 1, committed keys ``begin`` to ``end``; ``cache_k``, ``cache_v`` begin at this kv head."""
+    ROWS: tl.constexpr = q.shape[0]
+    DIM: tl.constexpr = q.shape[1]
+    top, total = tl.full((ROWS,), _NEVER, tl.float32), tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, DIM), tl.float32)
     page_stride = tl.num_programs(1).to(tl.int64) * PAGE * HEAD_DIM
     for at in range(begin, end, KEYS):
         keys = at + tl.arange(0, KEYS)
         exists = keys < end
         page = tl.load(pages + keys // PAGE, mask=exists, other=0).to(tl.int64)
         offsets = page * page_stride + keys % PAGE * HEAD_DIM
-        k = _load_heads(cache_k, offsets, exists, HEAD_DIM, DIM, UPCAST)
-        v = _load_heads(cache_v, offsets, exists, HEAD_DIM, DIM, UPCAST)
+        k = _load_heads(cache_k, offsets, exists, q.dtype, HEAD_DIM, DIM)
+        v = _load_heads(cache_v, offsets, exists, q.dtype, HEAD_DIM, DIM)
         seen = exists[None, :]
         if WINDOW > 0:
             seen = seen & (position[:, None] - keys[None, :] < WINDOW)
@@ -135,36 +131,32 @@ def _over_step(
     begin,
     end,
     row,
-    exists,
     certain,
-    position,
     scale,
     acc,
     top,
     total,
     HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """Phase 2, the segment's rows ``begin`` to ``end``; all tensors begin at its first row, keys at this kv head."""
-    low = tl.load(ancestors + row * 2, mask=exists, other=0)[:, None]
-    high = tl.load(ancestors + row * 2 + 1, mask=exists, other=0)[:, None]
-    is_draft = (row >= certain)[:, None]
+    DIM: tl.constexpr = q.shape[1]
+    row_stride = tl.num_programs(1).to(tl.int64) * HEAD_DIM
+    low, high = tl.load(ancestors + row * 2)[:, None], tl.load(ancestors + row * 2 + 1)[:, None]
     for at in range(begin, end, KEYS):
         column = at + tl.arange(0, KEYS)
         inside = column < end
-        offsets = column.to(tl.int64) * tl.num_programs(1) * HEAD_DIM
-        k = _load_heads(step_k, offsets, inside, HEAD_DIM, DIM, UPCAST)
-        v = _load_heads(step_v, offsets, inside, HEAD_DIM, DIM, UPCAST)
+        k = _load_heads(step_k, column * row_stride, inside, q.dtype, HEAD_DIM, DIM)
+        v = _load_heads(step_v, column * row_stride, inside, q.dtype, HEAD_DIM, DIM)
         node = (column - certain + 1)[None, :]  # 1 and up for drafts
         bits = tl.where(node < _WORD, low, high) >> (node & (_WORD - 1)).to(tl.int64)
         in_chain = (node < 1) & (column[None, :] <= row[:, None])
-        seen = inside[None, :] & (in_chain | ((node >= 1) & is_draft & ((bits & 1) != 0)))
+        in_tree = (node >= 1) & (row >= certain)[:, None] & ((bits & 1) != 0)
+        seen = inside[None, :] & (in_chain | in_tree)
         if WINDOW > 0:
-            their_position = tl.load(positions + column, mask=inside, other=0).to(tl.int32)
-            seen = seen & (position[:, None] - their_position[None, :] < WINDOW)
+            distance = tl.load(positions + row)[:, None] - tl.load(positions + column, mask=inside, other=0)[None, :]
+            seen = seen & (distance < WINDOW)
         acc, top, total = _absorb(q, k, v, seen, scale, acc, top, total)
     return acc, top, total
 
@@ -198,50 +190,32 @@ def _attend(
     kv_head, kv_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     item = items + tl.program_id(0) * _FIELDS
     start, count, certain = tl.load(item).to(tl.int64), tl.load(item + 1), tl.load(item + 2)
-    context, first_page = tl.load(item + 3), tl.load(item + 4)
-    first, split, partial = tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
+    context, first_page, first = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
+    split, partial = tl.load(item + 6), tl.load(item + 7).to(tl.int64)
     query = first + tl.arange(0, ROWS)
-    exists, row, head = query < count * GROUP, query // GROUP, kv_head * GROUP + query % GROUP
-    q = _load_heads(q, (start + row) * q_stride + head * HEAD_DIM, exists, HEAD_DIM, DIM, UPCAST)
-    position = tl.load(positions + start + row, mask=exists, other=0).to(tl.int32)
+    exists, head = query < count * GROUP, kv_head * GROUP + query % GROUP
+    row = tl.minimum(query // GROUP, count - 1)  # query rows beyond the last repeat it
+    positions, ancestors, pages = positions + start, ancestors + start * 2, pages + first_page
+    dtype: tl.constexpr = tl.float32 if UPCAST else q.dtype.element_ty
+    q = _load_heads(q, (start + row) * q_stride + head * HEAD_DIM, exists, dtype, HEAD_DIM, DIM)
     begin, end = split * SPLIT, context + (tl.minimum(first + ROWS, count * GROUP) - 1) // GROUP + 1
     if WINDOW > 0:
         begin = tl.maximum(begin, context + tl.minimum(first // GROUP, certain) - WINDOW + 1)
     end = tl.minimum(end, (split + 1) * SPLIT)
-    top, total = tl.full((ROWS,), _NEVER, tl.float32), tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, DIM), tl.float32)
 
-    of_head = kv_head * PAGE * HEAD_DIM
-    acc, top, total = _over_context(
-        q,
-        cache_k + of_head,
-        cache_v + of_head,
-        pages + first_page,
-        begin,
-        tl.minimum(end, context),
-        position,
-        scale,
-        acc,
-        top,
-        total,
-        HEAD_DIM,
-        DIM,
-        PAGE,
-        KEYS,
-        WINDOW,
-        UPCAST,
-    )
-    of_step = (start * kv_heads + kv_head) * HEAD_DIM
+    k, v = cache_k + kv_head * PAGE * HEAD_DIM, cache_v + kv_head * PAGE * HEAD_DIM
+    last, position = tl.minimum(end, context), tl.load(positions + row)
+    acc, top, total = _over_context(q, k, v, pages, begin, last, position, scale, HEAD_DIM, PAGE, KEYS, WINDOW)
+    begin, end, of_step = tl.maximum(begin - context, 0), end - context, (start * kv_heads + kv_head) * HEAD_DIM
+    k, v = step_k + of_step, step_v + of_step
     acc, top, total = _over_step(
-        *(q, step_k + of_step, step_v + of_step, positions + start, ancestors + start * 2),
-        *(tl.maximum(begin - context, 0), end - context, row, exists, certain),
-        *(position, scale, acc, top, total, HEAD_DIM, DIM, KEYS, WINDOW, UPCAST),
+        q, k, v, positions, ancestors, begin, end, row, certain, scale, acc, top, total, HEAD_DIM, KEYS, WINDOW
     )
     if partial < 0:
-        at = ((start + row) * kv_heads * GROUP + head) * HEAD_DIM
-        _store_heads(out, at, exists, acc / total[:, None], HEAD_DIM, DIM)
+        straight = ((start + row) * kv_heads * GROUP + head) * HEAD_DIM
+        _store_heads(out, straight, exists, acc / total[:, None], HEAD_DIM, DIM)
     else:
-        at = (partial.to(tl.int64) * kv_heads + kv_head) * ROWS + tl.arange(0, ROWS)
+        at = (partial * kv_heads + kv_head) * ROWS + tl.arange(0, ROWS)
         tl.store(sums + at[:, None] * DIM + tl.arange(0, DIM)[None, :], acc)
         tl.store(peaks + at * 2, top)
         tl.store(peaks + at * 2 + 1, total)

@@ -31,12 +31,12 @@ _LIMITS = (16, 512)
 # By the head dimension, rounded up to a power of two. Keys and values of all stages fit into the 99 kB of shared
 # memory of small GPUs.
 _TILES = {
-    64: (Tile(16, 128, 512, 4, 2), Tile(64, 64, 1024, 4, 2), Tile(128, 64, 16384, 4, 2)),
-    128: (Tile(16, 64, 512, 4, 2), Tile(64, 64, 1024, 4, 2), Tile(128, 32, 16384, 8, 2)),
+    64: (Tile(16, 128, 512, 4, 2), Tile(64, 64, 1024, 4, 2), Tile(128, 64, 16384, 8, 2)),
+    128: (Tile(16, 64, 512, 4, 2), Tile(64, 32, 1024, 4, 2), Tile(128, 32, 16384, 8, 2)),
     256: (Tile(16, 32, 512, 4, 2), Tile(64, 32, 1024, 8, 2), Tile(64, 32, 16384, 8, 2)),
 }
 # float32 products are exact, without tensor cores: they are for tests, not for speed.
-_TILES_FLOAT32 = (Tile(16, 32, 512, 4, 1), Tile(32, 32, 1024, 4, 1), Tile(32, 32, 16384, 4, 1))
+_TILES_FLOAT32 = (Tile(16, 32, 512, 8, 1), Tile(16, 32, 1024, 8, 1), Tile(16, 32, 16384, 8, 1))
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,7 @@ def _work(table: np.ndarray, tile: Tile, group: int, window: int, device) -> Wor
     place = np.where(is_split[of_item], partial[of_item] + split, -1)
     fields = (table[segment[of_item]], first[of_item], first_split[of_item] + split, place)
     merges = np.column_stack((start, first, count * group, partial, num_splits))[is_split]
-    items, merges = (
-        torch.from_numpy(x.astype(np.int32)).to(device, non_blocking=True) for x in (np.column_stack(fields), merges)
-    )
+    items, merges = (torch.from_numpy(x.astype(np.int32)).to(device) for x in (np.column_stack(fields), merges))
     return Work(tile, items, merges, int(partials[-1]))
 
 
