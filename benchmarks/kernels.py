@@ -45,7 +45,7 @@ class Case:
 
 
 def copies_of(num_bytes: int) -> int:
-    return max(1, min(64, CACHES // max(num_bytes, 1)))
+    return min(64, -(-CACHES // max(num_bytes, 1)))
 
 
 def attention_case(context: int, nodes: int, heads: int, kv_heads: int, dim: int, dtype, device) -> Case:

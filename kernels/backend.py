@@ -38,7 +38,7 @@ def forced(name: str) -> Iterator[None]:
 def _best(device_type: str) -> str:
     if device_type == "cpu" and cpu.library() is not None:
         return "cpu"
-    return "reference"
+    return "reference"  # on GPUs too: Triton's kernels are not picked before they have been measured on one
 
 
 @cache

@@ -41,7 +41,8 @@ class _Graph:
         return cpu.library().replay(self._words, len(self._words))
 
     def time(self) -> dict[str, float]:
-        """Seconds of one more replay, on the input of the last one, by operation."""
+        """Seconds of one more replay by operation. What it computes means nothing: the input was consumed by the replay
+        before. All ranks of a group have to call it together."""
         library, names = cpu.library(), []
         while (name := library.recordable_name(len(names))) is not None:
             names.append(name.decode())
@@ -59,7 +60,7 @@ class Graphs:
         self._function, self._max_rows, self._max_graphs = function, max_rows, max_graphs
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
 
-    def graph(self, rows: int) -> "_Graph | None":
+    def graph(self, rows: int) -> _Graph | None:
         """The graph of so many rows, if there is one."""
         return self._graphs.get((rows, torch.get_num_threads()))
 

@@ -60,11 +60,6 @@ class Group:
         """Every rank's ``x`` [...], stacked in rank order: [size, ...]."""
         return x[None] if self.size == 1 else self.collectives.all_gather(x)
 
-    def check(self, status: int) -> None:
-        """Raise what the recorded collective that returned ``status`` would have raised; 0 is none."""
-        if status:
-            self.collectives.check(status)
-
     def gather_last(self, x: torch.Tensor) -> torch.Tensor:
         """Concatenate every rank's [..., n] along the last axis: [..., size * n]."""
         if self.size == 1:
@@ -131,6 +126,16 @@ class Group:
             error = str(problem)
         self.agree(error)
 
+    @property
+    def can_record(self) -> bool:
+        """Whether a step's collectives are native calls, which a recording (kernels/graph.py) can repeat."""
+        return self.size == 1 or isinstance(self.collectives, SharedMemory)
+
+    def check(self, status: int) -> None:
+        """Raise what the recorded collective that returned ``status`` would have raised; 0 is none."""
+        if status:
+            self.collectives.check(status)
+
     def close(self) -> None:
         """Leave the group. Does not wait for the others."""
         if self.size > 1:
@@ -150,6 +155,7 @@ def join(timeout: float = 30.0, device: str = "auto") -> Group:
     ``device``: "cpu", "cuda" or "auto" (the GPUs if there are any). Raises ValueError if a rank has no GPU.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    cores = len(os.sched_getaffinity(0))
     chosen = _choose_device(device)
     if size == 1:
         return Group(rank, size, chosen)
@@ -159,18 +165,20 @@ def join(timeout: float = 30.0, device: str = "auto") -> Group:
     group = Group(rank, size, chosen, ProcessGroup(size, chosen), patient)
     is_one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
     if chosen.type == "cpu" and is_one_host and group.minimum(cpu.library() is not None):
-        return dataclasses.replace(group, collectives=_share_memory(group, timeout) or group.collectives)
+        return dataclasses.replace(group, collectives=_share_memory(group, timeout, cores) or group.collectives)
     return group
 
 
-def _share_memory(group: Group, timeout: float) -> SharedMemory | None:
-    """Memory shared by all ranks of this host, or None on every rank if any cannot have it."""
+def _share_memory(group: Group, timeout: float, cores: int) -> SharedMemory | None:
+    """Memory shared by all ranks of this host, which has so many ``cores``, or None on every rank if any cannot have
+    it."""
     shared, fd, error = None, -1, None
     with contextlib.suppress(OSError):
         fd = shared_memory.create(group.size) if group.is_leader else -1
     place = group.patient_gather(torch.tensor([os.getpid(), fd]))[0].tolist()
     try:
-        shared = SharedMemory(fd if fd >= 0 else shared_memory.open_of(*place), group.rank, group.size, timeout)
+        own = fd if fd >= 0 else shared_memory.open_of(*place)
+        shared = SharedMemory(own, group.rank, group.size, timeout, may_spin=group.size <= cores)
     except OSError as problem:
         error = problem
     if group.minimum(shared is not None):

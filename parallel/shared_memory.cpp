@@ -30,7 +30,7 @@ constexpr int64_t LINE = 64;
 constexpr int64_t ONE_SHOT = 16 << 10;  // bytes up to which every rank sums everything
 constexpr int SPINS = 2000, YIELDS = 300;
 constexpr int64_t SLEEP = 50'000'000;  // nanoseconds
-constexpr int OK = 0, TIMED_OUT = -1;  // other results: 1 + the rank that died
+constexpr int OK = 0, TIMED_OUT = -1, CLOSED = -2;  // other results: 1 + the rank that died
 
 struct alignas(LINE) Flag {
     std::atomic<uint32_t> value;
@@ -60,6 +60,7 @@ struct EuryaleGroup {
     uint32_t phase = 0;       // phases begun; every rank counts alike
     uint32_t begun = 0;       // the phase in which the operation before this one began
     int64_t operation = 0;
+    int64_t deadline = 0;     // of the call under way; 0: its clock has not been read yet
 
     Flag& flag(int64_t r) const { return ((Flag*)memory)[r]; }
     char* buffer(int64_t r) const {
@@ -90,7 +91,7 @@ struct EuryaleGroup {
             if (reached(f.value.load(std::memory_order_acquire), wanted)) return OK;
         for (int i = 0; i < YIELDS; ++i, sched_yield())
             if (reached(f.value.load(std::memory_order_acquire), wanted)) return OK;
-        const int64_t deadline = now() + timeout;
+        if (!deadline) deadline = now() + timeout;
         for (bool was_dead = false;;) {
             f.num_sleepers.fetch_add(1, std::memory_order_seq_cst);
             const uint32_t value = f.value.load(std::memory_order_seq_cst);
@@ -194,7 +195,8 @@ extern "C" {
 int64_t euryale_shared_bytes(int64_t size, int64_t capacity) { return size * (sizeof(Flag) + 2 * capacity); }
 
 // Map `fd` (zeros at the start) and hold this rank's lock; null if that fails. `memory`: use this mapping, no file.
-EuryaleGroup* euryale_shared_attach(int fd, void* memory, int64_t rank, int64_t size, int64_t capacity, int64_t timeout_ns) {
+EuryaleGroup* euryale_shared_attach(int fd, void* memory, int64_t rank, int64_t size, int64_t capacity,
+                                    int64_t timeout_ns, int64_t may_spin) {
     if (fd >= 0) {
         struct flock lock = {};
         lock.l_type = F_WRLCK;
@@ -205,9 +207,7 @@ EuryaleGroup* euryale_shared_attach(int fd, void* memory, int64_t rank, int64_t 
         memory = mmap(nullptr, euryale_shared_bytes(size, capacity), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
         if (memory == MAP_FAILED) return nullptr;
     }
-    cpu_set_t mine;
-    const int cores = sched_getaffinity(0, sizeof mine, &mine) ? 1 : CPU_COUNT(&mine);
-    return new EuryaleGroup{fd, rank, size, capacity, timeout_ns, size <= cores ? SPINS : 0, (char*)memory};
+    return new EuryaleGroup{fd, rank, size, capacity, timeout_ns, may_spin ? SPINS : 0, (char*)memory};
 }
 
 void euryale_shared_detach(EuryaleGroup* group) {
@@ -219,22 +219,31 @@ void euryale_shared_detach(EuryaleGroup* group) {
 }
 
 int euryale_shared_all_reduce(EuryaleGroup* group, int64_t is_bfloat16, int64_t count, void* data) {
+    if (!group) return CLOSED;
+    group->deadline = 0;
     return group->all_reduce(is_bfloat16, count, (char*)data);
 }
 
 // `share` becomes the sum over the ranks plus the residual, `normed` its RMSNorm.
-int euryale_shared_all_reduce_add_rms_norm(EuryaleGroup* group, int64_t is_bfloat16, int64_t rows, int64_t width, void* share,
-                                           const void* residual, const void* weight, float eps, void* normed) {
+int euryale_shared_all_reduce_add_rms_norm(EuryaleGroup* group, int64_t is_bfloat16, int64_t rows, int64_t width,
+                                           void* share, const void* residual, const void* weight, float eps,
+                                           void* normed) {
+    if (!group) return CLOSED;
+    group->deadline = 0;
     if (const int problem = group->all_reduce(is_bfloat16, rows * width, (char*)share)) return problem;
     euryale::kernels()->add_rms_norm(is_bfloat16, rows, width, share, residual, weight, eps, normed, share);
     return OK;
 }
 
 int euryale_shared_all_gather(EuryaleGroup* group, int64_t bytes, const void* data, void* out) {
+    if (!group) return CLOSED;
+    group->deadline = 0;
     return group->all_gather(bytes, (const char*)data, (char*)out);
 }
 
 int euryale_shared_broadcast(EuryaleGroup* group, int64_t root, int64_t bytes, void* data) {
+    if (!group) return CLOSED;
+    group->deadline = 0;
     return group->broadcast(root, bytes, (char*)data);
 }
 

@@ -11,7 +11,7 @@ import torch
 from euryale.kernels import cpu
 
 CAPACITY = 1 << 20  # bytes of a rank's buffer, a multiple of 64; longer messages travel in pieces
-_TIMED_OUT = -1
+_TIMED_OUT, _CLOSED = -1, -2
 
 
 class GroupLost(RuntimeError):
@@ -21,7 +21,11 @@ class GroupLost(RuntimeError):
 def create(size: int) -> int:
     """File descriptor of new shared memory for ``size`` ranks."""
     fd = os.memfd_create("euryale", os.MFD_CLOEXEC)
-    os.ftruncate(fd, cpu.library().shared_bytes(size, CAPACITY))
+    try:
+        os.ftruncate(fd, cpu.library().shared_bytes(size, CAPACITY))
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -34,10 +38,11 @@ class SharedMemory:
     """This rank's end. Every method takes CPU tensors and returns the same bits on every rank; all raise GroupLost
     instead of waiting longer than the timeout, and within a moment if another rank's process ends."""
 
-    def __init__(self, fd: int, rank: int, size: int, timeout: float) -> None:
-        """Take over ``fd``. OSError if its memory cannot be used."""
+    def __init__(self, fd: int, rank: int, size: int, timeout: float, may_spin: bool) -> None:
+        """Take over ``fd``. ``may_spin``: every rank has a core to itself, so that waiting on it takes nobody's time.
+        OSError if the memory cannot be used."""
         self._size, self._timeout = size, timeout
-        self._handle = cpu.library().shared_attach(fd, None, rank, size, CAPACITY, int(timeout * 1e9))
+        self._handle = cpu.library().shared_attach(fd, None, rank, size, CAPACITY, int(timeout * 1e9), may_spin)
         if not self._handle:
             os.close(fd)
             raise OSError("the memory shared by the ranks of this host cannot be mapped or locked")
@@ -88,5 +93,7 @@ class SharedMemory:
         """Raise GroupLost unless the status ``problem`` of a call is 0."""
         if problem == _TIMED_OUT:
             raise GroupLost(f"a rank did not come to a collective within {self._timeout:.0f} s (--step-timeout)")
+        if problem == _CLOSED:
+            raise GroupLost("this rank has left the group")
         if problem:
             raise GroupLost(f"rank {problem - 1} is gone")

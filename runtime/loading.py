@@ -91,8 +91,10 @@ def _load_parts(config: EngineConfig, group: Group):
     return decoder, heads, tree, model, layout, _fingerprint(config, checkpoint, model, tree)
 
 
-def make_graphs(decoder: Decoder, cache: KVCache, config: ModelConfig, group: Group) -> Graphs:
-    """Graphs of the decoder for so many rows as fit GRAPH_MEMORY."""
+def make_graphs(decoder: Decoder, cache: KVCache, config: ModelConfig, group: Group) -> Graphs | None:
+    """Graphs of the decoder for so many rows as fit GRAPH_MEMORY; None where the collectives cannot be recorded."""
+    if not group.can_record:
+        return None
     widths = config.num_heads * config.head_dim * 3 + config.intermediate_size * 3
     per_row = config.num_layers * (widths / group.size + 4 * config.hidden_size) * config.dtype.itemsize
     return Graphs(lambda x, geometry: decoder.transform(x, cache, geometry), int(GRAPH_MEMORY / per_row))

@@ -8,6 +8,7 @@ reference kernels, and a warning says so.
 import ctypes
 import logging
 import struct
+import sysconfig
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -61,19 +62,20 @@ _SIGNATURES = {
     "replay_timed": (_STATUS, [_ADDRESS, _COUNT, _ADDRESS]),
     # Collectives: parallel/shared_memory.py.
     "shared_bytes": (_COUNT, [_COUNT, _COUNT]),
-    "shared_attach": (_ADDRESS, [c_int, _ADDRESS, *[_COUNT] * 4]),
+    "shared_attach": (_ADDRESS, [c_int, _ADDRESS, *[_COUNT] * 5]),
     "shared_detach": (None, [_ADDRESS]),
     "shared_all_reduce": (_STATUS, [_ADDRESS, _COUNT, _COUNT, _ADDRESS]),
     "shared_all_reduce_add_rms_norm": (_STATUS, [_ADDRESS, *[_COUNT] * 3, *[_ADDRESS] * 3, c_float, _ADDRESS]),
     "shared_all_gather": (_STATUS, [_ADDRESS, _COUNT, _ADDRESS, _ADDRESS]),
     "shared_broadcast": (_STATUS, [_ADDRESS, _COUNT, _COUNT, _ADDRESS]),
 }
+_ASIDE = ("recordable", "recordable_name", "instruction_set")  # part of no step
 
 
 class Library:
     """The library's functions by their names without the prefix, called with addresses and numbers.
 
-    While a ``Recording`` is active every call is noted in it too.
+    While a ``Recording`` is active, calls that it can repeat are noted in it, and others raise.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,8 +92,10 @@ class Library:
         self.recording = recording
         for name in _SIGNATURES:
             function = getattr(self._native, f"euryale_{name}")
-            place = self.recordable(name.encode()) if recording and name != "recordable" else -1
-            setattr(self, name, function if place < 0 else recording.noting(place, function))
+            if recording is None or name in _ASIDE:
+                setattr(self, name, function)
+            else:
+                setattr(self, name, recording.noting(name, self.recordable(name.encode()), function))
 
 
 class Recording:
@@ -101,10 +105,12 @@ class Recording:
         self._words: list[int] = []
         self.kept: list = []
 
-    def noting(self, place: int, function):
-        """``function``, noted whenever it is called."""
+    def noting(self, name: str, place: int, function):
+        """``function``, noted whenever it is called; ``place`` -1: it cannot be repeated."""
 
         def call(*arguments):
+            if place < 0:
+                raise RuntimeError(f"{name} cannot be part of a recorded step")
             self._words += [place, len(arguments), *map(_word, arguments)]
             self.kept += [a for a in arguments if not isinstance(a, int | float | None)]
             return function(*arguments)
@@ -129,7 +135,8 @@ def _word(argument) -> int:
 @cache
 def library() -> Library | None:
     """The library, or None, with a warning, if it was not built here or does not load."""
-    found = sorted(Path(__file__).parent.glob("_native*.so"))
+    names = (f"_native{sysconfig.get_config_var('EXT_SUFFIX')}", "_native.so")
+    found = [path for name in names if (path := Path(__file__).parent / name).is_file()]
     if not found:
         logger.warning(
             "the CPU kernels were not compiled, so the much slower reference kernels run: install a C++ compiler and "
@@ -139,8 +146,8 @@ def library() -> Library | None:
     _share_openmp()
     try:
         return Library(found[0])
-    except OSError as error:
-        logger.warning("the CPU kernels do not load, so the much slower reference kernels run: %s", error)
+    except (OSError, AttributeError) as error:  # not to be loaded, or built from other sources
+        logger.warning("the CPU kernels must be built again; the much slower reference kernels run: %s", error)
         return None
 
 
@@ -168,7 +175,7 @@ def halves(x: torch.Tensor) -> tuple[int, int]:
 
 
 def instruction_set() -> str:
-    """What the kernels run on: avx512, avx2, baseline, or reference if there are none."""
+    """What the kernels run on: avx512_bf16, avx512, avx2, baseline, or reference if there are none."""
     lib = library()
     return lib.instruction_set().decode() if lib else "reference"
 

@@ -1,4 +1,4 @@
-// The kernels of the widest instruction set that this CPU has.
+// The kernels of the instruction set in use: the widest that this CPU has, unless a test chose another.
 #pragma once
 #include "ops.h"
 

@@ -30,7 +30,19 @@ void euryale_accept(int64_t num_rows, int64_t num_segments, const int64_t* paren
                     bool* accepted);
 void euryale_commit(int64_t layers, int64_t pages, int64_t heads, int64_t page, int64_t scratch_rows, int64_t size,
                     char* cache, const char* scratch, int64_t count, const int64_t* rows, const int64_t* slots);
-int euryale_shared_all_reduce_add_rms_norm(EuryaleGroup* group, int64_t is_bfloat16, int64_t rows, int64_t width, void* share,
-                                           const void* residual, const void* weight, float eps, void* normed);
+int64_t euryale_shared_bytes(int64_t size, int64_t capacity);
+EuryaleGroup* euryale_shared_attach(int fd, void* memory, int64_t rank, int64_t size, int64_t capacity,
+                                    int64_t timeout_ns, int64_t may_spin);
+void euryale_shared_detach(EuryaleGroup* group);
+int euryale_shared_all_reduce(EuryaleGroup* group, int64_t is_bfloat16, int64_t count, void* data);
+int euryale_shared_all_reduce_add_rms_norm(EuryaleGroup* group, int64_t is_bfloat16, int64_t rows, int64_t width,
+                                           void* share, const void* residual, const void* weight, float eps,
+                                           void* normed);
+int euryale_shared_all_gather(EuryaleGroup* group, int64_t bytes, const void* data, void* out);
+int euryale_shared_broadcast(EuryaleGroup* group, int64_t root, int64_t bytes, void* data);
+int64_t euryale_recordable(const char* name);
+const char* euryale_recordable_name(int64_t place);
+int euryale_replay(const int64_t* words, int64_t count);
+int euryale_replay_timed(const int64_t* words, int64_t count, int64_t* nanoseconds);
 
 }  // extern "C"

@@ -7,16 +7,6 @@
 
 #include "../../kernels/cpu/interface.h"
 
-extern "C" {
-int64_t euryale_shared_bytes(int64_t size, int64_t capacity);
-EuryaleGroup* euryale_shared_attach(int fd, void* memory, int64_t rank, int64_t size, int64_t capacity,
-                                    int64_t timeout_ns);
-void euryale_shared_detach(EuryaleGroup* group);
-int euryale_shared_all_reduce(EuryaleGroup* group, int64_t is_bfloat16, int64_t count, void* data);
-int euryale_shared_all_gather(EuryaleGroup* group, int64_t bytes, const void* data, void* out);
-int euryale_shared_broadcast(EuryaleGroup* group, int64_t root, int64_t bytes, void* data);
-}
-
 constexpr int64_t SIZE = 4, CAPACITY = 1 << 16, ROUNDS = 300;
 
 void expect(bool holds, const char* what) {
@@ -27,7 +17,7 @@ void expect(bool holds, const char* what) {
 }
 
 void rank_main(char* memory, int64_t rank) {
-    EuryaleGroup* group = euryale_shared_attach(-1, memory, rank, SIZE, CAPACITY, 60'000'000'000);
+    EuryaleGroup* group = euryale_shared_attach(-1, memory, rank, SIZE, CAPACITY, 60'000'000'000, rank % 2);
     for (int64_t i = 0; i < ROUNDS; ++i) {
         for (int64_t count : {1, 1000, 5000, 40000}) {  // one-shot, two-shot, several pieces
             std::vector<float> x(count, float(i + rank));

@@ -39,7 +39,10 @@ def test_greedy_tokens_are_those_of_transformers(models, ranks, family, size):
     assert sum(map(sum, tree["accepted"])) == LENGTH * len(asked)
 
 
-@pytest.mark.parametrize("changes", [{"tree": "off"}, {"tree": "chain"}, {"max_num_seqs": 1}, {"max_num_seqs": 3}])
+CHANGES = [{"tree": "off"}, {"tree": "chain"}, {"max_num_seqs": 1}, {"max_num_seqs": 3}, {"eager": True}]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
 @pytest.mark.parametrize(("family", "size"), [*((family, 1) for family in FAMILIES), ("mistral", 2), ("mistral", 4)])
 def test_no_setting_changes_greedy_tokens(models, ranks, changes, family, size):
     directory, heads, asked, expected = models[family]
