@@ -71,20 +71,18 @@ def model_config(name: str, dtype: torch.dtype, max_positions: int) -> ModelConf
     )
 
 
-def make_runner(
-    name: str, dtype: torch.dtype, num_contexts: int, context: int, group: Group, eager: bool, num_heads: int = 4
-) -> StepRunner:
-    """A step runner with Medusa heads that share the backbone's lm_head and room for ``num_contexts`` requests of
-    ``context`` tokens and a tree, whose pages hold random keys and values."""
+def make_runner(name: str, dtype: torch.dtype, context: int, group: Group, eager: bool) -> StepRunner:
+    """A step runner with four Medusa heads that share the backbone's lm_head, and room for a request of ``context``
+    tokens and a tree, whose pages hold random keys and values."""
     config = model_config(name, dtype, context + 256)
     layout = Layout(group, config.num_heads, config.num_kv_heads, config.head_dim)
     decoder = Decoder(config, Weights(RandomCheckpoint(group.device), layout, SHARDING, dtype), context + 256)
-    hidden = config.hidden_size
+    hidden, num_heads = config.hidden_size, 4
     block = [torch.zeros(hidden, hidden) for _ in range(num_heads)], [torch.zeros(hidden) for _ in range(num_heads)]
     tensors = HeadTensors(weights=[block[0]], biases=[block[1]], lm_heads=[], num_heads=num_heads)
     heads = MedusaHeads(tensors, layout, decoder.lm_head, decoder.shard, dtype)
-    pages = num_contexts * (-(-(context + 128) // PAGE) + 1)
-    cache = KVCache(config, layout.num_kv_heads, pages, PAGE, 128 * num_contexts, group.device)
+    pages = -(-(context + 128) // PAGE) + 1
+    cache = KVCache(config, layout.num_kv_heads, pages, PAGE, 128, group.device)
     cache.pages.normal_()
     graphs = None if eager else make_graphs(decoder, cache, config, group)
     return StepRunner(decoder, heads, cache, 8, graphs)

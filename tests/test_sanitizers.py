@@ -11,7 +11,7 @@ from support import ROOT
 CXX = shutil.which("g++")
 pytestmark = pytest.mark.skipif(CXX is None, reason="there is no g++")
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fopenmp", "-fno-math-errno"]
-SOURCES = [str(p) for p in sorted([*ROOT.glob("kernels/cpu/*.cpp"), *ROOT.glob("parallel/*.cpp")])]
+SOURCES = [str(p) for p in sorted([*ROOT.glob("kernels/*/*.cpp"), *ROOT.glob("parallel/*.cpp")])]
 # The editable installation is taken out, so that the copy is what is imported.
 RUN = """
 import sys

@@ -1,4 +1,4 @@
-"""The walk by the compiled kernel (cpu/dispatch.cpp)."""
+"""The walk by the compiled kernel (cpu.cpp beside this file)."""
 
 import torch
 

@@ -50,7 +50,7 @@ _SIGNATURES = {
     "rope_qk": (None, [*[_COUNT] * 5, *[_ADDRESS] * 8, c_float]),
     "add_rms_norm": (None, [*[_COUNT] * 3, *[_ADDRESS] * 3, c_float, *[_ADDRESS] * 2]),
     "silu_mul": (None, [*[_COUNT] * 3, *[_ADDRESS] * 2]),
-    "top_k": (None, [*[_COUNT] * 5, *[_ADDRESS] * 3]),
+    "top_k": (None, [*[_COUNT] * 4, *[_ADDRESS] * 3]),
     "linear_size": (_COUNT, [*[_COUNT] * 3]),
     "linear_pack": (None, [*[_COUNT] * 3, *[_ADDRESS] * 2]),
     "linear_run": (None, [*[_COUNT] * 5, *[_ADDRESS] * 4]),

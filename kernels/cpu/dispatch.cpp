@@ -46,7 +46,7 @@ extern "C" {
 
 const char* euryale_instruction_set() { return chosen->name; }
 
-// For tests: use a narrower set than the best. 0 if this CPU has none of that name. Packed weights are not carried over.
+// For tests: use a narrower set than the best. 0 if this CPU has none of that name. Packed weights stay behind.
 int euryale_use(const char* name) {
     for (const InstructionSet& set : instruction_sets())
         if (set.is_here && !std::strcmp(set.name, name)) {
@@ -65,8 +65,8 @@ void euryale_tree_attention(const euryale::Step* step, const euryale::Attention*
 void euryale_rope_qk(int64_t is_bfloat16, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, void* qkv,
                      const int64_t* positions, const void* cos, const void* sin, void* step_k, void* step_v,
                      const void* q_norm, const void* k_norm, float eps) {
-    euryale::kernels()->rope_qk(is_bfloat16, rows, heads, kv_heads, head_dim, qkv, positions, cos, sin, step_k, step_v, q_norm,
-                 k_norm, eps);
+    euryale::kernels()->rope_qk(is_bfloat16, rows, heads, kv_heads, head_dim, qkv, positions, cos, sin, step_k,
+                                step_v, q_norm, k_norm, eps);
 }
 
 void euryale_add_rms_norm(int64_t is_bfloat16, int64_t rows, int64_t width, const void* x, const void* residual,
@@ -78,9 +78,9 @@ void euryale_silu_mul(int64_t is_bfloat16, int64_t rows, int64_t width, const vo
     euryale::kernels()->silu_mul(is_bfloat16, rows, width, gate_up, out);
 }
 
-void euryale_top_k(int64_t is_bfloat16, int64_t rows, int64_t stride, int64_t width, int64_t k, const void* x,
+void euryale_top_k(int64_t is_bfloat16, int64_t rows, int64_t width, int64_t k, const void* x,
                    float* values, int64_t* ids) {
-    euryale::kernels()->top_k(is_bfloat16, rows, stride, width, k, x, values, ids);
+    euryale::kernels()->top_k(is_bfloat16, rows, width, k, x, values, ids);
 }
 
 // Elements that packed weights take.
@@ -96,37 +96,6 @@ void euryale_linear_pack(int64_t is_bfloat16, int64_t in, int64_t out, const voi
 void euryale_linear_run(int64_t is_bfloat16, int64_t threads, int64_t rows, int64_t in, int64_t out, const void* x,
                         const void* packed, const void* bias, void* y) {
     euryale::kernels()->linear_run(is_bfloat16, threads, rows, in, out, x, packed, bias, y);
-}
-
-// The deepest path of fitting rows of every tree; of equally deep ones the highest scored end, then the first.
-void euryale_accept(int64_t num_rows, int64_t num_segments, const int64_t* parent_rows, const int64_t* segment_of_row,
-                    const int64_t* depths, const int64_t* roots, const bool* fits, const float* scores, int64_t* last,
-                    bool* accepted) {
-    std::vector<char> reached(num_rows, 0);
-    for (int64_t i = 0; i < num_segments; ++i) reached[last[i] = roots[i]] = 1;
-    for (int64_t row = 0; row < num_rows; ++row) {  // parents come before their children
-        if (parent_rows[row] < 0 || !fits[row] || !reached[parent_rows[row]]) continue;
-        reached[row] = 1;
-        int64_t& end = last[segment_of_row[row]];
-        if (depths[row] > depths[end] || (depths[row] == depths[end] && scores[row] > scores[end])) end = row;
-    }
-    std::fill(accepted, accepted + num_rows, false);
-    for (int64_t i = 0; i < num_segments; ++i)
-        for (int64_t row = last[i]; parent_rows[row] >= 0; row = parent_rows[row]) accepted[row] = true;
-}
-
-// Rows of the step's scratch [layers, 2, scratch_rows, heads, dim] into the cache [layers, 2, pages, heads, page,
-// dim]; `size` bytes of one head's row.
-void euryale_commit(int64_t layers, int64_t pages, int64_t heads, int64_t page, int64_t scratch_rows, int64_t size,
-                    char* cache, const char* scratch, int64_t count, const int64_t* rows, const int64_t* slots) {
-    for (int64_t plane = 0; plane < 2 * layers; ++plane) {
-        char* to = cache + plane * pages * heads * page * size;
-        const char* from = scratch + plane * scratch_rows * heads * size;
-        for (int64_t i = 0; i < count; ++i)
-            for (int64_t h = 0; h < heads; ++h)
-                std::memcpy(to + ((slots[i] / page * heads + h) * page + slots[i] % page) * size,
-                            from + (rows[i] * heads + h) * size, size);
-    }
 }
 
 }  // extern "C"

@@ -19,7 +19,7 @@ void euryale_rope_qk(int64_t is_bfloat16, int64_t rows, int64_t heads, int64_t k
 void euryale_add_rms_norm(int64_t is_bfloat16, int64_t rows, int64_t width, const void* x, const void* residual,
                           const void* weight, float eps, void* normed, void* sum);
 void euryale_silu_mul(int64_t is_bfloat16, int64_t rows, int64_t width, const void* gate_up, void* out);
-void euryale_top_k(int64_t is_bfloat16, int64_t rows, int64_t stride, int64_t width, int64_t k, const void* x,
+void euryale_top_k(int64_t is_bfloat16, int64_t rows, int64_t width, int64_t k, const void* x,
                    float* values, int64_t* ids);
 int64_t euryale_linear_size(int64_t is_bfloat16, int64_t in, int64_t out);
 void euryale_linear_pack(int64_t is_bfloat16, int64_t in, int64_t out, const void* weight, void* packed);

@@ -33,7 +33,7 @@ struct Ops {
     void (*add_rms_norm)(int64_t is_bfloat16, int64_t rows, int64_t width, const void* x, const void* residual,
                          const void* weight, float eps, void* normed, void* sum);
     void (*silu_mul)(int64_t is_bfloat16, int64_t rows, int64_t width, const void* gate_up, void* out);
-    void (*top_k)(int64_t is_bfloat16, int64_t rows, int64_t stride, int64_t width, int64_t k, const void* x,
+    void (*top_k)(int64_t is_bfloat16, int64_t rows, int64_t width, int64_t k, const void* x,
                   float* values, int64_t* ids);
     int64_t (*linear_panel)();  // outputs of a panel: packed weights take whole panels
     void (*linear_pack)(int64_t is_bfloat16, int64_t in, int64_t out, const void* weight, void* packed);

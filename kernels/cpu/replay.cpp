@@ -65,8 +65,8 @@ int64_t euryale_recordable(const char* name) {
     return -1;
 }
 
-// `words`: for every call its place in the table, the number of its arguments, and these; floats as their bits. Stops at
-// the first call that returns something else than 0, and returns that.
+// `words`: for every call its place in the table, the number of its arguments, and these; floats as their bits. Stops
+// at the first call that returns something else than 0, and returns that.
 int euryale_replay(const int64_t* words, int64_t count) {
     for (const int64_t* end = words + count; words < end; words += 2 + words[1])
         if (const int problem = recordable[*words].call(words + 2)) return problem;

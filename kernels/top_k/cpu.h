@@ -32,18 +32,18 @@ void row(const T* x, int64_t width, int64_t k, float* values, int64_t* ids) {
 }
 
 template <class T>
-void run(int64_t rows, int64_t stride, int64_t width, int64_t k, const T* x, float* values, int64_t* ids) {
-    for (int64_t r = 0; r < rows; ++r) row(x + r * stride, width, k, values + r * k, ids + r * k);
+void run(int64_t rows, int64_t width, int64_t k, const T* x, float* values, int64_t* ids) {
+    for (int64_t r = 0; r < rows; ++r) row(x + r * width, width, k, values + r * k, ids + r * k);
 }
 
 }  // namespace top
 
-void top_k(int64_t is_bfloat16, int64_t rows, int64_t stride, int64_t width, int64_t k, const void* x, float* values,
+void top_k(int64_t is_bfloat16, int64_t rows, int64_t width, int64_t k, const void* x, float* values,
            int64_t* ids) {
     if (is_bfloat16)
-        top::run(rows, stride, width, k, (const bfloat16*)x, values, ids);
+        top::run(rows, width, k, (const bfloat16*)x, values, ids);
     else
-        top::run(rows, stride, width, k, (const float*)x, values, ids);
+        top::run(rows, width, k, (const float*)x, values, ids);
 }
 
 }  // namespace EURYALE_ISA

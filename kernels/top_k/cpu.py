@@ -10,5 +10,5 @@ def top_k(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.contiguous()
     rows, width = x.shape
     values, ids = torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int64)
-    cpu.library().top_k(cpu.DTYPES[x.dtype], rows, width, width, k, x.data_ptr(), values.data_ptr(), ids.data_ptr())
+    cpu.library().top_k(cpu.DTYPES[x.dtype], rows, width, k, x.data_ptr(), values.data_ptr(), ids.data_ptr())
     return values, ids
