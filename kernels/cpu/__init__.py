@@ -79,7 +79,7 @@ class Library:
     """
 
     def __init__(self, path: Path) -> None:
-        """OSError if it does not load."""
+        """OSError if it does not load, AttributeError if it lacks a function."""
         self._native = ctypes.CDLL(str(path))
         self.recording: Recording | None = None
         for name, (result, types) in _SIGNATURES.items():

