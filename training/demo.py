@@ -46,9 +46,7 @@ class DemoOptions:
     joint_tokens: float = flag(1.2e6, "tokens of Medusa-2")
     length: int = flag(512, "tokens of a window in both")
     batch: int = flag(8, "windows of a step in all trainings")
-    num_heads: int = flag(
-        4, "Medusa heads; they share the lm_head: their own would nearly double the model"
-    )
+    num_heads: int = flag(4, "Medusa heads; they share the lm_head: their own would nearly double the model")
     head_layers: int = flag(2, "residual blocks of a head")
     nodes: int = flag(5, "guesses of the tree: with the root 6 rows, for which the weights are read once")
     calibration_prompts: int = flag(CalibrateOptions.num_prompts, "held-out prompts the tree is searched on")
