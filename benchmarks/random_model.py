@@ -11,16 +11,19 @@ from transformers import LlamaConfig
 from euryale.parallel.group import Group
 from euryale.parallel.layout import Layout
 from euryale.parallel.shard import Shard
-from euryale.runtime.config import ModelConfig
+from euryale.runtime.config import EngineConfig, ModelConfig
+from euryale.runtime.engine import Engine
 from euryale.runtime.heads_format import HeadTensors
 from euryale.runtime.kv_cache import KVCache
-from euryale.runtime.loading import make_graphs
+from euryale.runtime.loading import Loaded, make_graphs
 from euryale.runtime.medusa import MedusaHeads
 from euryale.runtime.model import SHARDING, Decoder
 from euryale.runtime.step import StepRunner
 from euryale.runtime.weights import Weights
+from euryale.scheduler.scheduler import Limits
+from euryale.scheduler.tree import TreeShape
 
-PAGE = 16
+PAGE, ROWS = 16, 512  # tokens of a page, rows of a step
 # hidden, layers, heads, kv heads, intermediate, vocabulary
 SHAPES = {
     "demo-6m": (256, 6, 8, 4, 768, 4096),
@@ -71,7 +74,9 @@ def model_config(name: str, dtype: torch.dtype, max_positions: int) -> ModelConf
     )
 
 
-def make_runner(name: str, dtype: torch.dtype, context: int, group: Group, eager: bool) -> StepRunner:
+def make_runner(
+    name: str, dtype: torch.dtype, context: int, group: Group, eager: bool, num_candidates: int = 8
+) -> StepRunner:
     """A step runner with four Medusa heads that share the backbone's lm_head, and room for a request of ``context``
     tokens and a tree, whose pages hold random keys and values."""
     config = model_config(name, dtype, context + 256)
@@ -82,7 +87,24 @@ def make_runner(name: str, dtype: torch.dtype, context: int, group: Group, eager
     tensors = HeadTensors(weights=[block[0]], biases=[block[1]], lm_heads=[], num_heads=num_heads)
     heads = MedusaHeads(tensors, layout, decoder.lm_head, decoder.shard, dtype)
     pages = -(-(context + 128) // PAGE) + 1
-    cache = KVCache(config, layout.num_kv_heads, pages, PAGE, 128, group.device)
+    cache = KVCache(config, layout.num_kv_heads, pages, PAGE, ROWS, group.device)
     cache.pages.normal_()
-    graphs = None if eager else make_graphs(decoder, cache, config, group)
-    return StepRunner(decoder, heads, cache, 8, graphs)
+    graphs = None if eager else make_graphs(cache, config, ROWS, group)
+    return StepRunner(decoder, heads, cache, num_candidates, graphs)
+
+
+def make_engine(name: str, dtype: torch.dtype, tree: TreeShape | None, max_len: int, group: Group, **options) -> Engine:
+    """An engine for one request of up to ``max_len`` tokens at a time; ``options`` are EngineConfig's."""
+    runner = make_runner(name, dtype, max_len, group, False, tree.num_candidates if tree else 0)
+    runner.heads = runner.heads if tree else None
+    limits = Limits(
+        max_model_len=max_len,
+        max_num_seqs=1,
+        max_num_batched_tokens=ROWS,
+        vocab_size=runner.decoder.shard.vocab_size,
+        num_pages=runner.cache.num_pages,
+        page_size=PAGE,
+    )
+    model = model_config(name, dtype, max_len)
+    loaded = Loaded(runner=runner, limits=limits, tree=tree, model=model, fingerprint="random weights")
+    return Engine(EngineConfig(model=name, **options), group, loaded)

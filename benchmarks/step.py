@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from euryale.benchmarks.machine import describe, read_bandwidth
+from euryale.benchmarks.parts import parts
 from euryale.benchmarks.random_model import PAGE, SHAPES, make_runner
 from euryale.parallel.group import Group, join
 from euryale.runtime.config import DTYPES
@@ -55,36 +56,10 @@ def measure(runner: StepRunner, plans: dict[int, StepPlan], rounds: int) -> dict
     return {rows: statistics.median(seconds) for rows, seconds in found.items()}
 
 
-def shares(runner: StepRunner, plan: StepPlan, rounds: int) -> dict[str, float]:
-    """Median seconds of a step by part: the recorded operations of the decoder one by one, what is around it, and the
-    rest. Without a recording the decoder is one part."""
-    timers = {"decoder": (runner, "_hidden_states"), "lm_head": (runner.decoder, "logits")}
-    timers |= {"heads": (runner, "_guess"), "commit": (runner.cache, "commit")}
-    spent: dict[str, list[float]] = {}
-    for name, (owner, method) in timers.items():
-        inner = getattr(owner, method)
-
-        def timed(*args, inner=inner, name=name):
-            started = time.perf_counter()
-            result = inner(*args)
-            spent.setdefault(name, []).append(time.perf_counter() - started)
-            return result
-
-        setattr(owner, method, timed)
-    graph = runner.graphs.graph(plan.num_rows) if runner.graphs else None
-    for _ in range(rounds):
-        started = time.perf_counter()
-        runner.run(plan)
-        spent.setdefault("step", []).append(time.perf_counter() - started)
-        for name, seconds in graph.time().items() if graph else ():
-            spent.setdefault(name, []).append(seconds)
-    for owner, method in timers.values():
-        delattr(owner, method)
-    parts = {name: statistics.median(seconds) for name, seconds in spent.items()}
-    step, decoder = parts.pop("step"), parts.pop("decoder")
-    if graph is None:
-        parts["decoder"] = decoder
-    return {name: part / step for name, part in parts.items()} | {"host and sampling": 1 - sum(parts.values()) / step}
+def shares(runner: StepRunner, plan: StepPlan, seconds: float, rounds: int) -> dict[str, float]:
+    """Shares of a step of so many ``seconds`` by part; what no recorded kernel accounts for is the host's."""
+    found = {name: part / seconds for name, part in parts(runner, plan, rounds).items()}
+    return found | {"host": 1 - sum(found.values())} if found else {}
 
 
 def weight_bytes(runner: StepRunner) -> int:
@@ -110,12 +85,12 @@ def run(args: argparse.Namespace, group: Group) -> dict:
         floor = (weight_bytes(runner) + kv) / bandwidth
         found = {}
         for rows, total in seconds.items():
-            parts = shares(runner, plans[rows], max(5, args.rounds // 3))
+            of_step = shares(runner, plans[rows], total, max(5, args.rounds // 3))
             found[rows] = {
                 "ms": round(total * 1e3, 3),
                 "x_plain": round(total / seconds[0], 3),
                 "x_byte_floor": round(total / floor, 2),
-                "shares": {name: round(part, 4) for name, part in parts.items()},
+                "shares": {name: round(part, 4) for name, part in of_step.items()},
             }
         report["contexts"][context] = found
     return report
@@ -128,8 +103,8 @@ def show(report: dict) -> None:
     for context, found in report["contexts"].items():
         print(f"\ncontext {context}\n{'rows':>5}{'ms':>9}{'x plain':>9}{'x floor':>9}  shares of the step, %")
         for rows, row in found.items():
-            parts = ", ".join(f"{name} {100 * part:.1f}" for name, part in row["shares"].items())
-            print(f"{rows or 'plain':>5}{row['ms']:>9.3f}{row['x_plain']:>9.2f}{row['x_byte_floor']:>9.2f}  {parts}")
+            of_step = ", ".join(f"{name} {100 * part:.1f}" for name, part in row["shares"].items())
+            print(f"{rows or 'plain':>5}{row['ms']:>9.3f}{row['x_plain']:>9.2f}{row['x_byte_floor']:>9.2f}  {of_step}")
     print(json.dumps(report))
 
 

@@ -1,6 +1,7 @@
 """Which implementation of an operation runs: ``reference`` (plain PyTorch, the oracle), ``cpu`` (C++) or ``triton``."""
 
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -19,8 +20,8 @@ def implementation(operation: str, device: torch.device) -> ModuleType:
 
 
 def is_compiled(device: torch.device) -> bool:
-    """Whether the C++ kernels run on this device."""
-    return (_forced or _best(device.type)) == "cpu"
+    """Whether compiled kernels run on this device rather than PyTorch's."""
+    return (_forced or _best(device.type)) != "reference"
 
 
 @contextmanager
@@ -38,7 +39,7 @@ def forced(name: str) -> Iterator[None]:
 def _best(device_type: str) -> str:
     if device_type == "cpu" and cpu.library() is not None:
         return "cpu"
-    return "reference"  # on GPUs too: Triton's kernels are not picked before they have been measured on one
+    return "triton" if device_type == "cuda" and importlib.util.find_spec("triton") else "reference"
 
 
 @cache

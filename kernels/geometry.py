@@ -5,12 +5,13 @@ tree whose root (node 0) is the last certain row and whose node n is the n-th dr
 ancestor bits.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 import torch
+
+from euryale.kernels.tables import Tables
 
 WORD = 64
 MAX_WORDS = 2  # of ancestor bits: trees of up to 128 nodes
@@ -72,9 +73,10 @@ def _row_tables(num_certain: int, parents: bytes) -> _RowTables:
     return _RowTables(places.astype(np.int64), depths, parent_rows.astype(np.int64), ancestors.view(np.int64))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class StepGeometry:
-    """``segments``, ``row_starts`` [B + 1] on the host. On the device, int64 where nothing else is said:
+    """``segments``, ``row_starts`` [B + 1] and ``max_depth`` on the host. On the device, int64 where nothing else is
+    said:
 
     of rows: ``positions`` [R] (context + place in the chain or depth), ``segment_of_row`` [R], ``parent_rows`` [R] (-1
     for certain rows), ``depths`` [R] (0 for certain rows), ``slots`` [R] (where in the paged cache a row goes if it is
@@ -85,6 +87,7 @@ class StepGeometry:
     segments: list[SegmentShape]
     page_size: int
     row_starts: list[int]
+    max_depth: int
     positions: torch.Tensor
     segment_of_row: torch.Tensor
     parent_rows: torch.Tensor
@@ -96,47 +99,72 @@ class StepGeometry:
     contexts: torch.Tensor
     page_starts: torch.Tensor
     pages: torch.Tensor
-    max_depth: int
+    is_refilled: bool = False  # its tensors will hold other steps of the same shape
     prepared: dict = field(default_factory=dict)  # what a kernel derives once per step instead of once per layer
 
     @property
     def num_rows(self) -> int:
         return self.row_starts[-1]
 
-    def on_buffers(self, positions: torch.Tensor, step) -> "StepGeometry":
-        """The same on buffers that a recording keeps: ``positions``, and what the CPU's attention reads."""
-        return dataclasses.replace(self, positions=positions, prepared={"tree_attention.cpu": step})
-
     @classmethod
     def build(cls, segments: list[SegmentShape], page_size: int, device: torch.device) -> "StepGeometry":
         """Derive everything from the segments' shapes."""
-        tables = [_row_tables(s.num_certain, s.parents.tobytes()) for s in segments]
-        num_pages = np.asarray([len(s.pages) for s in segments])
-        host = {
-            "num_certain": np.asarray([s.num_certain for s in segments]),
-            "contexts": np.asarray([s.context for s in segments]),
-            "page_starts": num_pages.cumsum() - num_pages,
-            "pages": _joined([s.pages for s in segments]).astype(np.int32, copy=False),
-            "depths": _joined([t.depths for t in tables]),
-            "ancestors": _joined([t.ancestors for t in tables]),
-        }
-        counts = [len(t.places) for t in tables]
-        starts, of_row = np.cumsum([0, *counts]), np.repeat(np.arange(len(segments)), counts)
-        positions = _joined([t.places for t in tables]) + host["contexts"][of_row]
-        parents = _joined([t.parents for t in tables])
-        host["parent_rows"] = np.where(parents < 0, -1, parents + starts[of_row])
-        place, held = positions // page_size, num_pages[of_row]
-        page = host["pages"][host["page_starts"][of_row] + np.minimum(place, held - 1)].astype(np.int64)
-        host["slots"] = np.where(place < held, page * page_size + positions % page_size, -1)
-        host |= {"starts": starts, "segment_of_row": of_row, "positions": positions}
-        return cls(
-            segments=segments,
-            page_size=page_size,
-            row_starts=starts.tolist(),
-            max_depth=int(host["depths"].max()),
-            **{name: torch.from_numpy(array).to(device) for name, array in host.items()},
-        )
+        arrays = geometry_arrays(segments, page_size)
+        return cls.of(segments, page_size, arrays, Tables(arrays, device).tensors)
+
+    @classmethod
+    def of(cls, segments, page_size: int, arrays: dict[str, np.ndarray], tensors, **options) -> "StepGeometry":
+        """From ``geometry_arrays`` and ``tensors`` of these names."""
+        options |= {"row_starts": arrays["starts"].tolist(), "max_depth": int(arrays["depths"].max())}
+        options |= {name: tensors[name] for name in GEOMETRY_ARRAYS}
+        return cls(segments=segments, page_size=page_size, **options)
+
+    def refill(self, segments: list[SegmentShape], arrays: dict[str, np.ndarray]) -> bool:
+        """Take what the host knows of another step, whose arrays of the same shapes are in the tensors' place; False if
+        what was prepared has no room for it."""
+        self.segments, self.row_starts = segments, arrays["starts"].tolist()
+        self.max_depth = int(arrays["depths"].max())
+        self.prepared = {key: made for key, made in self.prepared.items() if hasattr(made, "refill")}
+        return all(made.refill(self) for made in self.prepared.values())
+
+
+GEOMETRY_ARRAYS = (
+    "positions",
+    "segment_of_row",
+    "parent_rows",
+    "depths",
+    "slots",
+    "ancestors",
+    "starts",
+    "num_certain",
+    "contexts",
+    "page_starts",
+    "pages",
+)
+
+
+def geometry_arrays(segments: list[SegmentShape], page_size: int) -> dict[str, np.ndarray]:
+    """The tensors of a StepGeometry, as the host makes them."""
+    tables = [_row_tables(s.num_certain, s.parents.tobytes()) for s in segments]
+    num_pages = np.asarray([len(s.pages) for s in segments])
+    arrays = {
+        "num_certain": np.asarray([s.num_certain for s in segments]),
+        "contexts": np.asarray([s.context for s in segments]),
+        "page_starts": num_pages.cumsum() - num_pages,
+        "pages": _joined([s.pages for s in segments]).astype(np.int32, copy=False),
+        "depths": _joined([t.depths for t in tables]),
+        "ancestors": _joined([t.ancestors for t in tables]),
+    }
+    counts = [len(t.places) for t in tables]
+    starts, of_row = np.cumsum([0, *counts]), np.repeat(np.arange(len(segments)), counts)
+    positions = _joined([t.places for t in tables]) + arrays["contexts"][of_row]
+    parents = _joined([t.parents for t in tables])
+    arrays["parent_rows"] = np.where(parents < 0, -1, parents + starts[of_row])
+    place, held = positions // page_size, num_pages[of_row]
+    page = arrays["pages"][arrays["page_starts"][of_row] + np.minimum(place, held - 1)].astype(np.int64)
+    arrays["slots"] = np.where(place < held, page * page_size + positions % page_size, -1)
+    return arrays | {"starts": starts, "segment_of_row": of_row, "positions": positions}
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

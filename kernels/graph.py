@@ -1,48 +1,40 @@
 """A piece of a step recorded once and replayed in one call, without Python between its kernels.
 
-On a small model the calls cost as much as what they do. Nothing is described twice: the recording is what the eager
-code did, with the same kernels in the same order on the same addresses, so a replay computes the same bits.
+On a small model, and on a fast GPU, the calls cost as much as what they do. Nothing is described twice: the recording
+is what the eager code did, with the same kernels in the same order on the same addresses, so a replay computes the same
+bits. What changes from step to step, the recorded function reads from tensors that stay where they are.
 """
 
 import ctypes
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import torch
 
 from euryale.kernels import backend, cpu
-from euryale.kernels.geometry import StepGeometry
-from euryale.kernels.tree_attention.cpu import prepared_step
 
-Function = Callable[[torch.Tensor, StepGeometry], torch.Tensor]
+Function = Callable[[], tuple[torch.Tensor, ...]]
 
 
-class _Graph:
-    """``function`` of ``x`` [R, ...] and a geometry of R rows, recorded as it runs, on buffers of its own. ``out`` is
-    its result until the next replay."""
+class Recording:
+    """``function``'s calls of the compiled CPU kernels; other operations on tensors are not repeated, so that it may
+    only make views of them. ``out``: its results, until the next replay."""
 
-    def __init__(self, function: Function, x: torch.Tensor, geometry: StepGeometry) -> None:
-        self._x, self._positions = x.clone(), geometry.positions.clone()
-        self._step, self._geometry = cpu.Step.from_buffer_copy(prepared_step(geometry)), geometry
+    def __init__(self, function: Function) -> None:
         recording, library = cpu.Recording(), cpu.library()
         library.record(recording)
         try:
-            self.out = function(self._x, geometry.on_buffers(self._positions, self._step))
+            self.out = function()
         finally:
             library.record(None)
         self._words, self._kept = recording.words(), recording.kept
 
-    def replay(self, x: torch.Tensor, geometry: StepGeometry) -> int:
-        """Compute ``out`` again for another input; the status of the call that failed, or 0."""
-        self._x.copy_(x)
-        self._positions.copy_(geometry.positions)
-        self._geometry = geometry  # the step points into its tensors
-        ctypes.memmove(ctypes.addressof(self._step), ctypes.addressof(prepared_step(geometry)), ctypes.sizeof(cpu.Step))
+    def replay(self) -> int:
+        """Compute ``out`` again; the status of the call that failed, or 0."""
         return cpu.library().replay(self._words, len(self._words))
 
     def time(self) -> dict[str, float]:
-        """Seconds of one more replay by operation. What it computes means nothing: the input was consumed by the replay
-        before. All ranks of a group have to call it together."""
+        """Seconds of one more replay by operation. What it computes means nothing: the inputs were consumed by the
+        replay before. All ranks of a group have to call it together."""
         library, names = cpu.library(), []
         while (name := library.recordable_name(len(names))) is not None:
             names.append(name.decode())
@@ -52,29 +44,35 @@ class _Graph:
         return {name: spent[i] / 1e9 for i, name in enumerate(names) if spent[i]}
 
 
-class Graphs:
-    """Graphs of one function, one for each number of rows, made when first wanted."""
+class CudaGraph:
+    """``function``'s launches on a GPU. All graphs share one pool of memory: one runs after the other."""
 
-    def __init__(self, function: Function, max_rows: int, max_graphs: int = 32) -> None:
-        """``max_rows``: more rows run eagerly; there the kernels' own work outweighs the calls."""
-        self._function, self._max_rows, self._max_graphs = function, max_rows, max_graphs
-        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+    _pool = None
 
-    def graph(self, rows: int) -> _Graph | None:
-        """The graph of so many rows, if there is one."""
-        return self._graphs.get((rows, torch.get_num_threads()))
+    def __init__(self, function: Function) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels are compiled and libraries set up outside of the capture
+            self.out = function()
+        torch.cuda.current_stream().wait_stream(stream)
+        if CudaGraph._pool is None:
+            CudaGraph._pool = torch.cuda.graph_pool_handle()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=CudaGraph._pool):
+            self._captured = function()
 
-    def __call__(self, x: torch.Tensor, geometry: StepGeometry) -> tuple[torch.Tensor, int]:
-        """The function's result, valid until the next call, and 0 or the status of the call that failed."""
-        if len(x) > self._max_rows or not backend.is_compiled(x.device):
-            return self._function(x, geometry), 0
-        key = (len(x), torch.get_num_threads())
-        graph, status = self.graph(len(x)), 0
-        if graph is not None:
-            self._graphs.move_to_end(key)
-            status = graph.replay(x, geometry)
-        else:
-            if len(self._graphs) == self._max_graphs:
-                self._graphs.popitem(last=False)
-            graph = self._graphs[key] = _Graph(self._function, x, geometry)
-        return graph.out, status
+    def replay(self) -> int:
+        """Compute ``out`` again; always 0: failures show where results are read."""
+        self._graph.replay()
+        self.out = self._captured
+        return 0
+
+
+def can_record(device: torch.device) -> bool:
+    """Whether what runs on this device now can be recorded."""
+    return backend.is_compiled(device)
+
+
+def record(function: Function, device: torch.device) -> Recording | CudaGraph:
+    """Run ``function`` and keep it for replays."""
+    return CudaGraph(function) if device.type == "cuda" else Recording(function)

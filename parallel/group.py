@@ -60,12 +60,6 @@ class Group:
         """Every rank's ``x`` [...], stacked in rank order: [size, ...]."""
         return x[None] if self.size == 1 else self.collectives.all_gather(x)
 
-    def gather_last(self, x: torch.Tensor) -> torch.Tensor:
-        """Concatenate every rank's [..., n] along the last axis: [..., size * n]."""
-        if self.size == 1:
-            return x
-        return torch.cat(self.all_gather(x).unbind(0), dim=-1)
-
     def minimum(self, value: int) -> int:
         """The smallest of the ranks' values; for use while loading."""
         return value if self.size == 1 else int(self.patient_gather(torch.tensor([value])).min())
@@ -128,8 +122,8 @@ class Group:
 
     @property
     def can_record(self) -> bool:
-        """Whether a step's collectives are native calls, which a recording (kernels/graph.py) can repeat."""
-        return self.size == 1 or isinstance(self.collectives, SharedMemory)
+        """Whether a step's collectives are native calls or NCCL's, which a recording (kernels/graph.py) can repeat."""
+        return self.size == 1 or isinstance(self.collectives, SharedMemory) or self.device.type == "cuda"
 
     def check(self, status: int) -> None:
         """Raise what the recorded collective that returned ``status`` would have raised; 0 is none."""

@@ -1,9 +1,9 @@
 """Sharded layers. Each is built from the weights its rank holds; a group of one makes them ordinary layers."""
 
 import torch
-import torch.nn.functional as F
 
 from euryale.kernels.linear import FrozenLinear
+from euryale.kernels.take_rows import take_rows
 from euryale.parallel.group import Group
 
 
@@ -37,7 +37,7 @@ class ResidualNorm:
 
 
 class VocabParallelEmbedding:
-    """Rows of the embedding are shared out: token ids [T] -> [T, D], zero where another rank has the row."""
+    """Rows of the embedding are shared out: token ids int32 [T] -> [T, D], zero where another rank has the row."""
 
     def __init__(self, group: Group, weight: torch.Tensor) -> None:
         """``weight`` [ceil(V / size), D], padded with zeros."""
@@ -45,9 +45,4 @@ class VocabParallelEmbedding:
         self.weight = weight
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        if self.group.size == 1:
-            return F.embedding(tokens, self.weight)
-        local = tokens - self.group.rank * len(self.weight)
-        is_mine = (local >= 0) & (local < len(self.weight))
-        rows = F.embedding(local.clamp(0, len(self.weight) - 1), self.weight)
-        return rows.masked_fill_(~is_mine[:, None], 0)
+        return take_rows(self.weight, tokens, self.group.rank * len(self.weight))

@@ -74,7 +74,7 @@ class SharedMemory:
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's ``x`` [...], stacked in rank order: [size, ...]."""
         x = x.contiguous()
-        out = x.new_empty((self._size, *x.shape))
+        out = cpu.empty(x, self._size, *x.shape)
         self.check(cpu.library().shared_all_gather(self._handle, x.nbytes, x.data_ptr(), out.data_ptr()))
         return out
 

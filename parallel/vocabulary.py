@@ -50,43 +50,28 @@ def best(values_NR: torch.Tensor, ids_NR: torch.Tensor) -> torch.Tensor:
     return torch.where(values_NR == top, ids_NR, torch.iinfo(torch.int64).max).min(dim=0).values
 
 
-def local_best(shard: VocabShard, scores_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's largest score of each row and its global token id: float32 [R], int64 [R]."""
-    values, local = kernels.top_k(scores_RV, 1)
-    return values[:, 0], local[:, 0] + shard.offset
+def merge(shard: VocabShard, packed: torch.Tensor) -> torch.Tensor:
+    """The k largest over all ranks of what each found with ``kernels.top_k`` in its own shard: int32 [2, R, k]. 8 k
+    bytes per row and rank."""
+    return kernels.merge_top_k(shard.group.all_gather(packed))
 
 
-def argmax(shard: VocabShard, scores_RV: torch.Tensor) -> torch.Tensor:
-    """The token of the largest score in each row over all ranks: int64 [R]. 8 bytes per row and rank."""
-    values, ids = local_best(shard, scores_RV)
-    if shard.group.size == 1:
-        return ids
-    columns = pack([values], [ids])
-    (values_SR,), (ids_SR,) = unpack(shard.group.all_gather(columns), 1)
-    return best(values_SR, ids_SR)
+def argmax(shard: VocabShard, logits_RV: torch.Tensor) -> torch.Tensor:
+    """The token of the largest logit in each row over all ranks: int32 [R]. 8 bytes per row and rank."""
+    return merge(shard, kernels.top_k(logits_RV, 1, shard.num_valid, shard.offset))[1, :, 0]
 
 
 def top_k(shard: VocabShard, logits_RV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``k`` largest logits of each row and their token ids, largest first: float32 [R, k], int64 [R, k].
+    """The ``k`` largest logits of each row and their token ids, largest first: float32 [R, k], int32 [R, k].
 
     8 k bytes per row and rank. Where the vocabulary has fewer than ``k`` tokens the rest is -inf.
     """
-    values, ids = local_top_k(shard, logits_RV, k)
-    if shard.group.size == 1:
-        return values, ids
-    packed = pack(list(values.unbind(1)), list(ids.unbind(1)))
-    all_values, all_ids = unpack(shard.group.all_gather(packed), values.shape[1])
-    # Ranks in order, and each rank's best first: of equal values the smaller ids come first.
-    values = torch.stack(all_values).permute(2, 1, 0).flatten(1)  # [R, S * k]
-    ids = torch.stack(all_ids).permute(2, 1, 0).flatten(1)
-    values, order = kernels.top_k(values, k)
-    return values, ids.gather(1, order)
+    return kernels.values_and_ids(merge(shard, kernels.top_k(logits_RV, k, shard.num_valid, shard.offset)))
 
 
 def local_top_k(shard: VocabShard, logits_RV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's ``k`` largest of each row, padded with -inf where it has fewer tokens."""
-    values, local = kernels.top_k(logits_RV, k)
-    return values, local + shard.offset
+    return kernels.values_and_ids(kernels.top_k(logits_RV, k, shard.num_valid, shard.offset))
 
 
 def pack(floats: list[torch.Tensor], ids: list[torch.Tensor]) -> torch.Tensor:

@@ -16,61 +16,79 @@ from euryale.kernels.accept import accept
 from euryale.parallel import vocabulary
 from euryale.parallel.vocabulary import VocabShard
 from euryale.runtime.batch import StepBatch
-from euryale.runtime.sampling import Draw, RowParams, draw
+from euryale.runtime.sampling import draw
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accepted:
-    """``last`` int64 [B], the row where each segment's walk ended; ``rows`` int64 [n], the accepted draft rows in
-    order; ``bonus`` int64 [N], the token drawn at each decided row."""
+    """``next_tokens`` int32 [N], what the model says after each decided row; ``last`` int32 [B], the row where each
+    segment's walk ended; ``kept`` int64 [R], the slots of the rows that become permanent, -1 for others."""
 
+    next_tokens: torch.Tensor
     last: torch.Tensor
-    rows: torch.Tensor
-    bonus: torch.Tensor
+    kept: torch.Tensor
 
 
 def decide(shard: VocabShard, logits_NV: torch.Tensor, batch: StepBatch) -> Accepted:
     """Accept drafts and draw bonus tokens from the logits [N, V] of the batch's decided rows."""
-    geometry = batch.geometry
-    params = [batch.segments[i].params for i in batch.sampling]
-    is_typical = any(p.acceptance == "typical" for p in params)
-    drafts, parents_at = batch.drafts, batch.parents_at
-    if all(p.temperature == 0 for p in params):
+    good = scores = asked = None
+    if batch.rules is None:
         # Greedy needs no distribution; typical at temperature 0 accepts the argmax and nothing else.
-        drawn, is_typical = Draw(tokens=vocabulary.argmax(shard, logits_NV)), False
+        tokens = vocabulary.argmax(shard, logits_NV)
     else:
-        asked = torch.stack([parents_at, batch.tokens[drafts]], dim=1) if is_typical else None
-        drawn = draw(shard, logits_NV, _row_params(batch, logits_NV.device), asked)
-    fits = torch.zeros(geometry.num_rows, dtype=torch.bool, device=logits_NV.device)
-    scores = torch.zeros(geometry.num_rows, device=logits_NV.device)
-    fits[drafts] = drawn.tokens[parents_at] == batch.tokens[drafts]
-    if is_typical:
-        _apply_typical(batch, drawn, drafts, parents_at, fits, scores)
-    last, accepted = accept(geometry, batch.roots, fits, scores)
-    return Accepted(last=last, rows=accepted.nonzero()[:, 0], bonus=drawn.tokens)
+        typical = _TypicalRows.of(batch)
+        if typical is not None:
+            asked = torch.stack([typical.parents_at, batch.tokens[typical.rows]], dim=1)
+        drawn = draw(shard, logits_NV, batch.rules, asked)
+        tokens = drawn.tokens
+        if typical is not None:
+            good, scores = typical.judge(batch, drawn.child_logp, drawn.entropy)
+    next_R = tokens
+    if batch.decided is not None:
+        next_R = torch.where(batch.decided_at >= 0, tokens[batch.decided_at.clamp(min=0)], -1)
+    last, kept = accept(batch.geometry, batch.tokens, next_R, good, scores)
+    return Accepted(next_tokens=tokens, last=last, kept=kept)
 
 
-def _apply_typical(batch: StepBatch, drawn: Draw, drafts, parents_at, fits, scores) -> None:
-    """Overwrite ``fits`` and ``scores`` of the drafts whose request asks for typical acceptance, in place."""
-    rules = [batch.segments[int(i)].params for i in batch.geometry.segment_of_row[drafts].tolist()]
-    table = np.asarray([(r.acceptance == "typical" and r.temperature > 0, r.epsilon, r.delta) for r in rules])
-    chosen, epsilon, delta = torch.from_numpy(table.astype(np.float32).reshape(-1, 3)).to(fits.device).unbind(1)
-    limit = torch.minimum(epsilon, delta * torch.exp(-drawn.entropy[parents_at]))
-    good = drawn.child_logp.exp() > limit
-    fits[drafts] = torch.where(chosen > 0, good, fits[drafts])
-    own = torch.zeros_like(scores)
-    own[drafts] = torch.where(chosen > 0, drawn.child_logp, 0.0)
-    # A path's log-probability: sum its nodes', from the node up to the root.
-    row = torch.arange(len(scores), device=scores.device)
-    for _ in range(batch.geometry.max_depth):
-        scores += torch.where(row >= 0, own[row.clamp(min=0)], 0.0)
-        row = torch.where(row >= 0, batch.geometry.parent_rows[row.clamp(min=0)], -1)
+@dataclass(frozen=True)
+class _TypicalRows:
+    """The draft rows of requests that ask for typical acceptance: ``rows`` int64 [D], ``parents_at`` int64 [D], their
+    parents' places among the decided rows, ``epsilon`` and ``delta`` float32 [D]."""
 
+    rows: torch.Tensor
+    parents_at: torch.Tensor
+    epsilon: torch.Tensor
+    delta: torch.Tensor
 
-def _row_params(batch: StepBatch, device: torch.device) -> RowParams:
-    rows, starts, depths = [], batch.geometry.row_starts, batch.geometry.depths.tolist()
-    for i in batch.sampling:
-        segment = batch.segments[i]
-        for row in range(starts[i] + segment.num_certain - 1, starts[i + 1]):
-            rows.append((segment.params, segment.position + depths[row]))
-    return RowParams.build(rows, device)
+    @classmethod
+    def of(cls, batch: StepBatch) -> "_TypicalRows | None":
+        """None if there are none."""
+        rules = {i: batch.segments[i].params for i in batch.sampling}
+        chosen = [i for i, r in rules.items() if r.acceptance == "typical" and r.temperature > 0]
+        starts, device = batch.geometry.row_starts, batch.tokens.device
+        pairs = [(i, row) for i in chosen for row in range(starts[i] + batch.segments[i].num_certain, starts[i + 1])]
+        if not pairs:
+            return None
+        owners, rows = np.asarray(pairs, dtype=np.int64).T.copy()
+        parents = batch.host_parents[rows]
+        places = parents if batch.host_decided_at is None else batch.host_decided_at[parents]
+        table = np.asarray([(rules[i].epsilon, rules[i].delta) for i in owners], dtype=np.float32)
+        on_device = (torch.from_numpy(x).to(device) for x in (rows, places, table[:, 0].copy(), table[:, 1].copy()))
+        return cls(*on_device)
+
+    def judge(
+        self, batch: StepBatch, child_logp: torch.Tensor, entropy: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whether these rows are good enough, int8 [R], -1 for others, and the log-probability of the path that ends at
+        each row, float32 [R], from ``child_logp`` [D] and the decided rows' ``entropy`` [N]."""
+        limit = torch.minimum(self.epsilon, self.delta * torch.exp(-entropy[self.parents_at]))
+        good = torch.full_like(batch.tokens, -1, dtype=torch.int8)
+        good[self.rows] = (child_logp.exp() > limit).to(torch.int8)
+        own = torch.zeros_like(batch.tokens, dtype=torch.float32)
+        own[self.rows] = child_logp
+        # Sum from the row up to the root.
+        scores, row = torch.zeros_like(own), torch.arange(len(own), device=own.device)
+        for _ in range(batch.geometry.max_depth):
+            scores += torch.where(row >= 0, own[row.clamp(min=0)], 0.0)
+            row = torch.where(row >= 0, batch.geometry.parent_rows[row.clamp(min=0)], -1)
+        return good, scores

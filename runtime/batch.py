@@ -1,55 +1,131 @@
 """A step plan as tensors: what the model, the sampler and the commit read."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from euryale.kernels.geometry import SegmentShape, StepGeometry
+from euryale.kernels.geometry import SegmentShape, StepGeometry, geometry_arrays
+from euryale.kernels.tables import Tables
+from euryale.runtime.sampling import RowParams, row_arrays
+from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.plan import Segment, StepPlan
 
+_NONE = np.zeros(0, dtype=np.int32)
+_GREEDY = SamplingParams()
 
-@dataclass(frozen=True, kw_only=True)
-class StepBatch:
-    """``tokens`` int64 [R]; ``roots`` int64 [B], each segment's last certain row; ``certain`` int64 [n], all
-    certain rows; ``decided`` int64 [N], the rows whose next token is needed (roots and drafts of the sampling
-    segments), and ``decided_at`` int64 [R], a row's place among them; ``drafts`` int64 [D], the draft rows, and
-    ``parents_at`` int64 [D], the places of their parents among the decided; ``sampling``: which segments sample."""
 
-    segments: list[Segment]
-    geometry: StepGeometry
-    tokens: torch.Tensor
-    roots: torch.Tensor
-    certain: torch.Tensor
-    decided: torch.Tensor
-    decided_at: torch.Tensor
-    drafts: torch.Tensor
-    parents_at: torch.Tensor
-    sampling: list[int]
+@dataclass(frozen=True)
+class StepKind:
+    """What a plan asks for. ``is_decode``: every segment samples and has one certain row, so that every row is decided.
+    ``is_sampled``: some request draws; ``is_plain``: none wants more than exact acceptance without filters.
+    ``wants_candidates``: some request guesses on."""
+
+    is_decode: bool
+    is_sampled: bool
+    is_plain: bool
+    wants_candidates: bool
 
     @classmethod
-    def build(cls, plan: StepPlan, page_size: int, device: torch.device) -> "StepBatch":
-        segments = plan.segments
-        shapes = [
+    def of(cls, plan: StepPlan) -> "StepKind":
+        drawing = [s.params for s in plan.segments if s.samples and s.params.temperature > 0]
+        return cls(
+            is_decode=all(s.samples and s.num_certain == 1 for s in plan.segments),
+            is_sampled=bool(drawing),
+            is_plain=not any(p.is_filtered or p.acceptance == "typical" for p in drawing),
+            wants_candidates=any(s.wants_candidates for s in plan.segments),
+        )
+
+
+class StepBatch:
+    """``tokens`` int32 [R]; ``decided`` int64 [N], the rows whose next token is needed (roots and drafts of the
+    sampling segments), None if these are all rows; ``decided_at`` int64 [R], a row's place among them, -1 for others;
+    ``wanted`` int64 [W], the segments that guess on, None if these are all; ``rules``: the decided rows' parameters,
+    None if no request draws. ``host_tokens``, ``host_parents`` (of geometry) and ``host_decided_at`` are the host's.
+
+    Padding, rows and segments that nobody reads, comes behind the plan's own.
+    """
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        page_size: int,
+        device: torch.device,
+        padded: tuple[int, int] | None = None,
+        pages: int = 0,
+    ) -> None:
+        """``padded``: rows and segments with padding; ``pages``: room for so many page ids. Both are for batches that
+        are filled again."""
+        self.kind, self._page_size, self._padded = StepKind.of(plan), page_size, padded
+        arrays = self._take(plan)
+        self._tables = Tables(arrays, device, {"pages": pages} if pages else None)
+        tensors = self._tables.tensors
+        self.geometry = StepGeometry.of(self._shapes, page_size, arrays, tensors, is_refilled=padded is not None)
+        self.tokens, self.decided = tensors["tokens"], tensors.get("decided")
+        self.decided_at, self.wanted = tensors.get("decided_at"), tensors.get("wanted")
+        self.rules = None
+        if self.kind.is_sampled:
+            self.rules = RowParams(is_plain=self.kind.is_plain, **{name: tensors[name] for name in RowParams.ARRAYS})
+
+    def refill(self, plan: StepPlan) -> bool:
+        """Take another plan of the same kind, rows and segments, in the same memory; False if it does not fit."""
+        arrays = self._take(plan)
+        self._tables.fill(arrays)
+        return self.geometry.refill(self._shapes, arrays)
+
+    @cached_property
+    def sampling(self) -> list[int]:
+        """Which segments sample."""
+        return [i for i, segment in enumerate(self.segments) if segment.samples]
+
+    def _take(self, plan: StepPlan) -> dict[str, np.ndarray]:
+        self.segments: list[Segment] = plan.segments
+        self.__dict__.pop("sampling", None)
+        self._shapes = [
             SegmentShape(num_certain=s.num_certain, context=s.context, parents=s.parents, pages=s.pages)
-            for s in segments
+            for s in plan.segments
         ]
-        geometry = StepGeometry.build(shapes, page_size, device)
-        parents, of_row = geometry.parent_rows.cpu().numpy(), geometry.segment_of_row.cpu().numpy()
-        num_certain = np.asarray([s.num_certain for s in segments])
-        roots = np.asarray(geometry.row_starts[:-1]) + num_certain - 1
-        samples = np.asarray([s.samples for s in segments])
-        is_decided = samples[of_row] & (np.arange(len(parents)) >= roots[of_row])
-        (decided,), (certain,), (drafts,) = is_decided.nonzero(), (parents < 0).nonzero(), (parents >= 0).nonzero()
-        decided_at = np.where(is_decided, is_decided.cumsum() - 1, -1)
-        host = {
-            "tokens": np.concatenate([s.tokens for s in segments]).astype(np.int64),
-            "roots": roots,
-            "certain": certain,
-            "decided": decided,
-            "decided_at": decided_at,
-            "drafts": drafts,
-            "parents_at": decided_at[parents[drafts]],
-        }
-        on_device = {name: torch.from_numpy(array).to(device) for name, array in host.items()}
-        return cls(segments=segments, geometry=geometry, sampling=samples.nonzero()[0].tolist(), **on_device)
+        tokens = [s.tokens for s in plan.segments]
+        if self._padded is not None:
+            self._pad(tokens)
+        arrays = geometry_arrays(self._shapes, self._page_size)
+        arrays["tokens"] = np.concatenate(tokens).astype(np.int32, copy=False)
+        self.host_parents, self.host_tokens = arrays["parent_rows"], arrays["tokens"]
+        self.host_decided_at = None
+        if not self.kind.is_decode:
+            self._decide(arrays)
+        if self.kind.is_sampled:
+            self._sample(arrays)
+        return arrays
+
+    def _pad(self, tokens: list[np.ndarray]) -> None:
+        rows, segments = (wanted - have for wanted, have in zip(self._padded, self._size(), strict=True))
+        for i in range(segments):
+            count = 1 if i < segments - 1 else rows - (segments - 1)  # the last takes what is left
+            self._shapes.append(SegmentShape(num_certain=count, context=0, parents=_NONE, pages=_NONE))
+            tokens.append(np.zeros(count, dtype=np.int32))
+
+    def _size(self) -> tuple[int, int]:
+        return sum(s.num_rows for s in self._shapes), len(self._shapes)
+
+    def _decide(self, arrays: dict[str, np.ndarray]) -> None:
+        """Which rows' next tokens are needed."""
+        of_row = arrays["segment_of_row"]
+        roots = arrays["starts"][:-1] + arrays["num_certain"] - 1
+        samples = np.asarray([s.samples for s in self.segments])
+        is_decided = samples[of_row] & (np.arange(len(of_row)) >= roots[of_row])
+        arrays["decided"] = is_decided.nonzero()[0]
+        arrays["wanted"] = np.asarray([i for i, s in enumerate(self.segments) if s.wants_candidates], dtype=np.int64)
+        self.host_decided_at = arrays["decided_at"] = np.where(is_decided, is_decided.cumsum() - 1, -1)
+
+    def _sample(self, arrays: dict[str, np.ndarray]) -> None:
+        """Parameters of every decided row; padding is greedy."""
+        rows, starts, depths = [], arrays["starts"], arrays["depths"]
+        for i in self.sampling:
+            segment = self.segments[i]
+            for row in range(starts[i] + segment.num_certain - 1, starts[i + 1]):
+                rows.append((segment.params, segment.position + int(depths[row])))
+        if self.kind.is_decode:
+            rows += [(_GREEDY, 0)] * (len(depths) - len(rows))
+        arrays |= row_arrays(rows)

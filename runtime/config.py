@@ -32,6 +32,11 @@ class EngineConfig:
     page_size: int = flag(16, "tokens of one KV-cache page")
     step_timeout: float = flag(30.0, "seconds a rank waits for the others before the group is given up, at least 5")
     device: str = flag("auto", "what to run on; auto: the GPUs if there are any", ("auto", "cpu", "cuda"))
+    loop: str = flag(
+        "auto",
+        "overlapped: answers are delivered and requests taken in while the next step runs; auto: so on GPUs",
+        ("auto", "plain", "overlapped"),
+    )
     eager: bool = flag(False, "call every kernel from Python instead of replaying recorded steps; slower")
 
     def __post_init__(self) -> None:

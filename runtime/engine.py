@@ -6,6 +6,7 @@ The leader calls ``step`` while there is work and ``keep_alive`` while there is 
 
 import secrets
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -24,26 +25,37 @@ class GroupDiverged(RuntimeError):
 class Engine:
     """One rank of a worker group. ``scheduler`` is the leader's; the other ranks have none."""
 
-    def __init__(self, config: EngineConfig, group: Group) -> None:
-        """Raises ValueError, on every rank, for a model that cannot be served."""
+    def __init__(self, config: EngineConfig, group: Group, loaded: Loaded | None = None) -> None:
+        """``loaded`` None: what the config names, or ValueError, on every rank, for a model that cannot be served."""
         self.config = config
         self.group = group
-        self.loaded: Loaded = load(config, group)
+        self.loaded = loaded or load(config, group)
         self.runner = self.loaded.runner
         # The epoch tells this run of the group from an earlier one.
         drawn = np.asarray([secrets.randbits(31)], dtype=np.int32) if group.is_leader else None
         self.epoch = int(group.broadcast(drawn)[0])
         self.scheduler = Scheduler(self.loaded.limits, self.loaded.tree) if group.is_leader else None
+        # A GPU works on while the host does something else; on a CPU the host would only come late.
+        self.overlaps = config.loop == "overlapped" or (config.loop == "auto" and group.device.type == "cuda")
         self._heartbeat = min(2.0, config.step_timeout / 4)  # seconds
         self._last_sent = time.monotonic()
 
-    def step(self) -> list[Output]:
-        """Plan one step, run it on all ranks, and say what each request gained."""
+    def step(self, meanwhile: Callable[[], None] | None = None) -> list[Output]:
+        """Plan one step, run it on all ranks, and say what each request gained.
+
+        ``meanwhile`` is called, in the overlapped loop, while the device is at work; it may add requests and must not
+        cancel any. In the plain loop it is called before the step.
+        """
+        if meanwhile and not self.overlaps:
+            meanwhile()
         plan = self.scheduler.plan(self.epoch, self.runner.digest)
         if self.group.size > 1:
             self.group.broadcast(plans.encode(plan))
         self._last_sent = time.monotonic()
-        return self.scheduler.advance(plan, self.runner.run(plan))
+        started = self.runner.start(plan)
+        if meanwhile and self.overlaps:
+            meanwhile()
+        return self.scheduler.advance(plan, self.runner.finish(started))
 
     def keep_alive(self) -> None:
         """Tell the other ranks that the leader lives though it has nothing for them; call it often, it sends seldom."""

@@ -28,7 +28,8 @@ class KVCache:
         # Zeros, not empty: attention multiplies unwritten slots by a weight of zero, and 0 * NaN is NaN.
         self.pages = torch.zeros(*head, num_pages, num_kv_heads, page_size, config.head_dim, **kind)
         self.scratch = torch.zeros(*head, rows, num_kv_heads, config.head_dim, **kind)
-        self.page_size = page_size
+        self.page_size, self.num_pages = page_size, num_pages
+        self.group_size = config.num_heads // config.num_kv_heads  # query heads of a kv head
         self._layers = list(zip(self.scratch.unbind(), self.pages.unbind(), strict=True))
         self._scale = config.head_dim**-0.5
         self._windows = config.windows
@@ -41,9 +42,9 @@ class KVCache:
         q = rope_qk(qkv, geometry.positions, *rotary, scratch, *norms)
         return tree_attention(q, scratch, pages, geometry, self._scale, self._windows[layer])
 
-    def commit(self, geometry: StepGeometry, rows: torch.Tensor) -> None:
-        """Make ``rows`` int64 [n] of the last step permanent, in all layers at once."""
-        commit(self.pages, self.scratch, rows, geometry.slots[rows])
+    def commit(self, slots: torch.Tensor) -> None:
+        """Make the rows of the last step that have a slot, int64 [R], permanent, in all layers at once."""
+        commit(self.pages, self.scratch, slots)
 
 
 def count_pages(engine: EngineConfig, config: ModelConfig, num_kv_heads: int, max_len: int, group: Group) -> int:

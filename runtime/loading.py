@@ -5,7 +5,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from euryale.kernels.graph import Graphs
 from euryale.parallel.group import Group
 from euryale.parallel.layout import Layout
 from euryale.runtime import generation, heads_format, rope
@@ -15,6 +14,7 @@ from euryale.runtime.kv_cache import KVCache, count_pages
 from euryale.runtime.medusa import MedusaHeads
 from euryale.runtime.model import SHARDING, Decoder
 from euryale.runtime.step import StepRunner
+from euryale.runtime.step_graphs import StepGraphs
 from euryale.runtime.weights import Weights
 from euryale.scheduler.scheduler import Limits
 from euryale.scheduler.tree import TreeShape, load_tree
@@ -60,7 +60,7 @@ def load(config: EngineConfig, group: Group) -> Loaded:
         page_size=config.page_size,
         end_ids=generation.end_ids(config.model, model),
     )
-    graphs = None if config.eager else make_graphs(decoder, cache, model, group)
+    graphs = None if config.eager else make_graphs(cache, model, rows, group)
     runner = StepRunner(decoder, heads if tree else None, cache, tree.num_candidates if tree else 0, graphs)
     return Loaded(runner=runner, limits=limits, tree=tree, model=model, fingerprint=marks)
 
@@ -91,13 +91,15 @@ def _load_parts(config: EngineConfig, group: Group):
     return decoder, heads, tree, model, layout, _fingerprint(config, checkpoint, model, tree)
 
 
-def make_graphs(decoder: Decoder, cache: KVCache, config: ModelConfig, group: Group) -> Graphs | None:
-    """Graphs of the decoder for so many rows as fit GRAPH_MEMORY; None where the collectives cannot be recorded."""
+def make_graphs(cache: KVCache, config: ModelConfig, engine_rows: int, group: Group) -> StepGraphs | None:
+    """Recordings of steps; None where the collectives cannot be recorded. On a CPU for so many rows as fit
+    GRAPH_MEMORY, on a GPU for ``engine_rows``, the rows of any step."""
     if not group.can_record:
         return None
     widths = config.num_heads * config.head_dim * 3 + config.intermediate_size * 3
     per_row = config.num_layers * (widths / group.size + 4 * config.hidden_size) * config.dtype.itemsize
-    return Graphs(lambda x, geometry: decoder.transform(x, cache, geometry), int(GRAPH_MEMORY / per_row))
+    on_gpu = group.device.type == "cuda"
+    return StepGraphs(cache, group, engine_rows if on_gpu else int(GRAPH_MEMORY / per_row), pads=on_gpu)
 
 
 def _load_tree(config: EngineConfig, num_heads: int, vocab_size: int) -> TreeShape | None:

@@ -110,5 +110,5 @@ class Decoder:
         return hidden_RD
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        """Float32 logits over this rank's vocabulary shard: [R, V]."""
-        return self.shard.hide_padding(self.lm_head(hidden_RD))
+        """Logits over this rank's vocabulary shard, padding included: [R, V]."""
+        return self.lm_head(hidden_RD)

@@ -97,8 +97,8 @@ def generate(
         while engine.scheduler.has_work:
             if is_interrupted():
                 raise KeyboardInterrupt
-            bar.update(sum(o.finish_reason is not None for o in engine.step()))
-            _write_finished(out, waiting, tokenizer, with_prompts)
+            outputs = engine.step(lambda: _write_finished(out, waiting, tokenizer, with_prompts))
+            bar.update(sum(o.finish_reason is not None for o in outputs))
     seconds = time.perf_counter() - started
     _write_finished(out, waiting, tokenizer, with_prompts)
     steps = sum(len(r.accepted) for r in requests)

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,8 @@ class Server:
         self.is_draining = self.is_done = False
         self._stop_asked = False
         self._last_sign = 0.0
+        self._outputs: list = []  # of the last step, not yet delivered
+        self._postponed: deque = deque()
         context = multiprocessing.get_context("spawn")
         cores = os.sched_getaffinity(os.getppid())  # whoever started us may use all of them
         arguments = (self.link.endpoint, engine.config.model, engine.loaded.limits.vocab_size, config, cores)
@@ -99,37 +102,52 @@ class Server:
         return None
 
     def _turn(self) -> None:
-        """Take what arrived, then run a step or rest."""
+        """Run a step or rest, with an exchange of messages."""
         if self._stop_asked and not self.is_draining:
             self.is_draining = True
             logger.info("draining: running requests may finish, new ones are refused")
             self.link.send(links.BeginDrain())
-        has_work = self.scheduler.has_work
-        for message in self.link.receive(0 if has_work else SLEEP_MS):
-            self._handle(message)
-        if self.link.lost:
-            raise LinkLost("the front end's process is gone")
         if self.scheduler.has_work:
             started = time.perf_counter()
-            outputs = self.engine.step()
-            self.stats.count_step(outputs, time.perf_counter() - started)
-            if outputs:
-                self.link.send(links.StepOutput(outputs=[_output(o) for o in outputs]))
+            self._outputs = self.engine.step(self._exchange)
+            self.stats.count_step(self._outputs, time.perf_counter() - started)
         else:
+            self._exchange(SLEEP_MS)
             self.engine.keep_alive()
+        if self._postponed:
+            self._deliver()  # a cancelled request's tokens come before its end
+        while self._postponed and not self.is_done:
+            self._handle(self._postponed.popleft())
         if time.monotonic() - self._last_sign > SIGN_OF_LIFE and not self.is_done:
             self.link.send(links.Stats(values=self.stats.values()))
             self._last_sign = time.monotonic()
 
+    def _exchange(self, wait_ms: int = 0) -> None:
+        """Deliver the last step's outputs and take what arrived. A step may be under way: new requests are queued, all
+        else is left for after it."""
+        self._deliver()
+        for message in self.link.receive(wait_ms):
+            if isinstance(message, links.Add):
+                self._add(message)
+            else:
+                self._postponed.append(message)
+        if self.link.lost:
+            raise LinkLost("the front end's process is gone")
+
+    def _deliver(self) -> None:
+        if self._outputs:
+            self.link.send(links.StepOutput(outputs=[_output(o) for o in self._outputs]))
+            self._outputs = []
+
+    def _add(self, message: links.Add) -> None:
+        prompt = np.asarray(message.prompt, dtype=np.int32)
+        try:
+            self.scheduler.add(Request(key=message.key, prompt=prompt, params=message.params))
+        except ValueError as error:
+            self.link.send(links.Rejected(key=message.key, code="invalid_request", message=str(error)))
+
     def _handle(self, message) -> None:
-        if isinstance(message, links.Add):
-            prompt = np.asarray(message.prompt, dtype=np.int32)
-            request = Request(key=message.key, prompt=prompt, params=message.params)
-            try:
-                self.scheduler.add(request)
-            except ValueError as error:
-                self.link.send(links.Rejected(key=message.key, code="invalid_request", message=str(error)))
-        elif isinstance(message, links.Cancel):
+        if isinstance(message, links.Cancel):
             request = self.scheduler.cancel(message.key)
             if request is not None:
                 self.stats.num_cancelled += 1

@@ -8,14 +8,33 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from euryale.kernels.graph import Graphs
 from euryale.runtime.acceptance import decide
 from euryale.runtime.batch import StepBatch
 from euryale.runtime.kv_cache import KVCache
 from euryale.runtime.medusa import MedusaHeads
 from euryale.runtime.model import Decoder
+from euryale.runtime.step_graphs import StepGraphs
 from euryale.scheduler.plan import StepPlan
 from euryale.scheduler.scheduler import SegmentResult
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step found, on the device: ``next_tokens`` int32 [N] after the decided rows, ``last`` int32 [B], the row
+    where each segment's walk ended, ``candidates`` int32 [K, W, k] after it, or None."""
+
+    next_tokens: torch.Tensor
+    last: torch.Tensor
+    candidates: torch.Tensor | None
+
+    def to_host(self) -> list[np.ndarray]:
+        """The three as arrays, in one copy; waits for the device."""
+        tensors = [t for t in (self.next_tokens, self.last, self.candidates) if t is not None]
+        if self.last.device.type != "cpu":
+            whole = torch.cat([t.flatten() for t in tensors]).cpu()
+            parts = whole.split([t.numel() for t in tensors])
+            tensors = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+        return [t.numpy() for t in tensors] + [None] * (3 - len(tensors))
 
 
 @dataclass
@@ -27,53 +46,71 @@ class StepRunner:
     heads: MedusaHeads | None
     cache: KVCache
     num_candidates: int
-    graphs: Graphs | None = None  # None: every kernel is called from Python
+    graphs: StepGraphs | None = None  # None: every kernel is called from Python
     digest: int = 0
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> list[SegmentResult]:
-        """Execute the plan; one result per sampling segment, in the plan's order, the same on every rank."""
+    def start(self, plan: StepPlan) -> tuple[StepBatch, Outcome | None] | None:
+        """Have the device execute the plan; on a GPU it may still be at it when this returns. ``finish`` the step
+        before the next is started."""
         if not plan.segments:
+            return None
+        if self.graphs is None or (batch := self.graphs.batch_for(plan)) is None:
+            batch = StepBatch(plan, self.cache.page_size, self.decoder.shard.group.device)
+            return batch, self._conclude(batch, self._hidden_states(batch))
+        if batch.kind.is_decode and batch.kind.is_plain:
+            return batch, Outcome(*self.graphs.run(batch, self._decode))
+        (hidden_RD,) = self.graphs.run(batch, lambda b: (self._hidden_states(b),))
+        return batch, self._conclude(batch, hidden_RD)
+
+    def finish(self, started: tuple[StepBatch, Outcome | None] | None) -> list[SegmentResult]:
+        """One result per sampling segment, in the plan's order, the same on every rank."""
+        if started is None or started[1] is None:
             return []
-        batch = StepBatch.build(plan, self.cache.page_size, self.decoder.shard.group.device)
-        hidden_RD = self._hidden_states(batch)
-        if not batch.sampling:
-            self.cache.commit(batch.geometry, batch.certain)
-            return []
-        accepted = decide(self.decoder.shard, self.decoder.logits(hidden_RD[batch.decided]), batch)
-        self.cache.commit(batch.geometry, torch.cat([batch.certain, accepted.rows]))
-        guesses = self._guess(batch, hidden_RD, accepted.last)
-        return self._results(batch, accepted, guesses)
+        return self._results(*started)
+
+    def run(self, plan: StepPlan) -> list[SegmentResult]:
+        """Execute the plan and wait for its results."""
+        return self.finish(self.start(plan))
 
     def _hidden_states(self, batch: StepBatch) -> torch.Tensor:
-        x_RD, group = self.decoder.embed_tokens(batch.tokens), self.decoder.shard.group
-        if self.graphs is None:
-            return self.decoder.transform(x_RD, self.cache, batch.geometry)
-        hidden_RD, status = self.graphs(x_RD, batch.geometry)
-        group.check(status)
-        return hidden_RD
+        return self.decoder.transform(self.decoder.embed_tokens(batch.tokens), self.cache, batch.geometry)
 
-    def _guess(self, batch: StepBatch, hidden_RD: torch.Tensor, last: torch.Tensor) -> dict[int, np.ndarray]:
-        """The heads' candidates [heads, k] after the last accepted row of every segment that wants them."""
-        wanted = [i for i in batch.sampling if batch.segments[i].wants_candidates]
-        if self.heads is None or not wanted:
-            return {}
-        ids = self.heads.candidates(hidden_RD[last[wanted]], self.num_candidates)
-        return dict(zip(wanted, ids.to(torch.int32).cpu().numpy(), strict=True))
+    def _decode(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """A whole decoding step, without a look at what it finds."""
+        outcome = self._conclude(batch, self._hidden_states(batch))
+        return outcome.next_tokens, outcome.last, outcome.candidates
 
-    def _results(self, batch: StepBatch, accepted, guesses: dict[int, np.ndarray]) -> list[SegmentResult]:
-        tokens, segment_of_row = batch.tokens.tolist(), batch.geometry.segment_of_row.tolist()
-        last, rows = accepted.last.tolist(), accepted.rows.tolist()
-        bonus, decided_at = accepted.bonus.tolist(), batch.decided_at.tolist()
-        paths: dict[int, list[int]] = {i: [] for i in batch.sampling}
-        for row in rows:  # rows ascend, and parents come before their children
-            paths[segment_of_row[row]].append(row)
-        results = []
-        for i, path in paths.items():
-            root = batch.geometry.row_starts[i] + batch.segments[i].num_certain - 1
-            emitted = [tokens[row] for row in path] + [bonus[decided_at[last[i]]]]
-            results.append(
-                SegmentResult(tokens=emitted, accepted_nodes=[r - root for r in path], candidates=guesses.get(i))
-            )
+    def _conclude(self, batch: StepBatch, hidden_RD: torch.Tensor) -> Outcome | None:
+        """What follows the last layer; None if no segment samples."""
+        if not batch.sampling:
+            self.cache.commit(batch.geometry.slots)
+            return None
+        decided_ND = hidden_RD if batch.decided is None else hidden_RD[batch.decided]
+        accepted = decide(self.decoder.shard, self.decoder.logits(decided_ND), batch)
+        self.cache.commit(accepted.kept)
+        candidates = None
+        if self.heads is not None and batch.kind.wants_candidates:
+            after = accepted.last if batch.wanted is None else accepted.last[batch.wanted]
+            candidates = self.heads.candidates(hidden_RD, after, self.num_candidates)
+        return Outcome(accepted.next_tokens, accepted.last, candidates)
+
+    def _results(self, batch: StepBatch, outcome: Outcome) -> list[SegmentResult]:
+        next_tokens, last, candidates = outcome.to_host()
+        tokens, parents, starts = batch.host_tokens, batch.host_parents, batch.geometry.row_starts
+        results, guess = [], 0
+        for i in batch.sampling:
+            segment, row, path = batch.segments[i], int(last[i]), []
+            bonus = next_tokens[row if batch.host_decided_at is None else batch.host_decided_at[row]]
+            while parents[row] >= 0:
+                path.append(row)
+                row = int(parents[row])
+            path.reverse()
+            emitted = [*tokens[path].tolist(), int(bonus)]
+            root, mine = starts[i] + segment.num_certain - 1, None
+            if candidates is not None and segment.wants_candidates:
+                mine = candidates[:, i if batch.wanted is None else guess].copy()  # its place is written over
+                guess += 1
+            results.append(SegmentResult(tokens=emitted, accepted_nodes=[r - root for r in path], candidates=mine))
             self.digest = zlib.crc32(np.asarray(emitted, dtype=np.int32).tobytes(), self.digest)
         return results

@@ -62,6 +62,11 @@ class SamplingParams:
         if len(self.stop) > MAX_STOP_STRINGS or any(not 0 < len(s) <= MAX_STOP_LENGTH for s in self.stop):
             raise ValueError(f"stop takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters")
 
+    @property
+    def is_filtered(self) -> bool:
+        """Whether drawing leaves out some tokens."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
 
 PARAMETER_NAMES = frozenset(f.name for f in dataclasses.fields(SamplingParams))
 

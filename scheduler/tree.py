@@ -66,11 +66,11 @@ class TreeShape:
         """Nodes without the root."""
         return len(self.parents) - 1
 
-    @property
+    @cached_property
     def depth(self) -> int:
         return int(self.depths.max())
 
-    @property
+    @cached_property
     def num_candidates(self) -> int:
         """How many of each head's likeliest tokens the tree can ask for."""
         return int(self.ranks.max()) + 1

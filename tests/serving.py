@@ -47,8 +47,9 @@ def served(model, size: int = 2, *flags: str, nodes: tuple[str, ...] = ()):
 
 
 def leftovers() -> set[str]:
-    """Shared-memory segments and socket directories on this machine."""
-    memory = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
+    """Shared-memory segments and socket directories on this machine, without what other programs' OpenMP makes."""
+    others = ("sem.", "__KMP_REGISTERED_LIB")
+    memory = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if not name.startswith(others)}
     return memory | {str(p) for p in Path("/tmp").glob("euryale-*")}
 
 

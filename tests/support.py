@@ -176,12 +176,15 @@ def answer(group, config, wanted: list[tuple], arrivals: int = 0) -> dict | None
         return None
     requests = [Request(key=i, prompt=prompt, params=params) for i, (prompt, params) in enumerate(wanted)]
     queue, steps = list(requests), 0
-    while queue or engine.scheduler.has_work:
-        while queue and (not arrivals or steps % arrivals == 0 or not engine.scheduler.has_work):
+
+    def arrive() -> None:
+        if queue and arrivals and steps % arrivals == 0:
             engine.scheduler.add(queue.pop(0))
-            if arrivals:
-                break
-        engine.step()
+
+    while queue or engine.scheduler.has_work:
+        while queue and not (arrivals and engine.scheduler.has_work):
+            engine.scheduler.add(queue.pop(0))
+        engine.step(arrive)
         steps += 1
     engine.stop()
     pool = engine.scheduler.pages

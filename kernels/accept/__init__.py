@@ -7,13 +7,18 @@ from euryale.kernels.geometry import StepGeometry
 
 
 def accept(
-    geometry: StepGeometry, roots: torch.Tensor, fits: torch.Tensor, scores: torch.Tensor
+    geometry: StepGeometry,
+    tokens: torch.Tensor,
+    next_tokens: torch.Tensor,
+    good: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The deepest path of fitting rows of every tree; of equally deep ones the one whose end scores highest,
     then the first.
 
-    ``roots`` int64 [B], each segment's root row; ``fits`` bool [R], whether a draft row may follow its parent
-    (certain rows: False); ``scores`` float32 [R]. Returns ``last`` int64 [B], the row where each walk ends (the
-    root if nothing is accepted), and ``accepted`` bool [R], the draft rows on the paths.
+    A draft row fits if its token, of ``tokens`` int32 [R], is the one in its parent's place of ``next_tokens`` int32
+    [R]; where ``good`` int8 [R] is not negative, it says instead whether the row fits. ``scores`` float32 [R] (None:
+    all the same). Returns ``last`` int32 [B], the row where each walk ends (the root if nothing is accepted), and
+    ``kept`` int64 [R], the slots of the certain rows and of the drafts on the paths, -1 elsewhere.
     """
-    return implementation("accept", fits.device).accept(geometry, roots, fits, scores)
+    return implementation("accept", tokens.device).accept(geometry, tokens, next_tokens, good, scores)

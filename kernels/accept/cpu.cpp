@@ -1,22 +1,30 @@
 // The walk down every candidate tree on a CPU.
 #include <algorithm>
-#include <vector>
 
 #include "../cpu/interface.h"
 
-// The deepest path of fitting rows of every tree; of equally deep ones the highest scored end, then the first.
-extern "C" void euryale_accept(int64_t num_rows, int64_t num_segments, const int64_t* parent_rows,
-                               const int64_t* segment_of_row, const int64_t* depths, const int64_t* roots,
-                               const bool* fits, const float* scores, int64_t* last, bool* accepted) {
-    std::vector<char> reached(num_rows, 0);
-    for (int64_t i = 0; i < num_segments; ++i) reached[last[i] = roots[i]] = 1;
-    for (int64_t row = 0; row < num_rows; ++row) {  // parents come before their children
-        if (parent_rows[row] < 0 || !fits[row] || !reached[parent_rows[row]]) continue;
-        reached[row] = 1;
-        int64_t& end = last[segment_of_row[row]];
-        if (depths[row] > depths[end] || (depths[row] == depths[end] && scores[row] > scores[end])) end = row;
+// The deepest path of fitting rows of every tree; of equally deep ones the highest scored end, then the first. A draft
+// fits if its token is the next token of its parent's row, or as `good` says where that is given and not negative.
+// `kept`: the slots of certain and accepted rows, -1 elsewhere. `good` and `scores` may be missing.
+extern "C" void euryale_accept(const euryale::Step* step, const int64_t* parent_rows, const int64_t* depths,
+                               const int64_t* slots, const int32_t* tokens, const int32_t* next_tokens,
+                               const int8_t* good, const float* scores, int32_t* last, int64_t* kept) {
+    for (int64_t i = 0; i < step->num_segments; ++i) {
+        const int64_t begin = step->row_starts[i], end = step->row_starts[i + 1];
+        const int64_t root = begin + step->num_certain[i] - 1;
+        int64_t best = root;
+        // While the walk is under way kept is 1 where a row is reached, 0 elsewhere.
+        for (int64_t row = begin; row < end; ++row) {
+            const int64_t parent = parent_rows[row];
+            kept[row] = 1;
+            if (parent < 0) continue;
+            const bool fits = good && good[row] >= 0 ? good[row] : tokens[row] == next_tokens[parent];
+            kept[row] = fits && kept[parent];  // parents come before their children
+            const bool is_likelier = scores && scores[row] > scores[best];
+            if (kept[row] && (depths[row] > depths[best] || (depths[row] == depths[best] && is_likelier))) best = row;
+        }
+        last[i] = (int32_t)best;
+        for (int64_t row = begin; row < end; ++row) kept[row] = parent_rows[row] < 0 ? slots[row] : -1;
+        for (int64_t row = best; row >= begin && parent_rows[row] >= 0; row = parent_rows[row]) kept[row] = slots[row];
     }
-    std::fill(accepted, accepted + num_rows, false);
-    for (int64_t i = 0; i < num_segments; ++i)
-        for (int64_t row = last[i]; parent_rows[row] >= 0; row = parent_rows[row]) accepted[row] = true;
 }

@@ -1,26 +1,26 @@
 """The walk by the compiled kernel (cpu.cpp beside this file)."""
 
+import ctypes
+
 import torch
 
 from euryale.kernels import cpu
 from euryale.kernels.geometry import StepGeometry
 
 
-def accept(
-    geometry: StepGeometry, roots: torch.Tensor, fits: torch.Tensor, scores: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def accept(geometry: StepGeometry, tokens, next_tokens, good, scores) -> tuple[torch.Tensor, torch.Tensor]:
     """See the package's public function."""
-    last, accepted = torch.empty_like(roots), torch.empty_like(fits)
+    last, kept = cpu.empty_ids(len(geometry.num_certain)), cpu.empty(geometry.slots, len(tokens))
     cpu.library().accept(
-        len(fits),
-        len(roots),
+        ctypes.pointer(cpu.step_of(geometry)),
         geometry.parent_rows.data_ptr(),
-        geometry.segment_of_row.data_ptr(),
         geometry.depths.data_ptr(),
-        roots.data_ptr(),
-        fits.data_ptr(),
-        scores.data_ptr(),
+        geometry.slots.data_ptr(),
+        tokens.data_ptr(),
+        next_tokens.data_ptr(),
+        None if good is None else good.data_ptr(),
+        None if scores is None else scores.data_ptr(),
         last.data_ptr(),
-        accepted.data_ptr(),
+        kept.data_ptr(),
     )
-    return last, accepted
+    return last, kept

@@ -5,7 +5,7 @@ import torch
 from euryale.kernels import cpu
 
 
-def commit(cache: torch.Tensor, scratch: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
+def commit(cache: torch.Tensor, scratch: torch.Tensor, slots: torch.Tensor) -> None:
     """See the package's public function."""
     layers, _, pages, heads, page, dim = cache.shape
     cpu.library().commit(
@@ -17,7 +17,6 @@ def commit(cache: torch.Tensor, scratch: torch.Tensor, rows: torch.Tensor, slots
         dim * cache.element_size(),
         cache.data_ptr(),
         scratch.data_ptr(),
-        len(rows),
-        rows.data_ptr(),
+        len(slots),
         slots.data_ptr(),
     )

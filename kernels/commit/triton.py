@@ -7,16 +7,13 @@ import triton.language as tl
 _BLOCK = 1024
 
 
-def commit(cache: torch.Tensor, scratch: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
+def commit(cache: torch.Tensor, scratch: torch.Tensor, slots: torch.Tensor) -> None:
     """See the package's public function."""
-    if len(rows) == 0:
-        return
     layers, _, num_pages, heads, page_size, head_dim = cache.shape
-    grid = (len(rows), 2 * layers, triton.cdiv(heads * head_dim, _BLOCK))
-    _copy[grid](
+    grid = (len(slots), 2 * layers, triton.cdiv(heads * head_dim, _BLOCK))
+    _copy_rows[grid](
         cache,
         scratch,
-        rows,
         slots,
         num_pages,
         scratch.shape[2],
@@ -28,10 +25,9 @@ def commit(cache: torch.Tensor, scratch: torch.Tensor, rows: torch.Tensor, slots
 
 
 @triton.jit
-def _copy(
+def _copy_rows(
     cache,
     scratch,
-    rows,
     slots,
     num_pages,
     num_rows,
@@ -40,7 +36,10 @@ def _copy(
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, slot = tl.load(rows + tl.program_id(0)), tl.load(slots + tl.program_id(0))
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + row)
+    if slot < 0:
+        return
     half = tl.program_id(1).to(tl.int64)  # layer by layer, K then V
     element = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     exists = element < heads * HEAD_DIM

@@ -31,6 +31,10 @@ class Step(ctypes.Structure):
         ),
     )
 
+    def refill(self, geometry) -> bool:
+        """It points into tensors that stay where they are."""
+        return True
+
 
 class Attention(ctypes.Structure):
     """``Attention`` of ops.h."""
@@ -50,12 +54,16 @@ _SIGNATURES = {
     "rope_qk": (None, [*[_COUNT] * 5, *[_ADDRESS] * 8, c_float]),
     "add_rms_norm": (None, [*[_COUNT] * 3, *[_ADDRESS] * 3, c_float, *[_ADDRESS] * 2]),
     "silu_mul": (None, [*[_COUNT] * 3, *[_ADDRESS] * 2]),
-    "top_k": (None, [*[_COUNT] * 4, *[_ADDRESS] * 3]),
+    "add_silu": (None, [*[_COUNT] * 5, *[_ADDRESS] * 2]),
+    "take_rows": (None, [*[_COUNT] * 5, *[_ADDRESS] * 3]),
+    "top_k": (None, [*[_COUNT] * 7, *[_ADDRESS] * 3]),
+    "merge_top_k": (None, [*[_COUNT] * 3, *[_ADDRESS] * 2]),
+    "sample": (None, [*[_COUNT] * 6, *[_ADDRESS] * 5]),
     "linear_size": (_COUNT, [*[_COUNT] * 3]),
     "linear_pack": (None, [*[_COUNT] * 3, *[_ADDRESS] * 2]),
     "linear_run": (None, [*[_COUNT] * 5, *[_ADDRESS] * 4]),
-    "accept": (None, [*[_COUNT] * 2, *[_ADDRESS] * 8]),
-    "commit": (None, [*[_COUNT] * 6, _ADDRESS, _ADDRESS, _COUNT, _ADDRESS, _ADDRESS]),
+    "accept": (None, [POINTER(Step), *[_ADDRESS] * 9]),
+    "commit": (None, [*[_COUNT] * 6, _ADDRESS, _ADDRESS, _COUNT, _ADDRESS]),
     "recordable": (_COUNT, [c_char_p]),
     "recordable_name": (c_char_p, [_COUNT]),
     "replay": (_STATUS, [_ADDRESS, _COUNT]),
@@ -79,10 +87,13 @@ class Library:
     """
 
     def __init__(self, path: Path) -> None:
-        """OSError if it does not load, AttributeError if it lacks a function."""
+        """OSError if it does not load or was built from other sources, AttributeError if it lacks a function."""
         self._native = ctypes.CDLL(str(path))
+        self._native.euryale_signature.restype = c_char_p
         self.recording: Recording | None = None
         for name, (result, types) in _SIGNATURES.items():
+            if (built := self._native.euryale_signature(name.encode())) != _letters(result, types):
+                raise OSError(f"{path.name}: {name} takes {built}, not {_letters(result, types)}")
             function = getattr(self._native, f"euryale_{name}")
             function.argtypes, function.restype = types, result
             setattr(self, name, function)
@@ -122,6 +133,12 @@ class Recording:
         return (c_int64 * len(self._words))(*self._words)
 
 
+def _letters(result, types: list) -> bytes:
+    """A signature as signatures.cpp spells it."""
+    kinds = {None: "v", c_float: "f", c_int: "4", c_int64: "8"}
+    return "".join(kinds.get(kind, "p") for kind in (result, *types)).encode()
+
+
 def _word(argument) -> int:
     if argument is None:
         return 0
@@ -153,7 +170,15 @@ def library() -> Library | None:
 
 def empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
     """An output of a kernel, of the dtype of ``like``; kept for as long as a recording that writes to it."""
-    out = like.new_empty(shape)
+    return _kept(like.new_empty(shape))
+
+
+def empty_ids(*shape: int) -> torch.Tensor:
+    """An int32 output of a kernel, kept likewise."""
+    return _kept(torch.empty(shape, dtype=torch.int32))
+
+
+def _kept(out: torch.Tensor) -> torch.Tensor:
     if (recording := library().recording) is not None:
         recording.kept.append(out)
     return out
@@ -166,6 +191,17 @@ def _share_openmp() -> None:
     for folder in (directory / "lib", directory.parent / "torch.libs"):
         for file in folder.glob("libgomp*"):
             ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
+
+
+def step_of(geometry) -> Step:
+    """A StepGeometry as the kernels read it, made once; it points into the geometry's tensors."""
+    if "cpu" not in geometry.prepared:
+        step = Step(len(geometry.num_certain), geometry.page_size, torch.get_num_threads())
+        for name in ("num_certain", "contexts", "page_starts", "pages", "positions", "ancestors"):
+            setattr(step, name, getattr(geometry, name).data_ptr())
+        step.row_starts = geometry.starts.data_ptr()
+        geometry.prepared["cpu"] = step
+    return geometry.prepared["cpu"]
 
 
 def halves(x: torch.Tensor) -> tuple[int, int]:

@@ -78,9 +78,24 @@ void euryale_silu_mul(int64_t is_bfloat16, int64_t rows, int64_t width, const vo
     euryale::kernels()->silu_mul(is_bfloat16, rows, width, gate_up, out);
 }
 
-void euryale_top_k(int64_t is_bfloat16, int64_t rows, int64_t width, int64_t k, const void* x,
-                   float* values, int64_t* ids) {
-    euryale::kernels()->top_k(is_bfloat16, rows, width, k, x, values, ids);
+void euryale_add_silu(int64_t is_bfloat16, int64_t parts, int64_t rows, int64_t part, int64_t width, const void* y,
+                      void* x) {
+    euryale::kernels()->add_silu(is_bfloat16, parts, rows, part, width, y, x);
+}
+
+void euryale_top_k(int64_t is_bfloat16, int64_t threads, int64_t rows, int64_t width, int64_t valid, int64_t k,
+                   int64_t offset, const void* x, float* values, int32_t* ids) {
+    euryale::kernels()->top_k(is_bfloat16, threads, rows, width, valid, k, offset, x, values, ids);
+}
+
+void euryale_merge_top_k(int64_t num_parts, int64_t rows, int64_t k, const int32_t* parts, int32_t* out) {
+    euryale::kernels()->merge_top_k(num_parts, rows, k, parts, out);
+}
+
+void euryale_sample(int64_t is_bfloat16, int64_t threads, int64_t rows, int64_t width, int64_t valid, int64_t offset,
+                    const void* logits, const float* temperature, const int64_t* keys, float* values, int32_t* ids) {
+    euryale::kernels()->sample(is_bfloat16, threads, rows, width, valid, offset, logits, temperature, keys, values,
+                               ids);
 }
 
 // Elements that packed weights take.

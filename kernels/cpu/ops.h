@@ -33,8 +33,13 @@ struct Ops {
     void (*add_rms_norm)(int64_t is_bfloat16, int64_t rows, int64_t width, const void* x, const void* residual,
                          const void* weight, float eps, void* normed, void* sum);
     void (*silu_mul)(int64_t is_bfloat16, int64_t rows, int64_t width, const void* gate_up, void* out);
-    void (*top_k)(int64_t is_bfloat16, int64_t rows, int64_t width, int64_t k, const void* x,
-                  float* values, int64_t* ids);
+    void (*add_silu)(int64_t is_bfloat16, int64_t parts, int64_t rows, int64_t part, int64_t width, const void* y,
+                     void* x);
+    void (*top_k)(int64_t is_bfloat16, int64_t threads, int64_t rows, int64_t width, int64_t valid, int64_t k,
+                  int64_t offset, const void* x, float* values, int32_t* ids);
+    void (*merge_top_k)(int64_t num_parts, int64_t rows, int64_t k, const int32_t* parts, int32_t* out);
+    void (*sample)(int64_t is_bfloat16, int64_t threads, int64_t rows, int64_t width, int64_t valid, int64_t offset,
+                   const void* logits, const float* temperature, const int64_t* keys, float* values, int32_t* ids);
     int64_t (*linear_panel)();  // outputs of a panel: packed weights take whole panels
     void (*linear_pack)(int64_t is_bfloat16, int64_t in, int64_t out, const void* weight, void* packed);
     void (*linear_run)(int64_t is_bfloat16, int64_t threads, int64_t rows, int64_t in, int64_t out, const void* x,

@@ -46,6 +46,14 @@ struct Recordable {
 };
 
 constexpr Recordable recordable[] = {
+    {"accept", call<euryale_accept>},
+    {"add_silu", call<euryale_add_silu>},
+    {"commit", call<euryale_commit>},
+    {"merge_top_k", call<euryale_merge_top_k>},
+    {"sample", call<euryale_sample>},
+    {"shared_all_gather", call<euryale_shared_all_gather>},
+    {"take_rows", call<euryale_take_rows>},
+    {"top_k", call<euryale_top_k>},
     {"tree_attention", call<euryale_tree_attention>},
     {"rope_qk", call<euryale_rope_qk>},
     {"add_rms_norm", call<euryale_add_rms_norm>},

@@ -3,6 +3,7 @@
 import torch
 
 from euryale.kernels import cpu
+from euryale.kernels.cpu import empty  # noqa: F401
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -15,11 +16,11 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-def linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
+def linear(x, packed, bias, out_features: int, out: torch.Tensor | None) -> torch.Tensor:
     """x W^T + b: [R, out_features]."""
     x = x.contiguous()
     rows, in_features = x.shape
-    y = cpu.empty(x, rows, out_features)
+    y = cpu.empty(x, rows, out_features) if out is None else out
     cpu.library().linear_run(
         cpu.DTYPES[x.dtype],
         torch.get_num_threads(),

@@ -3,12 +3,20 @@ namespace euryale {
 namespace EURYALE_ISA {
 namespace top {
 
-template <class T>
-void row(const T* x, int64_t width, int64_t k, float* values, int64_t* ids) {
-    std::fill(values, values + k, -INFINITY);
-    std::fill(ids, ids + k, 0);
-    int64_t found = 0;
-    const auto offer = [&](float value, int64_t id) {
+constexpr int64_t MANY = 1 << 17;  // values that are worth a second thread
+
+// The k largest found so far.
+struct Best {
+    float* values;
+    int32_t* ids;
+    int64_t k, found;
+
+    Best(float* values, int32_t* ids, int64_t k) : values(values), ids(ids), k(k), found(0) {
+        std::fill(values, values + k, -INFINITY);
+        std::fill(ids, ids + k, 0);
+    }
+
+    void offer(float value, int64_t id) {
         if (found == k && !(value > values[k - 1])) return;
         int64_t place = found < k ? found++ : k - 1;
         for (; place > 0 && value > values[place - 1]; --place) {
@@ -16,34 +24,52 @@ void row(const T* x, int64_t width, int64_t k, float* values, int64_t* ids) {
             ids[place] = ids[place - 1];
         }
         values[place] = value;
-        ids[place] = id;
-    };
+        ids[place] = (int32_t)id;
+    }
+};
+
+template <class T>
+void row(const T* x, int64_t valid, int64_t offset, Best best) {
     int64_t c = 0;
-    for (; c < std::min(k, width); ++c) offer(to_float(x[c]), c);
-    for (; c + 4 * W <= width; c += 4 * W) {
+    for (; c < std::min(best.k, valid); ++c) best.offer(to_float(x[c]), c + offset);
+    for (; c + 4 * W <= valid; c += 4 * W) {
         vint above = {};
-        for (int i = 0; i < 4; ++i) above |= load(x + c + i * W) > values[k - 1];
+        for (int i = 0; i < 4; ++i) above |= load(x + c + i * W) > best.values[best.k - 1];
         int any = 0;
         for (int i = 0; i < W; ++i) any |= above[i];
         if (any)
-            for (int64_t i = c; i < c + 4 * W; ++i) offer(to_float(x[i]), i);
+            for (int64_t i = c; i < c + 4 * W; ++i) best.offer(to_float(x[i]), i + offset);
     }
-    for (; c < width; ++c) offer(to_float(x[c]), c);
+    for (; c < valid; ++c) best.offer(to_float(x[c]), c + offset);
 }
 
 template <class T>
-void run(int64_t rows, int64_t width, int64_t k, const T* x, float* values, int64_t* ids) {
-    for (int64_t r = 0; r < rows; ++r) row(x + r * width, width, k, values + r * k, ids + r * k);
+void run(int64_t threads, int64_t rows, int64_t width, int64_t valid, int64_t k, int64_t offset, const T* x,
+         float* values, int32_t* ids) {
+#pragma omp parallel for num_threads(std::min(threads, rows)) if (threads > 1 && rows * valid > MANY)
+    for (int64_t r = 0; r < rows; ++r) row(x + r * width, valid, offset, Best(values + r * k, ids + r * k, k));
 }
 
 }  // namespace top
 
-void top_k(int64_t is_bfloat16, int64_t rows, int64_t width, int64_t k, const void* x, float* values,
-           int64_t* ids) {
+void top_k(int64_t is_bfloat16, int64_t threads, int64_t rows, int64_t width, int64_t valid, int64_t k, int64_t offset,
+           const void* x, float* values, int32_t* ids) {
     if (is_bfloat16)
-        top::run(rows, width, k, (const bfloat16*)x, values, ids);
+        top::run(threads, rows, width, valid, k, offset, (const bfloat16*)x, values, ids);
     else
-        top::run(rows, width, k, (const float*)x, values, ids);
+        top::run(threads, rows, width, valid, k, offset, (const float*)x, values, ids);
+}
+
+// `parts` [num_parts][2][rows][k] and `out` [2][rows][k], each values and then ids.
+void merge_top_k(int64_t num_parts, int64_t rows, int64_t k, const int32_t* parts, int32_t* out) {
+    for (int64_t r = 0; r < rows; ++r) {
+        top::Best best((float*)out + r * k, out + (rows + r) * k, k);
+        for (int64_t s = 0; s < num_parts; ++s) {
+            const float* values = (const float*)parts + (2 * s * rows + r) * k;
+            const int32_t* ids = parts + ((2 * s + 1) * rows + r) * k;
+            for (int64_t i = 0; i < k; ++i) best.offer(values[i], ids[i]);
+        }
+    }
 }
 
 }  // namespace EURYALE_ISA

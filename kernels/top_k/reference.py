@@ -2,15 +2,30 @@
 
 import torch
 
+from euryale.kernels.top_k import pack, values_and_ids
 
-def top_k(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+
+def top_k(x: torch.Tensor, k: int, num_valid: int, offset: int) -> torch.Tensor:
     """See the package's public function."""
-    x, missing = x.float(), k - x.shape[1]
-    if k == 1:
+    return _largest(x[:, :num_valid].float(), None, k, offset)
+
+
+def merge_top_k(parts: torch.Tensor) -> torch.Tensor:
+    """See the package's public function."""
+    values, ids = zip(*(values_and_ids(part) for part in parts), strict=True)
+    return _largest(torch.cat(values, dim=1), torch.cat(ids, dim=1), parts.shape[-1], 0)
+
+
+def _largest(x: torch.Tensor, ids: torch.Tensor | None, k: int, offset: int) -> torch.Tensor:
+    """The ``k`` largest of ``x`` and their ``ids``, or their columns plus ``offset``."""
+    missing = max(0, k - x.shape[1])
+    if k == 1 and not missing:
         values = x.max(dim=1, keepdim=True).values
-        return values, (x == values).int().argmax(dim=1, keepdim=True)
-    values, ids = x.sort(dim=1, descending=True, stable=True)
-    if missing > 0:
+        places = (x == values).int().argmax(dim=1, keepdim=True)
+    else:
+        values, places = (found[:, :k] for found in x.sort(dim=1, descending=True, stable=True))
+    ids = places + offset if ids is None else ids.gather(1, places)
+    if missing:
         values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
         ids = torch.nn.functional.pad(ids, (0, missing))
-    return values[:, :k].contiguous(), ids[:, :k].contiguous()
+    return pack(values, ids)

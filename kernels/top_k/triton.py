@@ -1,3 +1,61 @@
-"""The largest values on a GPU are PyTorch's own stable sort."""
+"""The largest values in Triton: every program finds those of a block of columns, a second kernel merges the blocks."""
 
-from euryale.kernels.top_k.reference import top_k  # noqa: F401
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 2048
+
+
+def top_k(x: torch.Tensor, k: int, num_valid: int, offset: int) -> torch.Tensor:
+    """See the package's public function."""
+    rows, blocks = len(x), max(1, triton.cdiv(num_valid, BLOCK))
+    parts = torch.empty(blocks, 2, rows, k, dtype=torch.int32, device=x.device)
+    _largest_of_blocks[(rows, blocks)](x, parts, num_valid, offset, x.stride(0), k, BLOCK=BLOCK)
+    return parts[0] if blocks == 1 else merge_top_k(parts)
+
+
+def merge_top_k(parts: torch.Tensor) -> torch.Tensor:
+    """See the package's public function."""
+    num_parts, _, rows, k = parts.shape
+    out = torch.empty(2, rows, k, dtype=torch.int32, device=parts.device)
+    _merge[(rows,)](parts, out, num_parts, k, BLOCK=triton.next_power_of_2(num_parts * k))
+    return out
+
+
+@triton.jit
+def pick(x, alive):
+    """The largest of ``x`` where ``alive``, and its place, the first of equals: -inf and the length if nothing is."""
+    places = tl.arange(0, x.shape[0])
+    value = tl.max(tl.where(alive, x, float("-inf")), axis=0)
+    return value, tl.min(tl.where(alive & (x == value), places, x.shape[0]), axis=0)
+
+
+@triton.jit
+def _largest_of_blocks(x, parts, num_valid, offset, stride, k, BLOCK: tl.constexpr):
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    alive = columns < num_valid
+    values = tl.load(x + row * stride + columns, mask=alive, other=float("-inf")).to(tl.float32)
+    out = parts + (2 * block * tl.num_programs(0) + row) * k
+    for i in range(k):
+        value, place = pick(values, alive)
+        found = tl.where(place < BLOCK, block * BLOCK + place + offset, 0)
+        tl.store(out + i, value.to(tl.int32, bitcast=True))
+        tl.store(out + tl.num_programs(0) * k + i, found.to(tl.int32))
+        alive = alive & (tl.arange(0, BLOCK) != place)
+
+
+@triton.jit
+def _merge(parts, out, num_parts, k, BLOCK: tl.constexpr):
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    entry = tl.arange(0, BLOCK)
+    alive = entry < num_parts * k
+    at = (2 * (entry // k) * rows + row) * k + entry % k
+    values = tl.load(parts + at, mask=alive, other=0).to(tl.float32, bitcast=True)
+    ids = tl.load(parts + rows * k + at, mask=alive, other=0)
+    for i in range(k):
+        value, place = pick(values, alive)
+        tl.store(out + row * k + i, value.to(tl.int32, bitcast=True))
+        tl.store(out + (rows + row) * k + i, tl.sum(tl.where(entry == place, ids, 0), axis=0))
+        alive = alive & (entry != place)

@@ -38,6 +38,7 @@ def tree_attention(q, scratch, cache, geometry: StepGeometry, scale: float, wind
             geometry.positions,
             geometry.ancestors,
             work.items,
+            work.counts,
             out,
             sums,
             peaks,
@@ -53,9 +54,11 @@ def tree_attention(q, scratch, cache, geometry: StepGeometry, scale: float, wind
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        if len(work.merges):
+        if work.num_partials:
             grid = (len(work.merges), kv_heads, tile.rows // _MERGE_ROWS)
-            _merge[grid](sums, peaks, work.merges, out, **shape, ROWS=tile.rows, PART=_MERGE_ROWS, num_warps=1)
+            _merge_splits[grid](
+                sums, peaks, work.merges, work.counts, out, **shape, ROWS=tile.rows, PART=_MERGE_ROWS, num_warps=1
+            )
     return out
 
 
@@ -172,6 +175,7 @@ def _attend(
     positions,
     ancestors,
     items,
+    counts,
     out,
     sums,
     peaks,
@@ -187,6 +191,8 @@ def _attend(
     WINDOW: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    if tl.program_id(0) >= tl.load(counts):  # room for other steps
+        return
     kv_head, kv_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     item = items + tl.program_id(0) * _FIELDS
     start, count, certain = tl.load(item).to(tl.int64), tl.load(item + 1), tl.load(item + 2)
@@ -222,10 +228,11 @@ def _attend(
 
 
 @triton.jit
-def _merge(
+def _merge_splits(
     sums,
     peaks,
     merges,
+    counts,
     out,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -234,6 +241,8 @@ def _merge(
     PART: tl.constexpr,
 ):
     """PART query rows of a block: their splits, one after the other."""
+    if tl.program_id(0) >= tl.load(counts + 1):
+        return
     kv_head, kv_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     merge = merges + tl.program_id(0) * _MERGE_FIELDS
     start, first, count = tl.load(merge).to(tl.int64), tl.load(merge + 1), tl.load(merge + 2)

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 
 from euryale.kernels.geometry import StepGeometry
+from euryale.kernels.tables import Tables
+
+_FIELDS, _MERGE_FIELDS = 8, 5  # of an item and of a merge
 
 
 @dataclass(frozen=True)
@@ -39,50 +42,100 @@ _TILES = {
 _TILES_FLOAT32 = (Tile(16, 32, 512, 8, 1), Tile(16, 32, 1024, 8, 1), Tile(16, 32, 16384, 8, 1))
 
 
+def kinds(rows: list[int], group: int) -> tuple[int, ...]:
+    """Which tiles segments of so many ``rows`` take, with ``group`` heads per kv head."""
+    return tuple(np.unique(np.searchsorted(_LIMITS, np.asarray(rows) * group)).tolist())
+
+
 @dataclass(frozen=True)
-class Work:
-    """What one launch does, ``num_partials`` of its items with partial results.
+class _Plan:
+    """What one launch does. ``items`` int32 [n, 8]: a segment's first row, its rows, its certain rows, its context,
+    where its pages begin; the block's first query row; which split of the keys; where its partial results go, -1:
+    straight to the output. ``merges`` int32 [m, 5]: a segment's first row; the block's first query row; the segment's
+    query rows; the first partial result and how many. ``num_partials`` of the items leave partial results."""
 
-    ``items`` int32 [n, 8]: a segment's first row, its rows, its certain rows, its context, where its pages begin; the
-    block's first query row; which split of the keys; where its partial results go, -1: straight to the output.
-    ``merges`` int32 [m, 5]: a segment's first row; the block's first query row; the segment's query rows; the first
-    partial result and how many.
-    """
-
-    tile: Tile
-    items: torch.Tensor
-    merges: torch.Tensor
+    items: np.ndarray
+    merges: np.ndarray
     num_partials: int
+
+
+class Work:
+    """A plan on the device: ``tile``, ``items``, ``merges``, and ``counts`` int32 [2], how many of both there are; what
+    is beyond these is room for other steps. ``num_partials``: partial results that there is room for."""
+
+    def __init__(self, tile: Tile, plan: _Plan, device: torch.device, has_room: bool) -> None:
+        self.tile = tile
+        arrays, room = self._arrays(plan), {}
+        self._most = (len(plan.items), len(plan.merges), plan.num_partials)
+        if has_room:  # powers of two, so that a growing context seldom needs another recording
+            self._most = tuple(1 << max(n - 1, 7).bit_length() for n in self._most)
+            room = {"items": self._most[0] * _FIELDS, "merges": self._most[1] * _MERGE_FIELDS}
+        self._tables = Tables(arrays, device, room)
+        tensors = self._tables.tensors
+        self.items, self.merges = tensors["items"].view(-1, _FIELDS), tensors["merges"].view(-1, _MERGE_FIELDS)
+        self.counts, self.num_partials = tensors["counts"], self._most[2]
+
+    def refill(self, plan: _Plan) -> bool:
+        """Take another plan of this tile; False if there is no room."""
+        sizes = (len(plan.items), len(plan.merges), plan.num_partials)
+        if any(size > most for size, most in zip(sizes, self._most, strict=True)):
+            return False
+        self._tables.fill(self._arrays(plan))
+        return True
+
+    @staticmethod
+    def _arrays(plan: _Plan) -> dict[str, np.ndarray]:
+        counts = np.asarray([len(plan.items), len(plan.merges)], dtype=np.int32)
+        return {"counts": counts, "items": plan.items.reshape(-1), "merges": plan.merges.reshape(-1)}
+
+
+class WorkList:
+    """The launches of a step, ``works``: one per size of tile in it, for ``group`` heads per kv head and heads of
+    ``dim`` places, a power of two."""
+
+    def __init__(
+        self, geometry: StepGeometry, group: int, dim: int, is_float32: bool, window: int | None, device: torch.device
+    ) -> None:
+        self._tiles = _TILES_FLOAT32 if is_float32 else _TILES[min(max(dim, 64), 256)]
+        self._group, self._window = group, window or 0
+        plans = self._plans(geometry)
+        self._kinds = list(plans)
+        self.works = [Work(self._tiles[k], plan, device, geometry.is_refilled) for k, plan in plans.items()]
+
+    def refill(self, geometry: StepGeometry) -> bool:
+        """Take another step; False if there is no room for it."""
+        plans = self._plans(geometry)
+        if list(plans) != self._kinds:
+            return False
+        return all(work.refill(plan) for work, plan in zip(self.works, plans.values(), strict=True))
+
+    def _plans(self, geometry: StepGeometry) -> dict[int, _Plan]:
+        segments = geometry.segments
+        num_pages = np.asarray([len(s.pages) for s in segments])
+        counts = np.asarray([s.num_rows for s in segments])
+        columns = (
+            np.asarray(geometry.row_starts[:-1]),
+            counts,
+            np.asarray([s.num_certain for s in segments]),
+            np.asarray([s.context for s in segments]),
+            num_pages.cumsum() - num_pages,
+        )
+        table, of_segment = np.stack(columns, axis=1), np.searchsorted(_LIMITS, counts * self._group)
+        found = np.unique(of_segment).tolist()
+        return {k: _plan(table[of_segment == k], self._tiles[k], self._group, self._window) for k in found}
 
 
 def work_list(
     geometry: StepGeometry, group: int, dim: int, is_float32: bool, window: int | None, device: torch.device
 ) -> list[Work]:
-    """The launches of a step, one per size of tile in it, for ``group`` heads per kv head and heads of ``dim`` places,
-    a power of two; made once per step."""
+    """The launches of a step, made once per step (see WorkList)."""
     key = ("tree_attention.triton", group, dim, is_float32, window)
     if key not in geometry.prepared:
-        tiles = _TILES_FLOAT32 if is_float32 else _TILES[min(max(dim, 64), 256)]
-        geometry.prepared[key] = _plan(geometry, tiles, group, window or 0, device)
-    return geometry.prepared[key]
+        geometry.prepared[key] = WorkList(geometry, group, dim, is_float32, window, device)
+    return geometry.prepared[key].works
 
 
-def _plan(geometry: StepGeometry, tiles: tuple[Tile, ...], group: int, window: int, device) -> list[Work]:
-    segments = geometry.segments
-    num_pages = np.asarray([len(s.pages) for s in segments])
-    counts = np.asarray([s.num_rows for s in segments])
-    columns = (
-        np.asarray(geometry.row_starts[:-1]),
-        counts,
-        np.asarray([s.num_certain for s in segments]),
-        np.asarray([s.context for s in segments]),
-        num_pages.cumsum() - num_pages,
-    )
-    table, kinds = np.stack(columns, axis=1), np.searchsorted(_LIMITS, counts * group)
-    return [_work(table[kinds == kind], tiles[kind], group, window, device) for kind in np.unique(kinds)]
-
-
-def _work(table: np.ndarray, tile: Tile, group: int, window: int, device) -> Work:
+def _plan(table: np.ndarray, tile: Tile, group: int, window: int) -> _Plan:
     segment, block = _counted(-(-table[:, 1] * group // tile.rows))
     start, count, certain, context, _ = table[segment].T
     first = block * tile.rows
@@ -98,8 +151,7 @@ def _work(table: np.ndarray, tile: Tile, group: int, window: int, device) -> Wor
     place = np.where(is_split[of_item], partial[of_item] + split, -1)
     fields = (table[segment[of_item]], first[of_item], first_split[of_item] + split, place)
     merges = np.column_stack((start, first, count * group, partial, num_splits))[is_split]
-    items, merges = (torch.from_numpy(x.astype(np.int32)).to(device) for x in (np.column_stack(fields), merges))
-    return Work(tile, items, merges, int(partials[-1]))
+    return _Plan(np.column_stack(fields).astype(np.int32), merges.astype(np.int32), int(partials[-1]))
 
 
 def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

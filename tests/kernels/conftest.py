@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+from euryale.kernels import backend, cpu
+
+INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "baseline")
+
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
@@ -11,3 +15,19 @@ def _poisoned(monkeypatch):
     empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
+
+
+@pytest.fixture(params=["reference", *INSTRUCTION_SETS])
+def each_implementation(request):
+    """Runs the test on one implementation of the kernels."""
+    if request.param == "reference":
+        with backend.forced("reference"):
+            yield
+        return
+    assert cpu.library() is not None, "the CPU kernels are not built: pip install -e ."
+    best = cpu.instruction_set()
+    if not cpu.use(request.param):
+        pytest.skip(f"this CPU has no {request.param}")
+    with backend.forced("cpu"):
+        yield
+    cpu.use(best)

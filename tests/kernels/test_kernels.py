@@ -12,33 +12,15 @@ from euryale.kernels.geometry import SegmentShape, StepGeometry, tree_tables
 from euryale.kernels.linear import FrozenLinear
 from euryale.kernels.rope_qk import rope_qk
 from euryale.kernels.silu_mul import silu_mul
-from euryale.kernels.top_k import top_k
 from euryale.kernels.tree_attention import tree_attention
 
 CPU, PAGE = torch.device("cpu"), 16
-INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "baseline")
 DTYPES = (torch.float32, torch.bfloat16)
 # The rounding of an output in its own dtype, 2^-24 and 2^-9, and some room for sums in another order.
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
 
-@pytest.fixture(params=["reference", *INSTRUCTION_SETS])
-def _implementation(request):
-    """Runs the test on one implementation of the kernels."""
-    if request.param == "reference":
-        with backend.forced("reference"):
-            yield
-        return
-    assert cpu.library() is not None, "the CPU kernels are not built: pip install -e ."
-    best = cpu.instruction_set()
-    if not cpu.use(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    with backend.forced("cpu"):
-        yield
-    cpu.use(best)
-
-
-every_implementation = pytest.mark.usefixtures("_implementation")
+every_implementation = pytest.mark.usefixtures("each_implementation")
 
 
 def shapes(rng, kind: str) -> list[SegmentShape]:
@@ -179,18 +161,20 @@ def test_positions_slots_and_bits():
 def test_commit_copies_the_rows_and_nothing_else():
     torch.manual_seed(0)
     cache, scratch = torch.randn(3, 2, 5, 2, PAGE, 4), torch.randn(3, 2, 9, 2, 4)
-    expected = cache.clone()
-    rows, slots = torch.tensor([8, 0, 3]), torch.tensor([4 * PAGE + 15, 0, 2 * PAGE + 7])
-    for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
+    expected, slots = cache.clone(), torch.full((6,), -1)
+    for row, slot in {5: 4 * PAGE + 15, 0: 0, 3: 2 * PAGE + 7}.items():
+        slots[row] = slot
         expected[:, :, slot // PAGE, :, slot % PAGE] = scratch[:, :, row]
-    commit(cache, scratch, rows, slots)
+    commit(cache, scratch, slots)
     assert torch.equal(cache, expected)
-    commit(cache, scratch, rows[:0], slots[:0])
+    commit(cache, scratch, torch.full((9,), -1))
+    commit(cache, scratch, slots[:0])
     assert torch.equal(cache, expected)
 
 
 @every_implementation
-def test_accept_finds_the_deepest_then_likeliest_path():
+@pytest.mark.parametrize("is_typical", [False, True])
+def test_accept_finds_the_deepest_then_likeliest_path(is_typical):
     rng = np.random.default_rng(1)
     deepest = 0
     for _ in range(200):
@@ -200,7 +184,7 @@ def test_accept_finds_the_deepest_then_likeliest_path():
             parents = np.asarray([rng.integers(0, i + 1) for i in range(drafts)], dtype=np.int32)
             pages = np.zeros(4, dtype=np.int32)
             segments.append(SegmentShape(num_certain=certain, context=0, parents=parents, pages=pages))
-            ok, score = rng.random(drafts) < 0.6, rng.integers(0, 3, size=drafts)
+            ok, score = rng.random(drafts) < 0.6, rng.integers(0, 3, size=drafts) * is_typical
             fits += [False] * certain + ok.tolist()
             scores += [0.0] * certain + score.tolist()
             paths = {0: []}
@@ -210,14 +194,21 @@ def test_accept_finds_the_deepest_then_likeliest_path():
             end = max(paths, key=lambda n, s=score, p=paths: (len(p[n]), s[n - 1] if n else 0, -n))
             root = first + certain - 1
             expected_last.append(root + end)
-            expected_rows |= {root + n for n in paths[end]}
+            expected_rows |= set(range(first, root + 1)) | {root + n for n in paths[end]}
             deepest = max(deepest, len(paths[end]))
             first += certain + drafts
         geometry = StepGeometry.build(segments, PAGE, CPU)
-        roots = torch.tensor([s + seg.num_certain - 1 for s, seg in zip(geometry.row_starts, segments, strict=False)])
-        last, accepted = accept(geometry, roots, torch.tensor(fits), torch.tensor(scores, dtype=torch.float32))
+        # Whether a draft fits is what the tokens say, or for half of the rows of a typical request `good`.
+        next_tokens = torch.from_numpy(rng.integers(0, 50, first).astype(np.int32))
+        wanted = next_tokens[geometry.parent_rows.clamp(min=0)]
+        fits, typical = torch.tensor(fits), torch.from_numpy(rng.random(first) < 0.5) & is_typical
+        tokens = torch.where(fits ^ typical, wanted, wanted + 1)
+        good = torch.where(typical, fits.to(torch.int8), -1).to(torch.int8)
+        extra = (good, torch.tensor(scores, dtype=torch.float32)) if is_typical else ()
+        last, kept = accept(geometry, tokens, next_tokens, *extra)
         assert last.tolist() == expected_last
-        assert set(accepted.nonzero()[:, 0].tolist()) == expected_rows
+        expected = [slot if row in expected_rows else -1 for row, slot in enumerate(geometry.slots.tolist())]
+        assert kept.tolist() == expected
     assert deepest >= 4
 
 
@@ -295,17 +286,3 @@ def test_without_a_compiler_the_reference_runs_and_says_so(monkeypatch, tmp_path
     assert "must be built again" in caplog.text
     monkeypatch.setattr(cpu, "library", lambda: None)
     assert backend._best.__wrapped__("cpu") == "reference"
-
-
-@every_implementation
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("width", "k"), [(1, 1), (3001, 1), (3001, 7), (200, 200), (5, 9)])
-def test_top_k(width, k, dtype):
-    torch.manual_seed(0)
-    x = (torch.randn(6, width) * 3).round().to(dtype)  # many ties
-    x[1] = -torch.inf
-    values, ids = top_k(x, k)
-    for row in range(6):
-        expected = sorted(range(width), key=lambda i, row=row: (-float(x[row, i]), i))[:k]
-        assert ids[row, : len(expected)].tolist() == expected
-        assert values[row].tolist() == [float(x[row, i]) for i in expected] + [-float("inf")] * (k - len(expected))

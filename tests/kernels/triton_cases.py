@@ -6,17 +6,21 @@ import os
 import numpy as np
 import pytest
 import torch
+from step_cases import GREEDY, STEPS, agreeable, assert_same, eager_twin, load_runner, plan_of
 
-from euryale.kernels import backend
+from euryale.kernels import backend, graph
 from euryale.kernels.accept import accept
 from euryale.kernels.add_rms_norm import add_rms_norm
 from euryale.kernels.commit import commit
 from euryale.kernels.geometry import SegmentShape, StepGeometry
 from euryale.kernels.linear import FrozenLinear
 from euryale.kernels.rope_qk import rope_qk
+from euryale.kernels.sample import sample
+from euryale.kernels.sample.noise import stream_key
 from euryale.kernels.silu_mul import silu_mul
-from euryale.kernels.top_k import top_k
+from euryale.kernels.top_k import merge_top_k, top_k, values_and_ids
 from euryale.kernels.tree_attention import tree_attention, work_list
+from euryale.runtime.step_graphs import StepGraphs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 assert DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1", "run test_triton.py"
@@ -81,7 +85,7 @@ def build(segments: list[SegmentShape]) -> StepGeometry:
 
 WIDE_64 = [0] * 9 + list(range(54))
 DEEP_128 = [0] * 3 + list(range(124))
-STEPS = {
+ATTENTION = {
     **{f"one node after {n}": [(1, n, [])] for n in (0, 1, 63, 64, 65, 1000)},
     "chain": [(1, 17, [0, 1, 2, 3])],
     "chain of 64": [(1, 511, list(range(63)))],
@@ -118,9 +122,9 @@ def check_attention(geometry, q, scratch, cache, window):
 
 
 @pytest.mark.parametrize("window", [None, 1, 20])
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", ATTENTION)
 def test_tree_attention(step, window):
-    check_attention(*attention_case(STEPS[step], 6, 2, 20, torch.float32), window)
+    check_attention(*attention_case(ATTENTION[step], 6, 2, 20, torch.float32), window)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -144,7 +148,7 @@ def test_large_tiles_in_low_precision(window, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_of_attention_does_not_depend_on_its_neighbours(dtype):
-    step, row = STEPS["several"], 0
+    step, row = ATTENTION["several"], 0
     geometry, q, scratch, cache = attention_case(step, 6, 2, 40, dtype)
     with backend.forced("triton"):
         together = tree_attention(q, scratch, cache, geometry, 0.3)
@@ -162,14 +166,14 @@ def test_commit(shape, dtype):
     torch.manual_seed(0)
     heads, dim = shape
     cache, scratch = random(3, 2, 5, heads, PAGE, dim, dtype=dtype), random(3, 2, 9, heads, dim, dtype=dtype)
-    rows = torch.tensor([8, 0, 3], device=DEVICE)
-    slots = torch.tensor([4 * PAGE + 15, 0, 2 * PAGE + 7], device=DEVICE)
-    for n in (3, 1, 0):
-        (_, got), (_, expected) = both(commit, cache, scratch, rows[:n], slots[:n])
+    slots = torch.tensor([4 * PAGE + 15, -1, 0, -1, 2 * PAGE + 7], device=DEVICE)
+    for n in (5, 2):
+        (_, got), (_, expected) = both(commit, cache, scratch, slots[:n])
         assert torch.equal(got[0], expected[0])
 
 
-def test_accept():
+@pytest.mark.parametrize("is_typical", [False, True])
+def test_accept(is_typical):
     rng = np.random.default_rng(1)
     sizes = [
         *[(int(rng.integers(1, 4)), int(rng.integers(0, 12))) for _ in range(60)],
@@ -180,20 +184,23 @@ def test_accept():
     ]
     for width in (1, 3, len(sizes)):
         for at in range(0, len(sizes), width):
-            step, fits = [], []
-            for certain, drafts in sizes[at : at + width]:
-                parents = [int(rng.integers(max(0, i - 5), i + 1)) for i in range(drafts)]
-                step.append((certain, 0, parents))
-                fits += [False] * certain + (rng.random(drafts) < (0.6 if drafts < 20 else 0.97)).tolist()
+            step = [
+                (certain, 0, [int(rng.integers(max(0, i - 5), i + 1)) for i in range(drafts)])
+                for certain, drafts in sizes[at : at + width]
+            ]
             segments = [
                 SegmentShape(num_certain=c, context=0, parents=np.asarray(p, dtype=np.int32), pages=np.zeros(30, "i4"))
                 for c, _, p in step
             ]
             geometry = build(segments)
-            roots = geometry.starts[:-1] + geometry.num_certain - 1
-            scores = torch.from_numpy(rng.integers(-1, 2, len(fits))).to(DEVICE, torch.float32)  # many ties
+            rows = geometry.num_rows
+            # Of two tokens, most drafts have the one that is wanted.
+            tokens, wanted = (torch.from_numpy(rng.random(rows) < p).to(DEVICE, torch.int32) for p in (0.9, 0.95))
+            good = torch.from_numpy(rng.integers(-1, 2, rows)).to(DEVICE, torch.int8)
+            scores = torch.from_numpy(rng.integers(-1, 2, rows)).to(DEVICE, torch.float32)  # many ties
             scores[scores < 0] = -torch.inf
-            (got, _), (expected, _) = both(accept, geometry, roots, torch.tensor(fits, device=DEVICE), scores)
+            extra = (good, scores) if is_typical else ()
+            (got, _), (expected, _) = both(accept, geometry, tokens, wanted, *extra)
             assert torch.equal(got[0], expected[0])
             assert torch.equal(got[1], expected[1])
 
@@ -237,9 +244,63 @@ def test_silu_mul(width, dtype):
     assert_close("gate", got, expected, 3 * LIMITS[dtype])  # the reference rounds SiLU before the product
 
 
-def test_products_and_top_k_are_those_of_the_reference():
+def test_products_are_those_of_the_reference():
     x, weight, bias = random(3, 20), random(7, 20), random(7)
     (got, _), (expected, _) = both(lambda *a: FrozenLinear(a[1], a[2])(a[0]), x, weight, bias)
     assert torch.equal(got, expected)
-    (got, _), (expected, _) = both(top_k, x, 4)
-    assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "k"), [(1, 1), (5, 9), (2500, 7), (5000, 1)])
+def test_top_k_and_merging(width, k, dtype):
+    torch.manual_seed(0)
+    x = (torch.randn(3, width) * 3).round().to(DEVICE, dtype)  # many ties
+    x[1] = -torch.inf
+    (got, _), (expected, _) = both(top_k, x, k, max(1, width - 3), 100)
+    assert torch.equal(got[0], expected[0])
+    found = values_and_ids(expected)[0] > -torch.inf
+    assert torch.equal(got[1][found], expected[1][found])
+    (got, _), (expected, _) = both(merge_top_k, torch.stack([expected, expected]))
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1][found], expected[1][found])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sample(dtype):
+    torch.manual_seed(0)
+    logits = random(8, 3000, dtype=dtype) * 3
+    temperature = torch.tensor([0.0, 0.3, 1.0, 2.0] * 2, device=DEVICE)
+    keys = torch.tensor([stream_key(row % 7, 0, row) for row in range(8)], device=DEVICE)
+    (got, _), (expected, _) = both(sample, logits, temperature, keys, 2990, 7000)
+    # The second largest of 3,000 scores is much further away than the logarithms differ.
+    assert torch.equal(got[1], expected[1])
+    assert_close("scores", values_and_ids(got)[0], values_and_ids(expected)[0], 1e-6)
+
+
+class Repeated:
+    """In place of a CUDA graph: the function once more, on whatever its tensors hold by then."""
+
+    def __init__(self, function, _device) -> None:
+        self._function, self.out = function, function()
+
+    def replay(self) -> int:
+        self.out = self._function()
+        return 0
+
+
+def test_padded_steps(tmp_path, monkeypatch):
+    """Whole decoding steps in padded batches that are filled again and again find what unpadded ones find: on a GPU as
+    CUDA graphs, elsewhere without a recording."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(graph, "record", Repeated)
+    with backend.forced("triton"):
+        runner = load_runner(tmp_path, DEVICE.type)
+        runner.graphs = StepGraphs(runner.cache, runner.decoder.shard.group, max_rows=64, pads=True)
+        twin, recorded = eager_twin(runner), 0
+        for seed, (shapes, params, context) in enumerate(STEPS):
+            plan = plan_of(seed, runner.decoder.shard.vocab_size, shapes, params, context)
+            # cuBLAS may sum another number of rows in another order.
+            limit = 0.0 if DEVICE.type == "cpu" else 1e-4
+            assert_same(runner, twin, agreeable(runner, plan) if params == [GREEDY] else plan, limit)
+            recorded += runner.graphs.recording(plan) is not None
+        assert recorded == 9  # of 12: prompts are not

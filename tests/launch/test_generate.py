@@ -40,7 +40,9 @@ def generate(model, tmp_path, lines: list[str], size: int, *flags: str) -> tuple
     return rows, json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("size", "flags"), [(1, ("--no-speculation",)), (2, ("--max-num-seqs", "2"))])
+@pytest.mark.parametrize(
+    ("size", "flags"), [(1, ("--no-speculation",)), (2, ("--max-num-seqs", "2", "--loop", "overlapped"))]
+)
 def test_answers_in_input_order_and_errors_in_their_place(model, tmp_path, size, flags):
     asked = prompts(5)
     lines = [json.dumps({"id": f"p{i}", "prompt_tokens": p.tolist(), "max_tokens": 4 + i}) for i, p in enumerate(asked)]

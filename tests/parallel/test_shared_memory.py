@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from serving import leftovers
 from support import ROOT, free_port
 
 from euryale.kernels.add_rms_norm import reference
@@ -124,7 +125,7 @@ def three():
 
 
 def test_a_killed_rank_is_noticed_at_once_and_leaves_nothing(three):
-    before = set(os.listdir("/dev/shm"))
+    before = leftovers()
     peers = three(30)
     time.sleep(0.3)  # the others sleep in a collective by now
     killed = time.monotonic()
@@ -132,7 +133,7 @@ def test_a_killed_rank_is_noticed_at_once_and_leaves_nothing(three):
     for peer in (peers[0], peers[2]):
         assert peer.stdout.readline().startswith("GroupLost rank 1 is gone")
     assert time.monotonic() - killed < 5  # looked for every 0.05 s; the rest is for a busy machine
-    assert set(os.listdir("/dev/shm")) <= before
+    assert leftovers() <= before
 
 
 def test_a_rank_that_does_not_come_is_given_up(three):

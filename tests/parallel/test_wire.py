@@ -47,5 +47,5 @@ def bytes_sent(group, vocab_size: int) -> dict[str, float]:
 def test_bytes_per_row(ranks, size):
     small, large = (ranks(size).run(bytes_sent, vocab_size) for vocab_size in (1001, 100003))
     assert small == large
-    # A value and an id; ten of them; three moments beside the best; 64 candidates on top.
-    assert small[0] == {"greedy": 8, "candidates": 80, "sampled": 20, "top-k": 20 + 64 * 8}
+    # A value and an id; ten of them; three moments beside the best and 64 candidates.
+    assert small[0] == {"greedy": 8, "candidates": 80, "sampled": 8, "top-k": 20 + 64 * 8}

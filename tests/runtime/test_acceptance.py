@@ -7,12 +7,12 @@ import pytest
 import torch
 from support import answer, family_config, head_tensors, make_model, prompts, save_heads
 
+from euryale.kernels.sample.noise import gumbel, stream_key
 from euryale.parallel.group import single
 from euryale.parallel.vocabulary import VocabShard
 from euryale.runtime.acceptance import decide
 from euryale.runtime.batch import StepBatch
 from euryale.runtime.config import EngineConfig
-from euryale.runtime.noise import gumbel, stream_key
 from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.plan import Segment, StepPlan
 
@@ -112,11 +112,12 @@ def test_typical_is_the_formula():
             position=trial,
             params=params,
         )
-        batch = StepBatch.build(StepPlan(segments=[segment]), 16, torch.device("cpu"))
+        batch = StepBatch(StepPlan(segments=[segment]), 16, torch.device("cpu"))
         got = decide(VocabShard(single(), vocab, vocab), logits.clone(), batch)
+        slots = batch.geometry.slots.tolist()
         path, bonus = typical_directly(logits, tokens, parents.tolist(), params, trial)
-        assert got.rows.tolist() == path
-        assert int(got.bonus[got.last[0]]) == bonus
+        assert got.kept.tolist() == [slot if n == 0 or n in path else -1 for n, slot in enumerate(slots)]
+        assert int(got.next_tokens[got.last[0]]) == bonus
         lengths.append(len(path))
     assert max(lengths) >= 3
     assert min(lengths) == 0

@@ -27,7 +27,8 @@ def run(ranks, size, directory, heads, asked, **changes):
     settings = {"max_num_seqs": 8, "max_num_batched_tokens": 40, "dtype": "float32"} | changes
     config = EngineConfig(model=str(directory), medusa=str(heads), **settings)
     params = SamplingParams(max_tokens=LENGTH, ignore_eos=True)
-    return ranks(size).run(answer, config, [(p, params) for p in asked])[0]
+    arrivals = 2 if config.loop == "overlapped" else 0  # requests come in while a step is under way
+    return ranks(size).run(answer, config, [(p, params) for p in asked], arrivals)[0]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -39,7 +40,14 @@ def test_greedy_tokens_are_those_of_transformers(models, ranks, family, size):
     assert sum(map(sum, tree["accepted"])) == LENGTH * len(asked)
 
 
-CHANGES = [{"tree": "off"}, {"tree": "chain"}, {"max_num_seqs": 1}, {"max_num_seqs": 3}, {"eager": True}]
+CHANGES = [
+    {"tree": "off"},
+    {"tree": "chain"},
+    {"max_num_seqs": 1},
+    {"max_num_seqs": 3},
+    {"eager": True},
+    {"loop": "overlapped"},
+]
 
 
 @pytest.mark.parametrize("changes", CHANGES)

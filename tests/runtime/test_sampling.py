@@ -10,10 +10,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from euryale.kernels.sample.noise import gumbel, stream_key
 from euryale.parallel import vocabulary
 from euryale.parallel.group import single
 from euryale.parallel.vocabulary import VocabShard
-from euryale.runtime.noise import gumbel, stream_key
 from euryale.runtime.sampling import RowParams, draw
 from euryale.scheduler.params import SamplingParams
 

@@ -6,7 +6,6 @@ needs the noise of its own tokens only. The generator is SplitMix64 used as a co
 
 import torch
 
-_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
 
 
@@ -14,17 +13,21 @@ def _signed(x: int) -> int:
     return x - (1 << 64) if x >> 63 else x
 
 
+# The generator's constants as int64 has them.
+GOLDEN, MIX_1, MIX_2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
 def stream_key(seed: int, sample: int, position: int) -> int:
     """The key of one position's noise, as a signed 64-bit integer. ``seed`` is unsigned 64-bit."""
     key = 0
     for value in (seed, sample, position):
-        key = _mix_int((key + value + _GOLDEN) & _MASK)
+        key = _mix_int((key + value + GOLDEN) & _MASK)
     return _signed(key)
 
 
 def _mix_int(z: int) -> int:
-    z = (z ^ z >> 30) * _MIX_1 & _MASK
-    z = (z ^ z >> 27) * _MIX_2 & _MASK
+    z = (z ^ z >> 30) * MIX_1 & _MASK
+    z = (z ^ z >> 27) * MIX_2 & _MASK
     return z ^ z >> 31
 
 
@@ -34,9 +37,9 @@ def gumbel(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     u has 32 bits and lies strictly between 0 and 1; log1p keeps the far tail, which 24 bits would cut off at
     -log(2^-24) = 16.6.
     """
-    z = keys + (ids + 1) * _signed(_GOLDEN)  # int64 arithmetic wraps, as the generator wants
-    z = (z ^ _shift(z, 30)) * _signed(_MIX_1)
-    z = (z ^ _shift(z, 27)) * _signed(_MIX_2)
+    z = keys + (ids + 1) * GOLDEN  # int64 arithmetic wraps, as the generator wants
+    z = (z ^ _shift(z, 30)) * MIX_1
+    z = (z ^ _shift(z, 27)) * MIX_2
     bits = _shift(z ^ _shift(z, 31), 32)
     u = ((bits.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)  # float32 would round the last ones to 1
     return -torch.log(-torch.log1p(-u))
