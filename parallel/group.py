@@ -38,6 +38,7 @@ class Group:
     device: torch.device
     collectives: SharedMemory | ProcessGroup | None = None
     patient: dist.ProcessGroup | None = None  # for loading, where ranks may be minutes apart; gloo, CPU tensors
+    plans: SharedMemory | None = None  # how plans travel, if not as everything else: a GPU need not be asked for them
 
     @property
     def is_leader(self) -> bool:
@@ -86,12 +87,13 @@ class Group:
             whole = torch.from_numpy(buffer)
             head[0] = len(whole)
             head[1 : 1 + min(len(whole), PLAN_HEAD)] = whole[:PLAN_HEAD]
-        head = self.collectives.broadcast(head)
+        travel = self.plans or self.collectives
+        head = travel.broadcast(head)
         length = int(head[0])
         if length <= PLAN_HEAD:
             return head[1 : 1 + length].numpy()
         rest = whole[PLAN_HEAD:] if buffer is not None else torch.empty(length - PLAN_HEAD, dtype=torch.int32)
-        return torch.cat([head[1:], self.collectives.broadcast(rest)]).numpy()
+        return torch.cat([head[1:], travel.broadcast(rest)]).numpy()
 
     def agree(self, error: str | None) -> None:
         """Raise on every rank if any rank has an error to report, so that none waits for one that gave up; for use
@@ -134,6 +136,8 @@ class Group:
         """Leave the group. Does not wait for the others."""
         if self.size > 1:
             self.collectives.close()
+            if self.plans is not None:
+                self.plans.close()
             dist.destroy_process_group()
 
 
@@ -158,9 +162,12 @@ def join(timeout: float = 30.0, device: str = "auto") -> Group:
     patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=LOADING_TIMEOUT))
     group = Group(rank, size, chosen, ProcessGroup(size, chosen), patient)
     is_one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
-    if chosen.type == "cpu" and is_one_host and group.minimum(cpu.library() is not None):
-        return dataclasses.replace(group, collectives=_share_memory(group, timeout, cores) or group.collectives)
-    return group
+    if not is_one_host or not group.minimum(cpu.library() is not None):
+        return group
+    shared = _share_memory(group, timeout, cores)
+    if chosen.type == "cuda":
+        return dataclasses.replace(group, plans=shared)
+    return dataclasses.replace(group, collectives=shared or group.collectives)
 
 
 def _share_memory(group: Group, timeout: float, cores: int) -> SharedMemory | None:

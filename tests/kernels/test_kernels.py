@@ -284,5 +284,10 @@ def test_without_a_compiler_the_reference_runs_and_says_so(monkeypatch, tmp_path
     (tmp_path / "_native.so").write_bytes(b"not a library")
     assert cpu.library.__wrapped__() is None
     assert "must be built again" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setitem(cpu._SIGNATURES, "silu_mul", (None, [cpu._COUNT]))  # as if the sources had changed
+    caplog.clear()
+    assert cpu.library.__wrapped__() is None
+    assert "silu_mul takes b'v888pp', not b'v8'" in caplog.text
     monkeypatch.setattr(cpu, "library", lambda: None)
     assert backend._best.__wrapped__("cpu") == "reference"
