@@ -24,6 +24,7 @@ from euryale.kernels.add_rms_norm import add_rms_norm
 from euryale.kernels.commit import commit
 from euryale.kernels.geometry import SegmentShape, StepGeometry
 from euryale.kernels.linear import FrozenLinear
+from euryale.kernels.sample import sample
 from euryale.kernels.silu_mul import silu_mul
 from euryale.kernels.top_k import top_k
 from euryale.kernels.tree_attention import tree_attention
@@ -108,11 +109,14 @@ def small_cases(dtype, device) -> list[Case]:
     norm = lambda: add_rms_norm(x, residual, weight, 1e-5)  # noqa: E731
     gate, top = lambda: silu_mul(gate_up), lambda: top_k(logits, 8)
     move = lambda: commit(cache, scratch, slots)  # noqa: E731
+    heat, keys = torch.ones(8, device=device), torch.arange(8, device=device)
+    sampled = lambda: sample(logits, heat, keys, 32000, 0)  # noqa: E731
     moved = 2 * 3 * 12 * 2 * 12 * 64 * dtype.itemsize
     return [
         case("add_rms_norm 8x768", 3 * x.nbytes, norm, norm),
         case("silu_mul 8x2048", gate_up.nbytes, gate, gate),
         case("top_k 8 of 8x32000", logits.nbytes, top, top),
+        case("sample from 8x32000", logits.nbytes, sampled, sampled),
         case("commit 3 rows, 12 layers", moved, move, move),
     ]
 
