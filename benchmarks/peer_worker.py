@@ -2,8 +2,8 @@
 
 Runs as a script in the environment of the peer and knows nothing of Euryale. ``SETTINGS`` is a JSON object: ``kind`` (a
 key of KINDS), ``model``, ``dtype``, ``threads``, ``batch``, ``max_tokens``, ``max_model_len`` and, for vLLM, ``heads``.
-One JSON object a line: first ``{"version"}`` on stdout, then for every list of prompts on stdin ``{"seconds", "answers",
-"steps"}``, steps null where the peer does not tell; ``{"error"}`` ends it.
+On stdout is one JSON object a line: first ``{"version"}``, then for every list of prompts on stdin ``{"seconds",
+"answers", "steps"}``, steps null where the peer does not tell; ``{"error"}`` ends it.
 """
 
 import json
@@ -78,10 +78,10 @@ class Vllm:
     """vLLM's engine in this process, with Medusa heads as its chain if ``heads`` names them."""
 
     def __init__(self, settings: dict) -> None:
-        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # its engine process would spin while others are measured
+        os.environ |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0"
+        }  # its engine and worker processes would spin beside what is measured
         os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        cores = sorted(os.sched_getaffinity(0))[: settings["threads"]]
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
         import vllm
 
         speculative = None
