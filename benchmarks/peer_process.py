@@ -4,6 +4,7 @@ An environment is made on request below a directory and kept. A process loads th
 so that all systems can be measured in turn (``peer_worker.py``). Whatever goes wrong with a peer is a PeerError.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -57,11 +58,13 @@ class Peer:
         try:
             print(json.dumps(prompts), file=self.process.stdin, flush=True)
         except BrokenPipeError as error:
+            self.close()
             raise PeerError(_last_line(self.log)) from error
         return Answered(**self._reply(ROUND_SECONDS))
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
@@ -74,7 +77,10 @@ class Peer:
         timer.start()
         line = self.process.stdout.readline()
         timer.cancel()
-        reply = json.loads(line) if line else {"error": _last_line(self.log)}
+        try:
+            reply = json.loads(line) if line else {"error": _last_line(self.log)}
+        except ValueError:
+            reply = {"error": f"it answered {line.strip()!r}"}
         if "error" in reply:
             self.close()
             raise PeerError(reply["error"])

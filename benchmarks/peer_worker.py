@@ -31,7 +31,7 @@ class LlamaCpp:
         params.n_seq_max = settings["batch"]
         params.n_ctx = params.n_batch = settings["max_model_len"] * settings["batch"]
         params.n_threads = params.n_threads_batch = settings["threads"]
-        # The quickest on a CPU for a small model, of float32 and float16 with and without flash attention.
+        # The quickest at batch 1 of float32 and float16 with and without flash attention (docs/experiments.md).
         params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = llama_cpp.llama_init_from_model(self.model, params)

@@ -30,7 +30,7 @@ from euryale.scheduler.request import Request
 
 Run = Callable[[list[list[int]]], Answered]
 PLAIN, ORACLE = "Euryale, no speculation", "transformers"
-REST = 0.3  # seconds before every measurement: threads of OpenMP spin for up to 0.2 after their last work
+REST = 0.3  # seconds before every measurement: threads of OpenMP may spin for 0.2 after their last work
 
 
 def run_engine(engine: Engine, prompts: list[list[int]], max_tokens: int, batch: int = 1) -> Answered:
@@ -141,8 +141,8 @@ def compare(args: argparse.Namespace, batch: int, oracle: Oracle, prompts, expec
     for name, start in peer_process.starters(args.peers, settings, args.medusa, args.environments).items():
         try:
             started[name] = start()
-        except PeerError as error:
-            failed[name] = error
+        except (PeerError, OSError, ValueError) as error:  # the environment's, or a checkpoint that cannot be converted
+            failed[name] = PeerError(str(error))
     try:
         found = measure(systems | {name: peer.ask for name, peer in started.items()}, prompts, args.rounds)
     finally:

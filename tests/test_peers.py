@@ -66,6 +66,13 @@ def test_a_worker_says_what_went_wrong(tmp_path):
     with pytest.raises(PeerError, match="RuntimeError: an unlucky prompt"):
         peer.ask([[13]])
     assert peer.process.returncode, "a worker that failed has ended"
+    peer = echo(tmp_path)
+    peer.process.kill()
+    peer.process.wait()
+    with pytest.raises(PeerError, match="a library's noise"):
+        peer.ask([[1]])
+    with pytest.raises(PeerError, match="it answered 'hello'"):
+        Peer([sys.executable, "-c", "print('hello')"], tmp_path / "log")
     with pytest.raises(PeerError, match="it broke"):
         Peer([sys.executable, "-c", "raise SystemExit('it broke')"], tmp_path / "log")
 
