@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from euryale.benchmarks.peers import run_engine
 from euryale.benchmarks.prompts import code_prompts
-from euryale.benchmarks.speed import run_engine
 from euryale.parallel.group import single
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
@@ -85,18 +85,17 @@ def compare(model: str, heads: str, args: argparse.Namespace) -> dict:
             name: Engine(EngineConfig(model=model, medusa=heads, tree=tree, dtype="float32", max_num_seqs=1), single())
             for name, tree in trees.items()
         }
-    seconds, steps, answers = {name: [] for name in made}, {}, {}
+    found = {name: [] for name in made}
     for engine in made.values():
         run_engine(engine, prompts[:1], args.max_tokens)  # first calls allocate and warm caches
     for _ in range(args.rounds):
         for name, engine in made.items():
-            taken, steps[name], answers[name] = run_engine(engine, prompts, args.max_tokens)
-            seconds[name].append(taken)
+            found[name].append(run_engine(engine, prompts, args.max_tokens))
     tokens, rows = len(prompts) * args.max_tokens, {}
-    for name in made:
-        ratio = statistics.median(p / s for p, s in zip(seconds["off"], seconds[name], strict=True))
-        rows[name] = {"tokens_per_step": round(tokens / steps[name], 3), "x_plain": round(ratio, 3)}
-        rows[name]["same"] = sum(a == b for a, b in zip(answers[name], answers["off"], strict=True))
+    for name, rounds in found.items():
+        ratio = statistics.median(p.seconds / r.seconds for p, r in zip(found["off"], rounds, strict=True))
+        rows[name] = {"tokens_per_step": round(tokens / rounds[-1].steps, 3), "x_plain": round(ratio, 3)}
+        rows[name]["same"] = sum(a == b for a, b in zip(rounds[-1].answers, found["off"][-1].answers, strict=True))
     accuracy = {
         what: np.cumsum(calibration[what], axis=1)[:, :5].round(4).tolist() for what in ("accuracy", "text_accuracy")
     }

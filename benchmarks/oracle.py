@@ -31,20 +31,28 @@ class Oracle:
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True).eval()
         self.model.generation_config.do_sample = False
 
-    @torch.inference_mode()
     def greedy(self, prompt: list[int], max_tokens: int, ignore_eos: bool = False, **options) -> list[int]:
         """The answer's tokens, the end-of-sequence token included."""
-        ids = torch.tensor([prompt])
+        return self.greedy_batch([prompt], max_tokens, ignore_eos, **options)[0]
+
+    @torch.inference_mode()
+    def greedy_batch(
+        self, prompts: list[list[int]], max_tokens: int, ignore_eos: bool = False, **options
+    ) -> list[list[int]]:
+        """The answers' tokens, padded with 0 behind end-of-sequence tokens to the longest."""
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         options = {"max_new_tokens": max_tokens, "pad_token_id": 0} | options
         if ignore_eos:
             options["eos_token_id"] = None
             saved, self.model.generation_config.eos_token_id = self.model.generation_config.eos_token_id, None
         try:
-            out = self.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **options)
+            out = self.model.generate(ids, attention_mask=mask, do_sample=False, **options)
         finally:
             if ignore_eos:
                 self.model.generation_config.eos_token_id = saved
-        return out[0, len(prompt) :].tolist()
+        return out[:, width:].tolist()
 
     @torch.inference_mode()
     def explain(self, prompt: list[int], a: list[int], b: list[int]) -> Tie | None:
