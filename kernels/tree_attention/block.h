@@ -104,17 +104,19 @@ struct Block {
         for (int j0 = 0; j0 < now.count; j0 += NUM) {
             const T* k[NUM];
             for (int i = 0; i < NUM; ++i) k[i] = now.keys[std::min(j0 + i, now.count - 1)];
-            vfloat acc[W] = {};
+            vfloat acc[ROWS][NUM] = {}, products[W];
             for (int64_t c = 0; c < dim; c += PER * W) {
                 Words key[NUM];
                 for (int i = 0; i < NUM; ++i) key[i] = part(k[i], c);
                 for (int r = 0; r < ROWS; ++r) {
                     const Words query = load_words(q + r * width + c);
-                    for (int i = 0; i < NUM; ++i) acc[r * NUM + i] = add_products(acc[r * NUM + i], key[i], query);
+                    for (int i = 0; i < NUM; ++i) acc[r][i] = add_products(acc[r][i], key[i], query);
                 }
             }
+            // A copy: the compiler keeps in registers only what has no address.
+            for (int i = 0; i < W; ++i) products[i] = acc[i / NUM][i % NUM];
             float sums[W];
-            store(sums, fold_lanes<sum>(acc));
+            store(sums, fold_lanes<sum>(products));
             for (int r = 0; r < ROWS; ++r) std::memcpy(w.p + (r0 + r) * KEYS + j0, sums + r * NUM, NUM * sizeof(float));
             ahead.keys_until(j0 + NUM);
         }
@@ -136,19 +138,18 @@ struct Block {
                 constexpr int ROWS = decltype(tile)::value;
                 const T* q = (const T*)w.q + r0 * width + c0;
                 float* p = w.p + r0 * KEYS;
-                vfloat acc[ROWS][4];
-                for (int r = 0; r < ROWS; ++r)
-                    for (int i = 0; i < 4; ++i) acc[r][i] = c0 ? load(p + r * KEYS + i * W) : vfloat{};
+                vfloat acc[ROWS * 4];
+#pragma GCC unroll 32
+                for (int n = 0; n < ROWS * 4; ++n) acc[n] = c0 ? load(p + n * W) : vfloat{};
                 for (int64_t s = 0; s < num_words; ++s) {
                     Words key[4];
                     for (int i = 0; i < 4; ++i) key[i] = (Words)load(w.k + s * KEYS + i * W);
-                    for (int r = 0; r < ROWS; ++r) {
-                        const Words query = spread_word(q + r * width + s * PER);
-                        for (int i = 0; i < 4; ++i) acc[r][i] = add_products(acc[r][i], key[i], query);
-                    }
+#pragma GCC unroll 32
+                    for (int n = 0; n < ROWS * 4; ++n)
+                        acc[n] = add_products(acc[n], key[n % 4], spread_word(q + n / 4 * width + s * PER));
                 }
-                for (int r = 0; r < ROWS; ++r)
-                    for (int i = 0; i < 4; ++i) store(p + r * KEYS + i * W, acc[r][i]);
+#pragma GCC unroll 32
+                for (int n = 0; n < ROWS * 4; ++n) store(p + n * W, acc[n]);
                 ahead.keys_until((r0 + ROWS) * KEYS / rows);
             });
         }
@@ -205,19 +206,19 @@ struct Block {
     template <int ROWS, int N>
     void accumulate(Workspace& w, int64_t r0, const T* const* words, int num_words, int64_t c) const {
         float* o = w.o + r0 * width + c;
-        vfloat acc[ROWS][N];
-        for (int r = 0; r < ROWS; ++r)
-            for (int i = 0; i < N; ++i) acc[r][i] = load(o + r * width + i * W) * w.decay[r0 + r];
+        const float* p = w.p + r0 * KEYS;
+        vfloat acc[ROWS * N];
+#pragma GCC unroll 32
+        for (int n = 0; n < ROWS * N; ++n) acc[n] = load(o + n / N * width + n % N * W) * w.decay[r0 + n / N];
         for (int s = 0; s < num_words; ++s) {
             Words value[N];
             for (int i = 0; i < N; ++i) value[i] = load_words(words[s] + (c + i * W) * PER);
-            for (int r = 0; r < ROWS; ++r) {
-                const Words weight = spread_word((const T*)(w.p + (r0 + r) * KEYS) + s * PER);
-                for (int i = 0; i < N; ++i) acc[r][i] = add_products(acc[r][i], value[i], weight);
-            }
+#pragma GCC unroll 32
+            for (int n = 0; n < ROWS * N; ++n)
+                acc[n] = add_products(acc[n], value[n % N], spread_word((const T*)(p + n / N * KEYS) + s * PER));
         }
-        for (int r = 0; r < ROWS; ++r)
-            for (int i = 0; i < N; ++i) store(o + r * width + i * W, acc[r][i]);
+#pragma GCC unroll 32
+        for (int n = 0; n < ROWS * N; ++n) store(o + n / N * width + n % N * W, acc[n]);
     }
 
     // One block of keys against all rows of the item. `hide(query row, scores)` masks a row.
