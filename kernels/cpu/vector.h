@@ -50,7 +50,7 @@ inline void from_float(bfloat16* p, float x) {
 
 inline vfloat broadcast(float x) { return x - vfloat{}; }
 inline vfloat select(vint mask, vfloat a, vfloat b) { return (vfloat)((mask & (vint)a) | (~mask & (vint)b)); }
-inline vfloat larger(vfloat a, vfloat b) { return select(a > b, a, b); }
+inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
 inline vfloat sum(vfloat a, vfloat b) { return a + b; }
 
 // Lane i of the result is lane i ^ D of x.
@@ -134,6 +134,11 @@ inline vuint spread_word(const bfloat16* p) {
     uint32_t both;
     __builtin_memcpy(&both, p, sizeof both);
     return both - vuint{};
+}
+// The words of numbers whose first of each two are in `even` and second in `odd`.
+inline vuint to_words(vfloat even, vfloat odd) {
+    const vuint first = (vuint)even, second = (vuint)odd;  // rounded to nearest, ties to even
+    return ((first + 0x7fff + ((first >> 16) & 1)) >> 16) | ((second + 0x7fff + ((second >> 16) & 1)) & 0xffff0000u);
 }
 inline vfloat add_products(vfloat to, vfloat a, vfloat b) { return to + a * b; }
 inline vfloat add_products(vfloat to, vuint a, vuint b) {

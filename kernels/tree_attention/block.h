@@ -69,9 +69,6 @@ struct Block {
     const float scale;  // of scores, for powers of two
     const int64_t width = (dim + PER * W - 1) / (PER * W) * (PER * W);  // `dim` filled up to whole vectors of words
 
-    // Where a component of the weighted values is: pairing puts the even ones of two vectors first, then the odd ones.
-    static int64_t place(int64_t c) { return PER == 1 ? c : c / (2 * W) * (2 * W) + c % 2 * W + c % (2 * W) / 2; }
-
     // Words from component c of a row on, zeros beyond its end.
     Words part(const T* row, int64_t c) const {
         if (c + PER * W <= dim) return load_words(row + c);
@@ -104,17 +101,19 @@ struct Block {
         for (int j0 = 0; j0 < now.count; j0 += NUM) {
             const T* k[NUM];
             for (int i = 0; i < NUM; ++i) k[i] = now.keys[std::min(j0 + i, now.count - 1)];
-            vfloat acc[ROWS][NUM] = {}, products[W];
+            vfloat acc[W], products[W];
+#pragma GCC unroll 32
+            for (int n = 0; n < W; ++n) acc[n] = vfloat{};
             for (int64_t c = 0; c < dim; c += PER * W) {
                 Words key[NUM];
                 for (int i = 0; i < NUM; ++i) key[i] = part(k[i], c);
-                for (int r = 0; r < ROWS; ++r) {
-                    const Words query = load_words(q + r * width + c);
-                    for (int i = 0; i < NUM; ++i) acc[r][i] = add_products(acc[r][i], key[i], query);
-                }
+#pragma GCC unroll 32
+                for (int n = 0; n < W; ++n)
+                    acc[n] = add_products(acc[n], key[n % NUM], load_words(q + n / NUM * width + c));
             }
             // A copy: the compiler keeps in registers only what has no address.
-            for (int i = 0; i < W; ++i) products[i] = acc[i / NUM][i % NUM];
+#pragma GCC unroll 32
+            for (int n = 0; n < W; ++n) products[n] = acc[n];
             float sums[W];
             store(sums, fold_lanes<sum>(products));
             for (int r = 0; r < ROWS; ++r) std::memcpy(w.p + (r0 + r) * KEYS + j0, sums + r * NUM, NUM * sizeof(float));
@@ -157,7 +156,8 @@ struct Block {
 
     // Scores to weights, in place, of up to W rows; their maxima and sums move on, what they held decays.
     void soften(Workspace& w, int64_t r0, int64_t rows) const {
-        vfloat tops[W] = {}, sums[W] = {};
+        vfloat tops[W], sums[W];
+        for (int64_t r = rows; r < W; ++r) tops[r] = sums[r] = vfloat{};
         for (int64_t r = 0; r < rows; ++r) {
             const float* p = w.p + (r0 + r) * KEYS;
             tops[r] = larger(larger(load(p), load(p + W)), larger(load(p + 2 * W), load(p + 3 * W)));
@@ -170,11 +170,13 @@ struct Block {
             const float* p = w.p + (r0 + r) * KEYS;
             T* weights = (T*)p;
             const float top = w.m[r0 + r];
+            vfloat total = {};
             for (int i = 0; i < 4; ++i) {
                 const vfloat weight = power_of_two(load(p + i * W) * scale - top);
-                sums[r] += weight;
+                total += weight;
                 store(weights + i * W, weight);
             }
+            sums[r] = total;
         }
         store(w.l + r0, load(w.l + r0) * decay + fold_lanes<sum>(sums));
     }
@@ -219,6 +221,18 @@ struct Block {
         }
 #pragma GCC unroll 32
         for (int n = 0; n < ROWS * N; ++n) store(o + n / N * width + n % N * W, acc[n]);
+    }
+
+    // A row of weighted values, times `factor`, to `dim` numbers.
+    void write(const float* o, float factor, T* to) const {
+        for (int64_t c = 0; c < dim; c += PER * W) {
+            Words words;
+            if constexpr (PER == 1)
+                words = load(o + c) * factor;
+            else
+                words = to_words(load(o + c) * factor, load(o + c + W) * factor);
+            std::memcpy(to + c, &words, std::min<int64_t>(PER * W, dim - c) * sizeof(T));
+        }
     }
 
     // One block of keys against all rows of the item. `hide(query row, scores)` masks a row.

@@ -125,8 +125,7 @@ struct Kernel {
 
     void write(int64_t segment, int64_t kv_head, int64_t query_row, const float* o, float factor) const {
         const int64_t row = step.row_starts[segment] + query_row / group, head = kv_head * group + query_row % group;
-        T* to = out + (row * shape.heads + head) * dim;
-        for (int64_t c = 0; c < dim; ++c) from_float(to + c, o[block.place(c)] * factor);
+        block.write(o, factor, out + (row * shape.heads + head) * dim);
     }
 
     // The splits of one query row, in their order.
