@@ -47,8 +47,8 @@ struct Workspace {
     float *q, *k, *v, *p, *o, *m, *l, *decay;  // q, k, v and the weights in p are of the type of the values
     explicit Workspace(int64_t width) {
         const int64_t rows = QUERY_BLOCK;
-        memory.resize(2 * rows * width + SLICE * KEYS + KEYS * width + rows * KEYS + 3 * rows);
-        q = memory.data();
+        memory.resize(2 * rows * width + SLICE * KEYS + KEYS * width + rows * KEYS + 3 * rows + 16);
+        q = (float*)(((uintptr_t)memory.data() + 63) & ~(uintptr_t)63);  // a vector in one cache line
         o = q + rows * width;
         k = o + rows * width;
         v = k + SLICE * KEYS;
@@ -205,14 +205,15 @@ struct Block {
     }
 
     // o[r] = o[r] * decay[r] + weights[r] . values, for N vectors of places from c on.
-    template <int ROWS, int N>
-    void accumulate(Workspace& w, int64_t r0, const T* const* words, int num_words, int64_t c) const {
+    template <int ROWS, int N, class Ask>
+    void accumulate(Workspace& w, int64_t r0, const T* const* words, int num_words, int64_t c, Ask ask) const {
         float* o = w.o + r0 * width + c;
         const float* p = w.p + r0 * KEYS;
         vfloat acc[ROWS * N];
 #pragma GCC unroll 32
         for (int n = 0; n < ROWS * N; ++n) acc[n] = load(o + n / N * width + n % N * W) * w.decay[r0 + n / N];
         for (int s = 0; s < num_words; ++s) {
+            ask((s + 1) * PER);
             Words value[N];
             for (int i = 0; i < N; ++i) value[i] = load_words(words[s] + (c + i * W) * PER);
 #pragma GCC unroll 32
@@ -221,6 +222,14 @@ struct Block {
         }
 #pragma GCC unroll 32
         for (int n = 0; n < ROWS * N; ++n) store(o + n / N * width + n % N * W, acc[n]);
+    }
+
+    template <int ROWS, class Ask>
+    void accumulate_all(Workspace& w, int64_t r0, const T* const* words, int num_words, Ask ask) const {
+        int64_t c = 0;
+        for (; c + 4 * W <= width; c += 4 * W) accumulate<ROWS, 4>(w, r0, words, num_words, c, ask);
+        for (; c + 2 * W <= width; c += 2 * W) accumulate<ROWS, 2>(w, r0, words, num_words, c, ask);
+        for (; c < width; c += W) accumulate<ROWS, 1>(w, r0, words, num_words, c, ask);
     }
 
     // A row of weighted values, times `factor`, to `dim` numbers.
@@ -257,10 +266,10 @@ struct Block {
         const int num_words = pair(w, now, words);
         for_tiles(rows, [&](int64_t r0, auto tile) {
             constexpr int ROWS = decltype(tile)::value;
-            int64_t c = 0;
-            for (; c + 4 * W <= width; c += 4 * W) accumulate<ROWS, 4>(w, r0, words, num_words, c);
-            for (; c + 2 * W <= width; c += 2 * W) accumulate<ROWS, 2>(w, r0, words, num_words, c);
-            for (; c < width; c += W) accumulate<ROWS, 1>(w, r0, words, num_words, c);
+            if (ROWS == rows)
+                accumulate_all<ROWS>(w, r0, words, num_words, [&](int key) { ahead.values_until(key); });
+            else
+                accumulate_all<ROWS>(w, r0, words, num_words, [](int) {});
             ahead.values_until((r0 + ROWS) * KEYS / rows);
         });
     }
