@@ -78,6 +78,9 @@ struct Kernel {
         Rows<T> blocks[2];
         int64_t begin = first_seen(item);
         collect(begin, blocks[0]);
+        Ahead<T> first{blocks[0], dim * (int64_t)sizeof(T)};
+        first.keys_until(KEYS);
+        first.values_until(KEYS);
         for (int i = 0; begin < end; begin += KEYS, i = 1 - i) {
             const Rows<T>& now = blocks[i];
             collect(begin + KEYS, blocks[1 - i]);
