@@ -1,9 +1,11 @@
 // One block of keys against the query rows of an item: scores, softmax so far, weighted values.
 //
 // Products are taken in words of 32 bits, one float32 number or two of bfloat16 (vector.h). Scores run over words of a
-// key's components: for few rows as dot products, for many from transposed keys, so that a vector holds many keys and no
-// sums across lanes are left. Weighted values run over words of keys: values in bfloat16 are paired first. Weights are
-// rounded to the type of the values.
+// key's components: for few rows as dot products, for many from transposed keys, so that a vector holds many keys and
+// no sums across lanes are left. Weighted values run over words of keys: values in bfloat16 are paired first. Weights
+// are rounded to the type of the values.
+//
+// Loops over sums are unrolled by a pragma, and flat: the compiler keeps sums in registers only if it sees no index.
 namespace euryale {
 namespace EURYALE_ISA {
 namespace attention {
@@ -73,7 +75,7 @@ struct Block {
     Words part(const T* row, int64_t c) const {
         if (c + PER * W <= dim) return load_words(row + c);
         Words words = {};
-        if (dim - c == PER * W / 2)
+        if (dim - c == PER * W / 2)  // without a call: bfloat16 heads of 80
             std::memcpy(&words, row + c, sizeof words / 2);
         else if (c < dim)
             std::memcpy(&words, row + c, (dim - c) * sizeof(T));
@@ -111,7 +113,7 @@ struct Block {
                 for (int n = 0; n < W; ++n)
                     acc[n] = add_products(acc[n], key[n % NUM], load_words(q + n / NUM * width + c));
             }
-            // A copy: the compiler keeps in registers only what has no address.
+            // A copy, for what has an address leaves the registers.
 #pragma GCC unroll 32
             for (int n = 0; n < W; ++n) products[n] = acc[n];
             float sums[W];
@@ -181,7 +183,8 @@ struct Block {
         store(w.l + r0, load(w.l + r0) * decay + fold_lanes<sum>(sums));
     }
 
-    // Where the words of the values lie, PER keys by PER keys; returns how many there are.
+    // Where the words of the values lie, PER keys by PER keys; returns how many there are. Pairs of two vectors of
+    // components lie, as their weighted sums will, with the even components first.
     int pair(Workspace& w, const Rows<T>& now, const T** words) const {
         if (PER == 1 && width == dim) {
             std::copy(now.values, now.values + now.count, words);
@@ -204,7 +207,7 @@ struct Block {
         return (now.count + PER - 1) / PER;
     }
 
-    // o[r] = o[r] * decay[r] + weights[r] . values, for N vectors of places from c on.
+    // o[r] = o[r] * decay[r] + weights[r] . values, for N vectors from c on; `ask` is told how many keys are done.
     template <int ROWS, int N, class Ask>
     void accumulate(Workspace& w, int64_t r0, const T* const* words, int num_words, int64_t c, Ask ask) const {
         float* o = w.o + r0 * width + c;
@@ -232,7 +235,7 @@ struct Block {
         for (; c < width; c += W) accumulate<ROWS, 1>(w, r0, words, num_words, c, ask);
     }
 
-    // A row of weighted values, times `factor`, to `dim` numbers.
+    // A row of weighted values, times `factor`, to `dim` numbers in their order.
     void write(const float* o, float factor, T* to) const {
         for (int64_t c = 0; c < dim; c += PER * W) {
             Words words;
