@@ -183,42 +183,48 @@ struct Block {
         store(w.l + r0, load(w.l + r0) * decay + fold_lanes<sum>(sums));
     }
 
-    // Where the words of the values lie, PER keys by PER keys; returns how many there are. Pairs of two vectors of
-    // components lie, as their weighted sums will, with the even components first.
-    int pair(Workspace& w, const Rows<T>& now, const T** words) const {
-        if (PER == 1 && width == dim) {
-            std::copy(now.values, now.values + now.count, words);
-            return now.count;
-        }
-        for (int j = 0; j < now.count; j += PER) {
-            T* to = (T*)w.v + j * width;
-            words[j / PER] = to;
-            for (int64_t c = 0; c < dim; c += PER * W) {
-                const Words first = part(now.values[j], c);
-                if constexpr (PER == 1) {
-                    store_words(to + c, first);
-                } else {
-                    const Words second = j + 1 < now.count ? part(now.values[j + 1], c) : Words{};
-                    store_words(to + 2 * c, (first & 0xffffu) | (second << 16));
-                    store_words(to + 2 * c + 2 * W, (first >> 16) | (second & 0xffff0000u));
-                }
+    // Words s of the values, PER keys in each, N vectors from c on. Of bfloat16 two vectors have the even components
+    // first and then the odd ones, and so will their weighted sums. Of float32 only one taken alone may be cut short.
+    template <int N>
+    void take(const Rows<T>& now, int s, int64_t c, Words* words) const {
+        const T *first = now.values[s * PER], *second = now.values[std::min(s * PER + 1, now.count - 1)];
+        for (int i = 0; i < N; i += PER) {
+            const Words a = PER == 1 && N > 1 ? load_words(first + c + i * W) : part(first, c + i * W);
+            if constexpr (PER == 1) {
+                words[i] = a;
+            } else {
+                const Words b = part(second, c + i * W);  // beyond the last: any, its weight is 0
+                words[i] = (a & 0xffffu) | (b << 16);
+                words[i + 1] = (a >> 16) | (b & 0xffff0000u);
             }
         }
-        return (now.count + PER - 1) / PER;
     }
 
-    // o[r] = o[r] * decay[r] + weights[r] . values, for N vectors from c on; `ask` is told how many keys are done.
-    template <int ROWS, int N, class Ask>
-    void accumulate(Workspace& w, int64_t r0, const T* const* words, int num_words, int64_t c, Ask ask) const {
+    // All words of the values, one after the other, so that many tiles need not pair them again.
+    void lay_out(Workspace& w, const Rows<T>& now) const {
+        for (int s = 0; s * PER < now.count; ++s)
+            for (int64_t c = 0; c < width; c += PER * W) {
+                Words words[PER];
+                take<PER>(now, s, c, words);
+                for (int i = 0; i < PER; ++i) store_words((T*)w.v + (s * width + c + i * W) * PER, words[i]);
+            }
+    }
+
+    // o[r] = o[r] * decay[r] + weights[r] . values, N vectors from c on; a tile that is alone asks for the next values.
+    template <bool ALONE, int ROWS, int N>
+    void accumulate(Workspace& w, int64_t r0, int64_t c, const Rows<T>& now, Ahead<T>& ahead) const {
         float* o = w.o + r0 * width + c;
         const float* p = w.p + r0 * KEYS;
         vfloat acc[ROWS * N];
 #pragma GCC unroll 32
         for (int n = 0; n < ROWS * N; ++n) acc[n] = load(o + n / N * width + n % N * W) * w.decay[r0 + n / N];
-        for (int s = 0; s < num_words; ++s) {
-            ask((s + 1) * PER);
+        for (int s = 0; s * PER < now.count; ++s) {
             Words value[N];
-            for (int i = 0; i < N; ++i) value[i] = load_words(words[s] + (c + i * W) * PER);
+            if constexpr (ALONE || PER == 1)
+                take<N>(now, s, c, value);
+            else
+                for (int i = 0; i < N; ++i) value[i] = load_words((const T*)w.v + (s * width + c + i * W) * PER);
+            if constexpr (ALONE) ahead.values_until((s + 1) * PER);
 #pragma GCC unroll 32
             for (int n = 0; n < ROWS * N; ++n)
                 acc[n] = add_products(acc[n], value[n % N], spread_word((const T*)(p + n / N * KEYS) + s * PER));
@@ -227,12 +233,14 @@ struct Block {
         for (int n = 0; n < ROWS * N; ++n) store(o + n / N * width + n % N * W, acc[n]);
     }
 
-    template <int ROWS, class Ask>
-    void accumulate_all(Workspace& w, int64_t r0, const T* const* words, int num_words, Ask ask) const {
+    template <bool ALONE, int ROWS>
+    void accumulate_all(Workspace& w, int64_t r0, const Rows<T>& now, Ahead<T>& ahead) const {
+        const int64_t end = PER == 1 ? dim : width;
         int64_t c = 0;
-        for (; c + 4 * W <= width; c += 4 * W) accumulate<ROWS, 4>(w, r0, words, num_words, c, ask);
-        for (; c + 2 * W <= width; c += 2 * W) accumulate<ROWS, 2>(w, r0, words, num_words, c, ask);
-        for (; c < width; c += W) accumulate<ROWS, 1>(w, r0, words, num_words, c, ask);
+        for (; c + 4 * W <= end; c += 4 * W) accumulate<ALONE, ROWS, 4>(w, r0, c, now, ahead);
+        for (; c + 2 * W <= end; c += 2 * W) accumulate<ALONE, ROWS, 2>(w, r0, c, now, ahead);
+        if constexpr (PER == 1)
+            for (; c < end; c += W) accumulate<ALONE, ROWS, 1>(w, r0, c, now, ahead);
     }
 
     // A row of weighted values, times `factor`, to `dim` numbers in their order.
@@ -265,14 +273,13 @@ struct Block {
             hide(r, p);
         }
         for (int64_t r0 = 0; r0 < rows; r0 += W) soften(w, r0, std::min<int64_t>(W, rows - r0));
-        const T* words[KEYS];
-        const int num_words = pair(w, now, words);
+        if (PER > 1 && rows > TILE) lay_out(w, now);
         for_tiles(rows, [&](int64_t r0, auto tile) {
             constexpr int ROWS = decltype(tile)::value;
             if (ROWS == rows)
-                accumulate_all<ROWS>(w, r0, words, num_words, [&](int key) { ahead.values_until(key); });
+                accumulate_all<true, ROWS>(w, r0, now, ahead);
             else
-                accumulate_all<ROWS>(w, r0, words, num_words, [](int) {});
+                accumulate_all<false, ROWS>(w, r0, now, ahead);
             ahead.values_until((r0 + ROWS) * KEYS / rows);
         });
     }
