@@ -3,7 +3,8 @@
 ``python -m euryale.benchmarks.kernels`` measures attention by context and tree size, and the small operations. Limits
 are measured in the same run: memory by reading, arithmetic by a large matrix product. A case's fraction is its least
 possible time (bytes over bandwidth or products over their rate, whichever is longer) over the time it took. Every
-call works on another copy of its data, as many as exceed the caches.
+call works on another copy of its data, as many as exceed the caches. ``--flex`` puts compiled FlexAttention beside
+attention; compiling takes a CPU up to a minute a shape.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from euryale.benchmarks import flex
 from euryale.benchmarks.machine import best, describe, read_bandwidth
 from euryale.kernels import backend
 from euryale.kernels.add_rms_norm import add_rms_norm
@@ -49,7 +51,9 @@ def copies_of(num_bytes: int) -> int:
     return min(64, -(-CACHES // max(num_bytes, 1)))
 
 
-def attention_case(context: int, nodes: int, heads: int, kv_heads: int, dim: int, dtype, device) -> Case:
+def attention_case(
+    context: int, nodes: int, heads: int, kv_heads: int, dim: int, dtype, device, with_flex: bool
+) -> Case:
     """One request's tree over its context; beside it the same by gathering pages and SDPA with a dense mask."""
     pages = -(-(context + nodes) // PAGE)
     parents = np.asarray([max(0, (node - 1) // 2) for node in range(1, nodes)], dtype=np.int32)
@@ -65,14 +69,20 @@ def attention_case(context: int, nodes: int, heads: int, kv_heads: int, dim: int
         with backend.forced("reference"):
             return tree_attention(q, scratch, caches[copy], theirs, dim**-0.5)
 
+    name = f"attention {heads}/{kv_heads}x{dim}, context {context}, {nodes} nodes"
+    runs = {
+        "ours": lambda copy: tree_attention(q, scratch, caches[copy], ours, dim**-0.5),
+        "gather + SDPA": reference,
+        # The least that any implementation must do.
+        "reading the keys and values": lambda copy: caches[copy].view(torch.int32).sum(dtype=torch.int32),
+    }
+    if with_flex:
+        run, note = flex.compiled(segment, q, scratch, caches, dim**-0.5)
+        print(f"{name}: FlexAttention {note}", flush=True)
+        runs |= {"gather + FlexAttention": run} if run else {}
     return Case(
-        name=f"attention {heads}/{kv_heads}x{dim}, context {context}, {nodes} nodes",
-        runs={
-            "ours": lambda copy: tree_attention(q, scratch, caches[copy], ours, dim**-0.5),
-            "gather + SDPA": reference,
-            # The least that any implementation must do.
-            "reading the keys and values": lambda copy: caches[copy].view(torch.int32).sum(dtype=torch.int32),
-        },
+        name=name,
+        runs=runs,
         copies=len(caches),
         num_bytes=num_bytes,
         flops=4 * nodes * heads * dim * (context + nodes),
@@ -160,6 +170,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1000, 4000, 16000])
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--flex", action="store_true", default=torch.cuda.is_available(), help="default with a GPU")
     args = parser.parse_args()
     dtype, device = DTYPES[args.dtype], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bandwidth, rate = read_bandwidth(device), product_rate(dtype, device)
@@ -169,7 +180,7 @@ def main() -> None:
     print(f"reads {report['read_GBps']} GB/s, products {report['product_GFLOPps']} GFLOP/s")
     print(f"{'case':<46}{'us':>10}{'GB/s':>8}{'GFLOP/s':>9}{'of limit':>9}  beside it")
     shapes = itertools.product(args.contexts, args.nodes)
-    cases = (attention_case(c, n, *args.heads, args.head_dim, dtype, device) for c, n in shapes)
+    cases = (attention_case(c, n, *args.heads, args.head_dim, dtype, device, args.flex) for c, n in shapes)
     products = itertools.product((1, 8, 32), ((512, 256), (2304, 768), (4096, 4096)))
     more = (linear_case(rows, *shape, dtype, device) for rows, shape in products)
     with torch.inference_mode():

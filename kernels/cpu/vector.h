@@ -15,6 +15,7 @@ typedef uint16_t vhalf __attribute__((vector_size(W * 2)));
 // The same in memory, at any address.
 typedef float vfloat_at __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef uint16_t vhalf_at __attribute__((vector_size(W * 2), aligned(2), may_alias));
+typedef uint32_t vuint_at __attribute__((vector_size(W * 4), aligned(2), may_alias));
 
 struct bfloat16 {
     uint16_t bits;
@@ -24,9 +25,13 @@ inline vfloat load(const float* p) { return *(const vfloat_at*)p; }
 inline vfloat load(const bfloat16* p) { return (vfloat)(__builtin_convertvector(*(const vhalf_at*)p, vuint) << 16); }
 inline void store(float* p, vfloat x) { *(vfloat_at*)p = x; }
 inline void store(bfloat16* p, vfloat x) {
+#ifdef EURYALE_BF16_PRODUCTS
+    *(vhalf_at*)p = (vhalf)_mm512_cvtneps_pbh((__m512)x);
+#else
     const vuint bits = (vuint)x;
     const vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
     *(vhalf_at*)p = __builtin_convertvector(rounded, vhalf);
+#endif
 }
 
 inline float to_float(float x) { return x; }
@@ -45,7 +50,8 @@ inline void from_float(bfloat16* p, float x) {
 
 inline vfloat broadcast(float x) { return x - vfloat{}; }
 inline vfloat select(vint mask, vfloat a, vfloat b) { return (vfloat)((mask & (vint)a) | (~mask & (vint)b)); }
-inline vfloat larger(vfloat a, vfloat b) { return select(a > b, a, b); }
+inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
+inline vfloat sum(vfloat a, vfloat b) { return a + b; }
 
 // Lane i of the result is lane i ^ D of x.
 template <int D>
@@ -104,6 +110,46 @@ inline vfloat logarithm(vfloat x) {
     return f + small + n * 0.693359375f;
 }
 
+// 2^x for x up to 127, with a relative error below 3e-7; nothing at all from -127.5 down.
+inline vfloat power_of_two(vfloat x) {
+    x = larger(x, broadcast(-127.0f));
+    const vfloat moved = x + 12583039.0f;  // 1.5 * 2^23 + 127: the lowest bits are the exponent of the result
+    const vfloat f = x - (moved - 12583039.0f);
+    vfloat p = broadcast(1.3264726899e-3f);  // minimax polynomial with p(0) = 1
+    p = p * f + 9.6715126606e-3f;
+    p = p * f + 5.5507337442e-2f;
+    p = p * f + 2.4022242085e-1f;
+    p = p * f + 6.9314697760e-1f;
+    p = p * f + 1.0f;
+    return p * (vfloat)((vuint)moved << 23);
+}
+
+// Words: 32 bits of numbers in every lane, one float or two bfloat16 side by side, whose products a lane adds up.
+inline vfloat load_words(const float* p) { return load(p); }
+inline vuint load_words(const bfloat16* p) { return *(const vuint_at*)p; }
+inline void store_words(float* p, vfloat words) { store(p, words); }
+inline void store_words(bfloat16* p, vuint words) { *(vuint_at*)p = words; }
+inline vfloat spread_word(const float* p) { return broadcast(*p); }
+inline vuint spread_word(const bfloat16* p) {
+    uint32_t both;
+    __builtin_memcpy(&both, p, sizeof both);
+    return both - vuint{};
+}
+// The words of numbers whose first of each two are in `even` and second in `odd`.
+inline vuint to_words(vfloat even, vfloat odd) {
+    const vuint first = (vuint)even, second = (vuint)odd;  // rounded to nearest, ties to even
+    return ((first + 0x7fff + ((first >> 16) & 1)) >> 16) | ((second + 0x7fff + ((second >> 16) & 1)) & 0xffff0000u);
+}
+inline vfloat add_products(vfloat to, vfloat a, vfloat b) { return to + a * b; }
+inline vfloat add_products(vfloat to, vuint a, vuint b) {
+#ifdef EURYALE_BF16_PRODUCTS
+    return (vfloat)_mm512_dpbf16_ps((__m512)to, (__m512bh)a, (__m512bh)b);
+#else
+    to += (vfloat)(a << 16) * (vfloat)(b << 16);
+    return to + (vfloat)(a & 0xffff0000u) * (vfloat)(b & 0xffff0000u);
+#endif
+}
+
 template <int D>
 inline void exchange(vfloat& low, vfloat& high) {
     vint pick_low, pick_high;
@@ -130,21 +176,22 @@ inline void transpose(vfloat* v) {
     transpose_stage<1>(v);
 }
 
-template <int D>
-inline void add_stage(vfloat* v) {
+template <int D, vfloat (*F)(vfloat, vfloat)>
+inline void fold_stage(vfloat* v) {
     for (int i = 0; i < W; ++i)
         if (!(i & D) && i < 2 * D) {
             exchange<D>(v[i], v[i | D]);
-            v[i] += v[i | D];
+            v[i] = F(v[i], v[i | D]);
         }
 }
 
-// Lane i of the result is the sum of all lanes of v[i]; v is used up.
-inline vfloat add_lanes(vfloat* v) {
-    if (W > 8) add_stage<8 % W>(v);
-    if (W > 4) add_stage<4 % W>(v);
-    add_stage<2>(v);
-    add_stage<1>(v);
+// Lane i of the result is all lanes of v[i] put together by F; v is used up.
+template <vfloat (*F)(vfloat, vfloat)>
+inline vfloat fold_lanes(vfloat* v) {
+    if (W > 8) fold_stage<8 % W, F>(v);
+    if (W > 4) fold_stage<4 % W, F>(v);
+    fold_stage<2, F>(v);
+    fold_stage<1, F>(v);
     return v[0];
 }
 

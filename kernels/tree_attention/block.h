@@ -1,39 +1,86 @@
 // One block of keys against the query rows of an item: scores, softmax so far, weighted values.
 //
-// Scores of few rows are plain dot products; for many a slice of keys is transposed first, so that a vector holds many
-// keys and no sums across lanes are left. Values are read where they lie.
+// Products are taken in words of 32 bits, one float32 number or two of bfloat16 (vector.h). Scores run over words of a
+// key's components: for few rows as dot products, for many from transposed keys, so that a vector holds many keys and
+// no sums across lanes are left. Weighted values run over words of keys: values in bfloat16 are paired first. Weights
+// are rounded to the type of the values.
+//
+// Loops over sums are unrolled by a pragma, and flat: the compiler keeps sums in registers only if it sees no index.
 namespace euryale {
 namespace EURYALE_ISA {
 namespace attention {
 
 constexpr int KEYS = 4 * W;              // of a block
 constexpr int TILE = W == 16 ? 6 : 3;    // rows that share one load of a vector
-constexpr int QUERY_BLOCK = 60;          // query rows of an item, whole tiles
+constexpr int QUERY_BLOCK = 64;          // query rows of an item
+constexpr int SLICE = 64;                // words of the keys that are transposed at a time
 constexpr int FEW = 8;                   // query rows up to which scores are dot products
-constexpr int DOT_KEYS = W == 4 ? 2 : 4, DOT_ROWS = W / DOT_KEYS;
 constexpr float NEVER = -3e38f;          // score of what is not seen
+constexpr float LOWEST = -1e30f;         // below all maxima of what is seen, far above what is not
 
-// Query rows, scores and running results of one item, float32.
+// Rows of keys and values, wherever they lie.
+template <class T>
+struct Rows {
+    const T *keys[KEYS], *values[KEYS];
+    int count = 0, in_context = 0;
+};
+
+// Asks for the rows of the next block while this one is worked on, a few at a time: memory and arithmetic then overlap.
+template <class T>
+struct Ahead {
+    const Rows<T>& rows;
+    const int64_t bytes;
+    int key = 0, value = 0;
+
+    void keys_until(int64_t end) {
+        for (; key < std::min<int64_t>(end, rows.count); ++key) ask(rows.keys[key]);
+    }
+    void values_until(int64_t end) {
+        for (; value < std::min<int64_t>(end, rows.count); ++value) ask(rows.values[value]);
+    }
+    void ask(const T* row) const {
+        for (int64_t c = 0; c < bytes; c += 64) __builtin_prefetch((const char*)row + c, 0, 2);
+    }
+};
+
+// Query rows, scores and running results of one item; `width` of Block.
 struct Workspace {
     std::vector<float> memory;
-    float *q, *k, *p, *o, *m, *l, *decay;
+    float *q, *k, *v, *p, *o, *m, *l, *decay;  // q, k, v and the weights in p are of the type of the values
     explicit Workspace(int64_t width) {
         const int64_t rows = QUERY_BLOCK;
-        memory.resize(2 * rows * width + W * KEYS + rows * KEYS + 3 * rows);
-        q = memory.data();
+        memory.resize(2 * rows * width + SLICE * KEYS + KEYS * width + rows * KEYS + 3 * rows + 16);
+        q = (float*)(((uintptr_t)memory.data() + 63) & ~(uintptr_t)63);  // a vector in one cache line
         o = q + rows * width;
         k = o + rows * width;
-        p = k + W * KEYS;
+        v = k + SLICE * KEYS;
+        p = v + KEYS * width;
         m = p + rows * KEYS;
         l = m + rows;
         decay = l + rows;
     }
 };
 
-// T: type of keys and values; `width`: `dim` filled up to whole vectors.
+// T: type of queries, keys and values.
 template <class T>
 struct Block {
-    int64_t dim, width;
+    static constexpr int PER = 4 / sizeof(T);  // numbers of a word
+    using Words = decltype(load_words((const T*)nullptr));
+
+    const int64_t dim;
+    const float scale;  // of scores, for powers of two
+    const int64_t width = (dim + PER * W - 1) / (PER * W) * (PER * W);  // `dim` filled up to whole vectors of words
+
+    // Words from component c of a row on, zeros beyond its end.
+    Words part(const T* row, int64_t c) const {
+        if (c + PER * W <= dim) return load_words(row + c);
+        Words words = {};
+        if (dim - c == PER * W / 2)  // without a call: bfloat16 heads of 80
+            std::memcpy(&words, row + c, sizeof words / 2);
+        else if (c < dim)
+            std::memcpy(&words, row + c, (dim - c) * sizeof(T));
+        return words;
+    }
 
     // Calls f(row, std::integral_constant of the number of rows) for tiles of rows.
     template <class F>
@@ -49,123 +96,191 @@ struct Block {
     }
 
     // p[r][j] = q[r] . keys[j], lane by lane; the lanes of W products are then added up together.
-    void scores_of_few(Workspace& w, int64_t rows, const T* const* keys, int count) const {
-        const int64_t whole = dim / W * W;
-        for (int j0 = 0; j0 < count; j0 += DOT_KEYS) {
-            const T* k[DOT_KEYS];
-            for (int i = 0; i < DOT_KEYS; ++i) k[i] = keys[std::min(j0 + i, count - 1)];
-            for (int64_t r0 = 0; r0 < rows; r0 += DOT_ROWS) {
-                vfloat acc[W] = {};
-                const float* q_tile = w.q + r0 * width;
-                for (int64_t c = 0; c < whole; c += W) {
-                    vfloat key[DOT_KEYS];
-                    for (int i = 0; i < DOT_KEYS; ++i) key[i] = load(k[i] + c);
-                    for (int r = 0; r < DOT_ROWS; ++r) {
-                        const vfloat query = load(q_tile + r * width + c);
-                        for (int i = 0; i < DOT_KEYS; ++i) acc[r * DOT_KEYS + i] += query * key[i];
-                    }
-                }
-                float sums[W];
-                store(sums, add_lanes(acc));
-                for (int r = 0; r < DOT_ROWS; ++r) {
-                    for (int i = 0; i < DOT_KEYS && whole < dim; ++i)
-                        for (int64_t c = whole; c < dim; ++c)
-                            sums[r * DOT_KEYS + i] += q_tile[r * width + c] * to_float(k[i][c]);
-                    std::memcpy(w.p + (r0 + r) * KEYS + j0, sums + r * DOT_KEYS, DOT_KEYS * sizeof(float));
-                }
+    template <int ROWS>
+    void scores_of_few(Workspace& w, int64_t r0, const Rows<T>& now, Ahead<T>& ahead) const {
+        constexpr int NUM = W / ROWS;
+        const T* q = (const T*)w.q + r0 * width;
+        for (int j0 = 0; j0 < now.count; j0 += NUM) {
+            const T* k[NUM];
+            for (int i = 0; i < NUM; ++i) k[i] = now.keys[std::min(j0 + i, now.count - 1)];
+            vfloat acc[W], products[W];
+#pragma GCC unroll 32
+            for (int n = 0; n < W; ++n) acc[n] = vfloat{};
+            for (int64_t c = 0; c < dim; c += PER * W) {
+                Words key[NUM];
+                for (int i = 0; i < NUM; ++i) key[i] = part(k[i], c);
+#pragma GCC unroll 32
+                for (int n = 0; n < W; ++n)
+                    acc[n] = add_products(acc[n], key[n % NUM], load_words(q + n / NUM * width + c));
             }
+            // A copy, for what has an address leaves the registers.
+#pragma GCC unroll 32
+            for (int n = 0; n < W; ++n) products[n] = acc[n];
+            float sums[W];
+            store(sums, fold_lanes<sum>(products));
+            for (int r = 0; r < ROWS; ++r) std::memcpy(w.p + (r0 + r) * KEYS + j0, sums + r * NUM, NUM * sizeof(float));
+            ahead.keys_until(j0 + NUM);
         }
     }
 
-    // The same for many rows, W components of the keys at a time.
-    void scores_of_many(Workspace& w, int64_t rows, const T* const* keys, int count) const {
-        for (int64_t c0 = 0; c0 < width; c0 += W) {
-            for (int j0 = 0; j0 < KEYS; j0 += W) {
-                vfloat lanes[W];
-                for (int j = 0; j < W; ++j) lanes[j] = j0 + j < count ? part(keys[j0 + j], c0) : vfloat{};
-                transpose(lanes);
-                for (int c = 0; c < W; ++c) store(w.k + c * KEYS + j0, lanes[c]);
-            }
+    // The same for many rows, SLICE words of the keys at a time.
+    void scores_of_many(Workspace& w, int64_t rows, const Rows<T>& now, Ahead<T>& ahead) const {
+        for (int64_t c0 = 0; c0 < dim; c0 += SLICE * PER) {
+            const int64_t num_words = std::min<int64_t>(SLICE, (dim - c0 + PER - 1) / PER);
+            for (int64_t s0 = 0; s0 < num_words; s0 += W)
+                for (int j0 = 0; j0 < KEYS; j0 += W) {
+                    vfloat lanes[W];
+                    for (int j = 0; j < W; ++j)
+                        lanes[j] = j0 + j < now.count ? (vfloat)part(now.keys[j0 + j], c0 + s0 * PER) : vfloat{};
+                    transpose(lanes);
+                    for (int s = 0; s < W; ++s) store(w.k + (s0 + s) * KEYS + j0, lanes[s]);
+                }
             for_tiles(rows, [&](int64_t r0, auto tile) {
                 constexpr int ROWS = decltype(tile)::value;
+                const T* q = (const T*)w.q + r0 * width + c0;
                 float* p = w.p + r0 * KEYS;
-                vfloat acc[ROWS][4];
-                for (int r = 0; r < ROWS; ++r)
-                    for (int i = 0; i < 4; ++i) acc[r][i] = c0 ? load(p + r * KEYS + i * W) : vfloat{};
-                for (int c = 0; c < W; ++c) {
-                    vfloat key[4];
-                    for (int i = 0; i < 4; ++i) key[i] = load(w.k + c * KEYS + i * W);
-                    for (int r = 0; r < ROWS; ++r)
-                        for (int i = 0; i < 4; ++i) acc[r][i] += w.q[(r0 + r) * width + c0 + c] * key[i];
+                vfloat acc[ROWS * 4];
+#pragma GCC unroll 32
+                for (int n = 0; n < ROWS * 4; ++n) acc[n] = c0 ? load(p + n * W) : vfloat{};
+                for (int64_t s = 0; s < num_words; ++s) {
+                    Words key[4];
+                    for (int i = 0; i < 4; ++i) key[i] = (Words)load(w.k + s * KEYS + i * W);
+#pragma GCC unroll 32
+                    for (int n = 0; n < ROWS * 4; ++n)
+                        acc[n] = add_products(acc[n], key[n % 4], spread_word(q + n / 4 * width + s * PER));
                 }
-                for (int r = 0; r < ROWS; ++r)
-                    for (int i = 0; i < 4; ++i) store(p + r * KEYS + i * W, acc[r][i]);
+#pragma GCC unroll 32
+                for (int n = 0; n < ROWS * 4; ++n) store(p + n * W, acc[n]);
+                ahead.keys_until((r0 + ROWS) * KEYS / rows);
             });
         }
     }
 
-    // Components c to c + W of a row, zeros beyond its end.
-    vfloat part(const T* row, int64_t c) const {
-        if (c + W <= dim) return load(row + c);
-        vfloat lanes = {};
-        for (int64_t i = c; i < dim; ++i) lanes[i - c] = to_float(row[i]);
-        return lanes;
+    // Scores to weights, in place, of up to W rows; their maxima and sums move on, what they held decays.
+    void soften(Workspace& w, int64_t r0, int64_t rows) const {
+        vfloat tops[W], sums[W];
+        for (int64_t r = rows; r < W; ++r) tops[r] = sums[r] = vfloat{};
+        for (int64_t r = 0; r < rows; ++r) {
+            const float* p = w.p + (r0 + r) * KEYS;
+            tops[r] = larger(larger(load(p), load(p + W)), larger(load(p + 2 * W), load(p + 3 * W)));
+        }
+        const vfloat before = load(w.m + r0), after = larger(before, fold_lanes<larger>(tops) * scale);
+        const vfloat decay = power_of_two(before - after);
+        store(w.m + r0, after);
+        store(w.decay + r0, decay);
+        for (int64_t r = 0; r < rows; ++r) {
+            const float* p = w.p + (r0 + r) * KEYS;
+            T* weights = (T*)p;
+            const float top = w.m[r0 + r];
+            vfloat total = {};
+            for (int i = 0; i < 4; ++i) {
+                const vfloat weight = power_of_two(load(p + i * W) * scale - top);
+                total += weight;
+                store(weights + i * W, weight);
+            }
+            sums[r] = total;
+        }
+        store(w.l + r0, load(w.l + r0) * decay + fold_lanes<sum>(sums));
     }
 
-    // o[r] = o[r] * decay[r] + p[r] . values, for N vectors of components from c on.
-    template <int ROWS, int N>
-    void accumulate(Workspace& w, int64_t r0, const T* const* values, int64_t c, int count) const {
+    // Words s of the values, PER keys in each, N vectors from c on. Of bfloat16 two vectors have the even components
+    // first and then the odd ones, and so will their weighted sums. Of float32 only one taken alone may be cut short.
+    template <int N>
+    void take(const Rows<T>& now, int s, int64_t c, Words* words) const {
+        const T *first = now.values[s * PER], *second = now.values[std::min(s * PER + 1, now.count - 1)];
+        for (int i = 0; i < N; i += PER) {
+            const Words a = PER == 1 && N > 1 ? load_words(first + c + i * W) : part(first, c + i * W);
+            if constexpr (PER == 1) {
+                words[i] = a;
+            } else {
+                const Words b = part(second, c + i * W);  // beyond the last: any, its weight is 0
+                words[i] = (a & 0xffffu) | (b << 16);
+                words[i + 1] = (a >> 16) | (b & 0xffff0000u);
+            }
+        }
+    }
+
+    // All words of the values, one after the other, so that many tiles need not pair them again.
+    void lay_out(Workspace& w, const Rows<T>& now) const {
+        for (int s = 0; s * PER < now.count; ++s)
+            for (int64_t c = 0; c < width; c += PER * W) {
+                Words words[PER];
+                take<PER>(now, s, c, words);
+                for (int i = 0; i < PER; ++i) store_words((T*)w.v + (s * width + c + i * W) * PER, words[i]);
+            }
+    }
+
+    // o[r] = o[r] * decay[r] + weights[r] . values, N vectors from c on; a tile that is alone asks for the next values.
+    template <bool ALONE, int ROWS, int N>
+    void accumulate(Workspace& w, int64_t r0, int64_t c, const Rows<T>& now, Ahead<T>& ahead) const {
         float* o = w.o + r0 * width + c;
         const float* p = w.p + r0 * KEYS;
-        vfloat acc[ROWS][N];
-        for (int r = 0; r < ROWS; ++r)
-            for (int i = 0; i < N; ++i) acc[r][i] = load(o + r * width + i * W) * w.decay[r0 + r];
-        for (int j = 0; j < count; ++j) {
-            vfloat value[N];
-            for (int i = 0; i < N; ++i) value[i] = N == 1 ? part(values[j], c) : load(values[j] + c + i * W);
-            for (int r = 0; r < ROWS; ++r)
-                for (int i = 0; i < N; ++i) acc[r][i] += p[r * KEYS + j] * value[i];
+        vfloat acc[ROWS * N];
+#pragma GCC unroll 32
+        for (int n = 0; n < ROWS * N; ++n) acc[n] = load(o + n / N * width + n % N * W) * w.decay[r0 + n / N];
+        for (int s = 0; s * PER < now.count; ++s) {
+            Words value[N];
+            if constexpr (ALONE || PER == 1)
+                take<N>(now, s, c, value);
+            else
+                for (int i = 0; i < N; ++i) value[i] = load_words((const T*)w.v + (s * width + c + i * W) * PER);
+            if constexpr (ALONE) ahead.values_until((s + 1) * PER);
+#pragma GCC unroll 32
+            for (int n = 0; n < ROWS * N; ++n)
+                acc[n] = add_products(acc[n], value[n % N], spread_word((const T*)(p + n / N * KEYS) + s * PER));
         }
-        for (int r = 0; r < ROWS; ++r)
-            for (int i = 0; i < N; ++i) store(o + r * width + i * W, acc[r][i]);
+#pragma GCC unroll 32
+        for (int n = 0; n < ROWS * N; ++n) store(o + n / N * width + n % N * W, acc[n]);
     }
 
-    // Scores to weights, in place; the row's maximum and sum move on, what it held decays.
-    void soften(float* p, float& m, float& l, float& decay) const {
-        vfloat s[4], top = broadcast(m);
-        for (int i = 0; i < 4; ++i) top = larger(top, s[i] = load(p + i * W));
-        const float now = largest(top);
-        vfloat total = {};
-        for (int i = 0; i < 4; ++i) {
-            const vfloat weight = select(s[i] > NEVER / 2, exponential(s[i] - now), vfloat{});
-            total += weight;
-            store(p + i * W, weight);
+    template <bool ALONE, int ROWS>
+    void accumulate_all(Workspace& w, int64_t r0, const Rows<T>& now, Ahead<T>& ahead) const {
+        const int64_t end = PER == 1 ? dim : width;
+        int64_t c = 0;
+        for (; c + 4 * W <= end; c += 4 * W) accumulate<ALONE, ROWS, 4>(w, r0, c, now, ahead);
+        for (; c + 2 * W <= end; c += 2 * W) accumulate<ALONE, ROWS, 2>(w, r0, c, now, ahead);
+        if constexpr (PER == 1)
+            for (; c < end; c += W) accumulate<ALONE, ROWS, 1>(w, r0, c, now, ahead);
+    }
+
+    // A row of weighted values, times `factor`, to `dim` numbers in their order.
+    void write(const float* o, float factor, T* to) const {
+        for (int64_t c = 0; c < dim; c += PER * W) {
+            Words words;
+            if constexpr (PER == 1)
+                words = load(o + c) * factor;
+            else
+                words = to_words(load(o + c) * factor, load(o + c + W) * factor);
+            std::memcpy(to + c, &words, std::min<int64_t>(PER * W, dim - c) * sizeof(T));
         }
-        decay = exponential(broadcast(m - now))[0];
-        l = l * decay + sum(total);
-        m = now;
     }
 
     // One block of keys against all rows of the item. `hide(query row, scores)` masks a row.
     template <class Hide>
-    void attend(Workspace& w, int64_t rows, const T* const* keys, const T* const* values, int count,
-               const Hide& hide) const {
-        if (rows <= FEW)
-            scores_of_few(w, rows, keys, count);
+    void attend(Workspace& w, int64_t rows, const Rows<T>& now, const Rows<T>& next, const Hide& hide) const {
+        Ahead<T> ahead{next, dim * (int64_t)sizeof(T)};
+        if (rows > FEW)
+            scores_of_many(w, rows, now, ahead);
+        else if (rows == 1)
+            scores_of_few<1>(w, 0, now, ahead);
+        else if (rows == 2)
+            scores_of_few<2>(w, 0, now, ahead);
         else
-            scores_of_many(w, rows, keys, count);
+            for (int64_t r0 = 0; r0 < rows; r0 += 4) scores_of_few<4>(w, r0, now, ahead);
         for (int64_t r = 0; r < rows; ++r) {
             float* p = w.p + r * KEYS;
-            for (int j = count; j < KEYS; ++j) p[j] = NEVER;
+            for (int j = now.count; j < KEYS; ++j) p[j] = NEVER;
             hide(r, p);
-            soften(p, w.m[r], w.l[r], w.decay[r]);
         }
+        for (int64_t r0 = 0; r0 < rows; r0 += W) soften(w, r0, std::min<int64_t>(W, rows - r0));
+        if (PER > 1 && rows > TILE) lay_out(w, now);
         for_tiles(rows, [&](int64_t r0, auto tile) {
             constexpr int ROWS = decltype(tile)::value;
-            int64_t c = 0;
-            for (; c + 4 * W <= dim; c += 4 * W) accumulate<ROWS, 4>(w, r0, values, c, count);
-            for (; c + 2 * W <= dim; c += 2 * W) accumulate<ROWS, 2>(w, r0, values, c, count);
-            for (; c < dim; c += W) accumulate<ROWS, 1>(w, r0, values, c, count);
+            if (ROWS == rows)
+                accumulate_all<true, ROWS>(w, r0, now, ahead);
+            else
+                accumulate_all<false, ROWS>(w, r0, now, ahead);
+            ahead.values_until((r0 + ROWS) * KEYS / rows);
         });
     }
 };

@@ -26,9 +26,9 @@ struct Kernel {
     const Attention& shape;
     const T *q, *step_k, *step_v, *cache_k, *cache_v;
     T* out;
+    const Block<T> block;
     float* partials;      // [query rows][width + 2]: weighted values, maximum, sum
-    const int64_t dim = shape.head_dim, width = (dim + W - 1) / W * W, group = shape.heads / shape.kv_heads;
-    const Block<T> block = {dim, width};
+    const int64_t dim = shape.head_dim, width = block.width, group = shape.heads / shape.kv_heads;
 
     int64_t row_of(const Item& item, int64_t r) const {
         return step.row_starts[item.segment] + (item.first + r) / group;
@@ -52,14 +52,6 @@ struct Kernel {
         return std::max(item.begin, std::min(item.end, lowest - shape.window + 1));
     }
 
-    // Pages lie anywhere: the next block's are asked for while this one is worked on.
-    void prefetch(int64_t offset, int64_t count) const {
-        for (int64_t c = 0; c < count; c += 64 / sizeof(T)) {
-            __builtin_prefetch(cache_k + offset + c, 0, 2);
-            __builtin_prefetch(cache_v + offset + c, 0, 2);
-        }
-    }
-
     // All keys of the item, block by block: of the context, then of the step. Both may share a block.
     void attend(Workspace& w, const Item& item) const {
         const int64_t start = step.row_starts[item.segment], certain = step.num_certain[item.segment];
@@ -67,48 +59,58 @@ struct Kernel {
         const int32_t* pages = step.pages + step.page_starts[item.segment];
         // Rows beyond the last of the item are seen by none of it: parents come before children.
         const int64_t end = item.end + (item.has_step ? (item.first + item.count - 1) / group + 1 : 0);
-        const T *keys[KEYS], *values[KEYS];
-        const int64_t ahead = (KEYS + page - 1) / page, num_pages = (item.end + page - 1) / page;
-        const int64_t at = first_seen(item);
-        int64_t number = at / page, inside = at % page;
-        const auto page_of = [&](int64_t n) { return (pages[n] * shape.kv_heads + item.kv_head) * head_size; };
-        for (int64_t begin = at; begin < end; begin += KEYS) {
-            const int count = (int)std::min<int64_t>(KEYS, end - begin);
-            const int in_context = (int)std::max<int64_t>(0, std::min<int64_t>(count, item.end - begin));
-            for (int j = 0; j < in_context; ++j) {
-                const int64_t offset = page_of(number) + inside * dim;
-                keys[j] = cache_k + offset;
-                values[j] = cache_v + offset;
-                if (number + ahead < num_pages) prefetch(page_of(number + ahead) + inside * dim, dim);
+        const auto collect = [&](int64_t begin, Rows<T>& rows) {
+            rows.count = (int)std::max<int64_t>(0, std::min<int64_t>(KEYS, end - begin));
+            rows.in_context = (int)std::max<int64_t>(0, std::min<int64_t>(rows.count, item.end - begin));
+            int64_t number = begin / page, inside = begin % page;
+            for (int j = 0; j < rows.in_context; ++j) {
+                const int64_t offset = (pages[number] * shape.kv_heads + item.kv_head) * head_size + inside * dim;
+                rows.keys[j] = cache_k + offset;
+                rows.values[j] = cache_v + offset;
                 if (++inside == page) inside = 0, ++number;
             }
-            for (int j = in_context; j < count; ++j) {
+            for (int j = rows.in_context; j < rows.count; ++j) {
                 const int64_t offset = ((start + begin + j - item.end) * shape.kv_heads + item.kv_head) * dim;
-                keys[j] = step_k + offset;
-                values[j] = step_v + offset;
+                rows.keys[j] = step_k + offset;
+                rows.values[j] = step_v + offset;
             }
-            block.attend(w, item.count, keys, values, count, [&](int64_t r, float* s) {
+        };
+        Rows<T> blocks[2];
+        int64_t begin = first_seen(item);
+        collect(begin, blocks[0]);
+        Ahead<T> first{blocks[0], dim * (int64_t)sizeof(T)};
+        first.keys_until(KEYS);
+        first.values_until(KEYS);
+        for (int i = 0; begin < end; begin += KEYS, i = 1 - i) {
+            const Rows<T>& now = blocks[i];
+            collect(begin + KEYS, blocks[1 - i]);
+            block.attend(w, item.count, now, blocks[1 - i], [&](int64_t r, float* s) {
                 const int64_t row = (item.first + r) / group;
+                int j = now.in_context;
                 if (shape.window) {
                     const int64_t first = step.positions[start + row] - shape.window + 1 - begin;
-                    for (int64_t j = 0; j < std::min<int64_t>(in_context, first); ++j) s[j] = NEVER;
+                    for (int64_t j = 0; j < std::min<int64_t>(now.in_context, first); ++j) s[j] = NEVER;
+                } else {
+                    // Certain rows up to itself are all seen.
+                    j = (int)std::max<int64_t>(j, item.end - begin + std::min(row + 1, certain));
                 }
-                for (int j = in_context; j < count; ++j)
+                for (; j < now.count; ++j)
                     if (!sees(certain, start, row, begin + j - item.end)) s[j] = NEVER;
             });
         }
     }
 
     void run(Workspace& w, const Item& item) const {
-        const int64_t padded = (item.count + DOT_ROWS - 1) / DOT_ROWS * DOT_ROWS;
-        std::fill(w.q, w.q + padded * width, 0.0f);
-        std::fill(w.o, w.o + padded * width, 0.0f);
-        std::fill(w.m, w.m + padded, NEVER);
-        std::fill(w.l, w.l + padded, 0.0f);
+        const int64_t padded = (item.count + 3) / 4 * 4;  // of scores_of_few
+        T* queries = (T*)w.q;
+        std::fill(queries, queries + padded * width, T{});
+        std::fill(w.o, w.o + item.count * width, 0.0f);
+        std::fill(w.m, w.m + QUERY_BLOCK, LOWEST);
+        std::fill(w.l, w.l + QUERY_BLOCK, 0.0f);
         for (int64_t r = 0; r < item.count; ++r) {
             const int64_t head = item.kv_head * group + (item.first + r) % group;
             const T* from = q + row_of(item, r) * shape.q_stride + head * dim;
-            for (int64_t c = 0; c < dim; ++c) w.q[r * width + c] = to_float(from[c]) * shape.scale;
+            std::copy(from, from + dim, queries + r * width);
         }
         attend(w, item);
         for (int64_t r = 0; r < item.count; ++r) {
@@ -126,20 +128,19 @@ struct Kernel {
 
     void write(int64_t segment, int64_t kv_head, int64_t query_row, const float* o, float factor) const {
         const int64_t row = step.row_starts[segment] + query_row / group, head = kv_head * group + query_row % group;
-        T* to = out + (row * shape.heads + head) * dim;
-        for (int64_t c = 0; c < dim; ++c) from_float(to + c, o[c] * factor);
+        block.write(o, factor, out + (row * shape.heads + head) * dim);
     }
 
     // The splits of one query row, in their order.
     void merge(Workspace& w, const Merge& todo, int64_t r) const {
         const int64_t stride = todo.count * (width + 2);
         const float* first = partials + (todo.partial + r) * (width + 2);
-        float top = NEVER, total = 0;
+        float top = LOWEST, total = 0;
         for (int64_t s = 0; s < todo.num_splits; ++s) top = std::max(top, first[s * stride + width]);
         std::fill(w.o, w.o + width, 0.0f);
         for (int64_t s = 0; s < todo.num_splits; ++s) {
             const float* part = first + s * stride;
-            const float factor = exponential(broadcast(part[width] - top))[0];
+            const float factor = power_of_two(broadcast(part[width] - top))[0];
             total += part[width + 1] * factor;
             for (int64_t c = 0; c < width; c += W) store(w.o + c, load(w.o + c) + load(part + c) * factor);
         }
@@ -176,11 +177,12 @@ void run(const Step& step, const Attention& shape, const void* q, const void* st
     std::vector<Merge> merges;
     int64_t num_partials = 0;
     plan(step, shape, items, merges, num_partials);
-    const int64_t width = (shape.head_dim + W - 1) / W * W;
+    const Block<T> block{shape.head_dim, shape.scale * 1.44269504f};
+    const int64_t width = block.width;
     static thread_local std::vector<float> partials;
     partials.resize(num_partials * (width + 2));
     const Kernel<T> kernel{step, shape, (const T*)q, (const T*)step_k, (const T*)step_v,
-                           (const T*)cache_k, (const T*)cache_v, (T*)out, partials.data()};
+                           (const T*)cache_k, (const T*)cache_v, (T*)out, block, partials.data()};
     const int64_t threads = std::min<int64_t>(step.num_threads, items.size());
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
