@@ -14,23 +14,33 @@ import torch.nn.functional as F
 from euryale.benchmarks.heads import held_out_windows
 from euryale.benchmarks.prompts import code_prompts
 from euryale.benchmarks.speed import run_engine
-from euryale.kernels.geometry import SegmentShape, StepGeometry
 from euryale.parallel.group import single
+from euryale.runtime.batch import StepBatch
 from euryale.runtime.config import DTYPES, EngineConfig
 from euryale.runtime.engine import Engine
 from euryale.runtime.tokenizer import load_tokenizer
+from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.plan import Segment, StepPlan
 
 
 @torch.inference_mode()
 def logits_of(engine: Engine, tokens: torch.Tensor) -> torch.Tensor:
-    """Float32 logits [T, vocabulary] of a window as one prompt."""
+    """Float32 logits [T, vocabulary] of a text as one prompt."""
     runner = engine.runner
-    size = runner.cache.page_size
-    pages, none = np.arange(-(-len(tokens) // size), dtype=np.int32), np.zeros(0, dtype=np.int32)
-    shape = SegmentShape(num_certain=len(tokens), context=0, parents=none, pages=pages)
-    geometry = StepGeometry.build([shape], size, tokens.device)
-    hidden = runner.decoder.transform(runner.decoder.embed_tokens(tokens), runner.cache, geometry)
-    return runner.decoder.logits(hidden)
+    size, decoder = runner.cache.page_size, runner.decoder
+    segment = Segment(
+        tokens=tokens.numpy().astype(np.int32),
+        parents=np.zeros(0, dtype=np.int32),
+        pages=np.arange(-(-len(tokens) // size), dtype=np.int32),
+        context=0,
+        samples=False,
+        wants_candidates=False,
+        position=0,
+        params=SamplingParams(),
+    )
+    batch = StepBatch(StepPlan(segments=[segment]), size, tokens.device)
+    hidden = decoder.transform(decoder.embed_tokens(batch.tokens), runner.cache, batch.geometry)
+    return decoder.logits(hidden)[:, : decoder.shard.vocab_size].float()
 
 
 def main() -> None:

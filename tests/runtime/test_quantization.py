@@ -49,16 +49,16 @@ def test_no_setting_changes_greedy_tokens(model, ranks, kind):
 def test_the_reference_gives_the_same_logits(model, kind):
     """Of every matrix: the backbone's, the heads' blocks and lm_heads."""
     torch.manual_seed(0)
-    hidden = torch.randn(3, 72)
+    hidden, rows = torch.randn(3, 72), torch.tensor([0, 2], dtype=torch.int32)
     with torch.inference_mode():
         ours = Engine(config(model, quantization=kind), single()).runner
         with backend.forced("reference"):
             theirs = Engine(config(model, quantization=kind), single()).runner
-            expected = theirs.decoder.logits(hidden), theirs.heads.logits(hidden)
+            expected = theirs.decoder.logits(hidden), theirs.heads.logits(hidden, rows)
         # float32 sums of 72 products in another order.
         torch.testing.assert_close(ours.decoder.logits(hidden), expected[0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(ours.heads.logits(hidden), expected[1], rtol=1e-4, atol=1e-4)
-        names = {type(linear._weight).__name__ for linear in (ours.decoder.lm_head, ours.heads.first)}
+        torch.testing.assert_close(ours.heads.logits(hidden, rows), expected[1], rtol=1e-4, atol=1e-4)
+        names = {type(linear._weight).__name__ for linear in (ours.decoder.lm_head, ours.heads.blocks[0][0])}
     assert names == {"Packed"}
     assert ours.decoder.embed_tokens.weight.dtype == torch.float32
 
