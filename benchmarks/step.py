@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, group: Group) -> dict:
     report |= {"world_size": group.size, "threads": torch.get_num_threads(), "read_GBps": round(bandwidth / 1e9, 1)}
     report["contexts"] = {}
     for context in args.contexts:
-        runner = make_runner(args.model, dtype, context, group, args.eager, args.quantization)
+        runner = make_runner(args.model, dtype, context, group, args.eager, quantization=args.quantization)
         plans = {rows: make_plan(runner, rows, context) for rows in (0, *args.rows)}
         seconds = measure(runner, plans, args.rounds)
         kv = runner.cache.pages[:, :, 0].numel() * runner.cache.pages.element_size() / PAGE * context
