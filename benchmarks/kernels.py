@@ -26,6 +26,7 @@ from euryale.kernels.add_rms_norm import add_rms_norm
 from euryale.kernels.commit import commit
 from euryale.kernels.geometry import SegmentShape, StepGeometry
 from euryale.kernels.linear import FrozenLinear
+from euryale.kernels.linear.quantize import quantize
 from euryale.kernels.sample import sample
 from euryale.kernels.silu_mul import silu_mul
 from euryale.kernels.top_k import top_k
@@ -90,12 +91,16 @@ def attention_case(
 
 
 def linear_case(rows: int, out: int, width: int, dtype, device) -> Case:
-    """A matrix product; beside it PyTorch's."""
+    """A matrix product; beside it PyTorch's, and ours with quantized weights."""
     num_bytes = out * width * dtype.itemsize
     weights = [torch.randn(out, width, dtype=dtype, device=device) for _ in range(copies_of(num_bytes))]
     ours = [FrozenLinear(weight) for weight in weights]
     x = torch.randn(rows, width, dtype=dtype, device=device)
     runs = {"ours": lambda copy: ours[copy](x), "F.linear": lambda copy: F.linear(x, weights[copy])}
+    if device.type == "cpu" or dtype == torch.bfloat16:  # as `quantize.check` says
+        for kind in ("int8", "int4"):
+            small = [FrozenLinear(quantize(weight, kind)) for weight in weights]
+            runs[kind] = lambda copy, small=small: small[copy](x)
     name = f"linear {out}x{width}, {rows} rows"
     return Case(name=name, runs=runs, copies=len(weights), num_bytes=num_bytes, flops=2 * rows * out * width)
 

@@ -13,7 +13,7 @@ from euryale.scheduler.plan import StepPlan
 
 # Part -> native calls on a CPU, and words in the names of kernels on a GPU.
 _PARTS = {
-    "products": (("linear_run",), ("gemm", "gemv", "cutlass", "nvjet", "splitK", "cublas")),
+    "products": (("linear_run", "quantized_run"), ("gemm", "gemv", "cutlass", "nvjet", "splitK", "cublas")),
     "attention": (("tree_attention",), ("_attend", "_merge_splits")),
     "commit": (("commit",), ("_copy_rows",)),
     "collectives": (("shared_all_reduce_add_rms_norm", "shared_all_gather"), ("nccl",)),

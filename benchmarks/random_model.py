@@ -75,17 +75,24 @@ def model_config(name: str, dtype: torch.dtype, max_positions: int) -> ModelConf
 
 
 def make_runner(
-    name: str, dtype: torch.dtype, context: int, group: Group, eager: bool, num_candidates: int = 8
+    name: str,
+    dtype: torch.dtype,
+    context: int,
+    group: Group,
+    eager: bool,
+    num_candidates: int = 8,
+    quantization: str = "none",
 ) -> StepRunner:
     """A step runner with four Medusa heads that share the backbone's lm_head, and room for a request of ``context``
     tokens and a tree, whose pages hold random keys and values."""
     config = model_config(name, dtype, context + 256)
     layout = Layout(group, config.num_heads, config.num_kv_heads, config.head_dim)
-    decoder = Decoder(config, Weights(RandomCheckpoint(group.device), layout, SHARDING, dtype), context + 256)
+    weights = Weights(RandomCheckpoint(group.device), layout, SHARDING, dtype, quantization)
+    decoder = Decoder(config, weights, context + 256)
     hidden, num_heads = config.hidden_size, 4
     block = [torch.zeros(hidden, hidden) for _ in range(num_heads)], [torch.zeros(hidden) for _ in range(num_heads)]
     tensors = HeadTensors(weights=[block[0]], biases=[block[1]], lm_heads=[], num_heads=num_heads)
-    heads = MedusaHeads(tensors, layout, decoder.lm_head, decoder.shard, dtype)
+    heads = MedusaHeads(tensors, weights, decoder.lm_head, decoder.shard)
     pages = -(-(context + 128) // PAGE) + 1
     cache = KVCache(config, layout.num_kv_heads, pages, PAGE, ROWS, group.device)
     cache.pages.normal_()

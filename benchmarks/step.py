@@ -16,6 +16,7 @@ import torch
 from euryale.benchmarks.machine import describe, read_bandwidth
 from euryale.benchmarks.parts import parts
 from euryale.benchmarks.random_model import PAGE, SHAPES, make_runner
+from euryale.kernels.linear.quantize import QUANTIZATIONS
 from euryale.parallel.group import Group, join
 from euryale.runtime.config import DTYPES
 from euryale.runtime.step import StepRunner
@@ -62,27 +63,32 @@ def shares(runner: StepRunner, plan: StepPlan, seconds: float, rounds: int) -> d
     return found | {"host": 1 - sum(found.values())} if found else {}
 
 
-def weight_bytes(runner: StepRunner) -> int:
+def weight_bytes(runner: StepRunner, quantization: str) -> int:
     """Bytes of the backbone's matrices on this rank, the embedding's rows not counted."""
-    linears = [runner.decoder.lm_head]
+    linears = []
     for layer in runner.decoder.layers:
         linears += [layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj]
-    itemsize = runner.cache.pages.element_size()
-    return sum(linear.out_features * linear.in_features for linear in linears) * itemsize
+    # Of int4: 4 bits, and for every 32 inputs a scale and a zero of 16 each; its lm_head is int8.
+    whole = 8 * runner.cache.pages.element_size()
+    bits, of_head = {"none": (whole, whole), "int8": (8, 8), "int4": (5, 8), "fp8": (8, 8)}[quantization]
+    head = runner.decoder.lm_head
+    total = sum(linear.out_features * linear.in_features for linear in linears) * bits
+    return (total + head.out_features * head.in_features * of_head) // 8
 
 
 def run(args: argparse.Namespace, group: Group) -> dict:
     """All contexts of one model; what is printed and returned is the leader's."""
     dtype, report = DTYPES[args.dtype], {"machine": describe(), "model": args.model, "dtype": args.dtype}
+    report["quantization"] = args.quantization
     bandwidth = read_bandwidth(group.device)
     report |= {"world_size": group.size, "threads": torch.get_num_threads(), "read_GBps": round(bandwidth / 1e9, 1)}
     report["contexts"] = {}
     for context in args.contexts:
-        runner = make_runner(args.model, dtype, context, group, args.eager)
+        runner = make_runner(args.model, dtype, context, group, args.eager, quantization=args.quantization)
         plans = {rows: make_plan(runner, rows, context) for rows in (0, *args.rows)}
         seconds = measure(runner, plans, args.rounds)
         kv = runner.cache.pages[:, :, 0].numel() * runner.cache.pages.element_size() / PAGE * context
-        floor = (weight_bytes(runner) + kv) / bandwidth
+        floor = (weight_bytes(runner, args.quantization) + kv) / bandwidth
         found = {}
         for rows, total in seconds.items():
             of_step = shares(runner, plans[rows], total, max(5, args.rounds // 3))
@@ -98,7 +104,8 @@ def run(args: argparse.Namespace, group: Group) -> dict:
 
 def show(report: dict) -> None:
     """The table for people."""
-    print(f"{report['model']}, {report['dtype']}, {report['world_size']} ranks, {report['threads']} threads a rank, ")
+    print(f"{report['model']}, {report['dtype']}, quantization {report['quantization']}")
+    print(f"{report['world_size']} ranks, {report['threads']} threads a rank")
     print(f"{report['machine']}, reads {report['read_GBps']} GB/s; one request")
     for context, found in report["contexts"].items():
         print(f"\ncontext {context}\n{'rows':>5}{'ms':>9}{'x plain':>9}{'x floor':>9}  shares of the step, %")
@@ -112,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=SHAPES, default="llama-110m")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128])
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--rounds", type=int, default=15)

@@ -3,6 +3,7 @@
 import torch
 
 from euryale.kernels.linear import FrozenLinear
+from euryale.kernels.linear.quantize import Weight, concatenated
 from euryale.kernels.take_rows import take_rows
 from euryale.parallel.group import Group
 
@@ -10,17 +11,17 @@ from euryale.parallel.group import Group
 class ColumnParallelLinear(FrozenLinear):
     """Output features are shared out: [T, in] -> [T, local out]. Several weights become one matrix product."""
 
-    def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> None:
+    def __init__(self, weights: list[Weight], biases: list[torch.Tensor | None]) -> None:
         """``weights`` [local out_i, in], ``biases`` [local out_i] or all None."""
         bias = torch.cat(biases) if biases[0] is not None else None
-        super().__init__(torch.cat(weights) if len(weights) > 1 else weights[0], bias)
+        super().__init__(concatenated(weights), bias)
 
 
 class RowParallelLinear(FrozenLinear):
     """Input features are shared out: [T, local in] -> [T, out], this rank's share of a sum over the ranks, which the
     ``ResidualNorm`` that follows takes."""
 
-    def __init__(self, group: Group, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, group: Group, weight: Weight, bias: torch.Tensor | None) -> None:
         """``weight`` [out, local in]; ``bias`` [out] whole, part of the leader's share."""
         super().__init__(weight, bias if group.is_leader else None)
 

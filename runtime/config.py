@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from euryale.kernels.linear.quantize import QUANTIZATIONS
+
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -24,6 +26,9 @@ class EngineConfig:
     medusa: str = flag("", "directory of the Medusa heads (default: those inside --model, if any)")
     tree: str = flag("", "candidate tree: a JSON file of paths, 'chain' or 'off' (default: tree.json beside the heads)")
     dtype: str = flag("auto", "weights and activations", ("auto", *DTYPES))
+    quantization: str = flag(
+        "none", "weights of all matrix products: int8, int4, or on GPUs from Hopper on fp8", QUANTIZATIONS
+    )
     max_model_len: int = flag(0, "longest prompt plus answer in tokens (default: what the model was made for)")
     max_num_seqs: int = flag(64, "requests decoded at the same time")
     max_num_batched_tokens: int = flag(512, "rows of one step: certain tokens and tree nodes together")

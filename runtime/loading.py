@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from euryale.kernels.linear import quantize
 from euryale.parallel.group import Group
 from euryale.parallel.layout import Layout
 from euryale.runtime import generation, heads_format, rope
@@ -73,6 +74,7 @@ def _load_parts(config: EngineConfig, group: Group):
         raise ValueError(
             f"--max-model-len {max_len} is more than the {model.max_positions} tokens the model was made for"
         )
+    quantize.check(config.quantization, group.device, model.dtype)
     layout = Layout(group, model.num_heads, model.num_kv_heads, model.head_dim)
     checkpoint = Checkpoint(config.model)
     tensors = None
@@ -81,13 +83,13 @@ def _load_parts(config: EngineConfig, group: Group):
     else:
         checkpoint.used |= {n for n in checkpoint.names if n.startswith(heads_format.MERGED_PREFIX)}
     tree = _load_tree(config, tensors.num_heads if tensors else 0, model.vocab_size)
-    weights = Weights(checkpoint, layout, SHARDING, model.dtype)
+    weights = Weights(checkpoint, layout, SHARDING, model.dtype, config.quantization)
     # Draft rows of a request that is nearly done lie beyond its last token, never beyond the tree's depth.
     decoder = Decoder(model, weights, max_len + (tree.depth if tree else 0))
     checkpoint.refuse_unused(("rotary_emb.inv_freq", *(("lm_head.weight",) if model.tied else ())))
     heads = None
     if tensors:
-        heads = MedusaHeads(tensors, layout, decoder.lm_head, decoder.shard, model.dtype)
+        heads = MedusaHeads(tensors, weights, decoder.lm_head, decoder.shard)
     return decoder, heads, tree, model, layout, _fingerprint(config, checkpoint, model, tree)
 
 
@@ -120,7 +122,9 @@ def _load_tree(config: EngineConfig, num_heads: int, vocab_size: int) -> TreeSha
 
 
 def _fingerprint(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, tree: TreeShape | None) -> str:
-    """Names all that answers depend on: weights, heads, tree, tokenizer and settings files, dtype."""
+    """Names all that answers depend on: weights, heads, tree, tokenizer and settings files, dtype, quantization."""
     small = [p for p in sorted(Path(config.model).iterdir()) if p.suffix in (".json", ".jinja", ".model")]
     heads = sorted(Path(config.medusa).glob("medusa_lm_head.*")) if config.medusa else []
-    return fingerprint([*small, *checkpoint.files(), *heads], f"{model.dtype} {tree and tree.paths()}")
+    return fingerprint(
+        [*small, *checkpoint.files(), *heads], f"{model.dtype} {config.quantization} {tree and tree.paths()}"
+    )

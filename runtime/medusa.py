@@ -11,29 +11,34 @@ from euryale.kernels.add_silu import add_silu
 from euryale.kernels.linear import FrozenLinear, linear_each
 from euryale.kernels.take_rows import take_rows
 from euryale.parallel import vocabulary
-from euryale.parallel.layout import Layout
 from euryale.parallel.vocabulary import VocabShard
 from euryale.runtime.checkpoint import cut
 from euryale.runtime.heads_format import HeadTensors
+from euryale.runtime.weights import Weights
 
 
 class MedusaHeads:
     """This rank's share of the heads. A residual block is x + SiLU(W x + b)."""
 
-    def __init__(self, heads: HeadTensors, layout: Layout, lm_head: FrozenLinear, shard: VocabShard, dtype) -> None:
-        """``lm_head`` [V, D], the backbone's, serves heads that have none of their own."""
-        self.group, self.shard, self.num_heads = layout.group, shard, heads.num_heads
+    def __init__(self, heads: HeadTensors, weights: Weights, lm_head: FrozenLinear, shard: VocabShard) -> None:
+        """``weights``: the backbone's, for layout, dtype and quantization. ``lm_head`` [V, D], the backbone's, serves
+        heads that have none of their own."""
+        self.group, self.shard, self.num_heads = weights.group, shard, heads.num_heads
         self.hidden_size = lm_head.in_features
 
         def local(tensors: list[torch.Tensor], style: str) -> list[torch.Tensor]:
-            parts = [cut(t, layout.shards(style, len(t), self.hidden_size)[0]) for t in tensors]
-            return [p.to(layout.group.device, dtype) for p in parts]
+            parts = [cut(t, weights.layout.shards(style, len(t), self.hidden_size)[0]) for t in tensors]
+            return [p.to(self.group.device, weights.dtype) for p in parts]
+
+        def linear(weight: torch.Tensor, bias: torch.Tensor) -> FrozenLinear:
+            return FrozenLinear(weights.quantized(weight), bias)
 
         self.blocks = [
-            [FrozenLinear(*of_head) for of_head in zip(local(w, "column"), local(b, "column"), strict=True)]
+            [linear(*of_head) for of_head in zip(local(w, "column"), local(b, "column"), strict=True)]
             for w, b in zip(heads.weights, heads.biases, strict=True)
         ]
-        self.lm_heads = [FrozenLinear(w) for w in local(heads.lm_heads, "vocabulary")] if heads.lm_heads else None
+        lm_heads = local(heads.lm_heads, "vocabulary")
+        self.lm_heads = [FrozenLinear(weights.quantized(w, is_lm_head=True)) for w in lm_heads] or None
         self.lm_head = lm_head
 
     def logits(self, hidden_RD: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

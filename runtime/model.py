@@ -90,12 +90,16 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, weights: Weights, num_positions: int) -> None:
         vocab, hidden = config.vocab_size, config.hidden_size
-        embedding, _ = weights.matrix("model.embed_tokens", vocab, hidden)
+        embedding = weights.table("model.embed_tokens", vocab, hidden)
         self.embed_tokens = VocabParallelEmbedding(weights.group, embedding)
         layers = weights.progress(range(config.num_layers))
         self.layers = [DecoderLayer(config, weights.scope(f"model.layers.{i}"), i) for i in layers]
         self.norm = _norm(config, weights, "model.norm.weight")
-        lm_head = embedding if config.tied else weights.matrix("lm_head", vocab, hidden)[0]
+        lm_head = (
+            weights.quantized(embedding, is_lm_head=True)
+            if config.tied
+            else weights.matrix("lm_head", vocab, hidden)[0]
+        )
         self.lm_head = ColumnParallelLinear([lm_head], [None])
         self.shard = VocabShard(weights.group, vocab, len(lm_head))
         self.rotary = rope.tables(config, num_positions, weights.group.device)

@@ -16,7 +16,7 @@ from euryale.scheduler.plan import Segment, StepPlan
 PAGE = 16
 
 
-def load_runner(directory, device: str = "cpu", dtype: str = "float32") -> StepRunner:
+def load_runner(directory, device: str = "cpu", dtype: str = "float32", quantization: str = "none") -> StepRunner:
     made = make_model(directory, family_config("qwen3"))
     heads = save_heads(directory / "heads", head_tensors(made, num_layers=2))
     config = EngineConfig(
@@ -26,6 +26,7 @@ def load_runner(directory, device: str = "cpu", dtype: str = "float32") -> StepR
         max_num_batched_tokens=64,
         kv_cache_memory=0.01,
         dtype=dtype,
+        quantization=quantization,
         device=device,
     )
     runner = load(config, Group(0, 1, torch.device(device))).runner

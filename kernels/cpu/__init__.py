@@ -62,6 +62,7 @@ _SIGNATURES = {
     "linear_size": (_COUNT, [*[_COUNT] * 3]),
     "linear_pack": (None, [*[_COUNT] * 3, *[_ADDRESS] * 2]),
     "linear_run": (None, [*[_COUNT] * 5, *[_ADDRESS] * 4]),
+    "quantized_run": (None, [*[_COUNT] * 7, *[_ADDRESS] * 4]),
     "accept": (None, [POINTER(Step), *[_ADDRESS] * 9]),
     "commit": (None, [*[_COUNT] * 6, _ADDRESS, _ADDRESS, _COUNT, _ADDRESS]),
     "recordable": (_COUNT, [c_char_p]),

@@ -113,4 +113,9 @@ void euryale_linear_run(int64_t is_bfloat16, int64_t threads, int64_t rows, int6
     euryale::kernels()->linear_run(is_bfloat16, threads, rows, in, out, x, packed, bias, y);
 }
 
+void euryale_quantized_run(int64_t is_bfloat16, int64_t bits, int64_t group, int64_t threads, int64_t rows, int64_t in,
+                           int64_t out, const void* x, const void* packed, const void* bias, void* y) {
+    euryale::kernels()->quantized_run(is_bfloat16, bits, group, threads, rows, in, out, x, packed, bias, y);
+}
+
 }  // extern "C"

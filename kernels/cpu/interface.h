@@ -33,6 +33,8 @@ int64_t euryale_linear_size(int64_t is_bfloat16, int64_t in, int64_t out);
 void euryale_linear_pack(int64_t is_bfloat16, int64_t in, int64_t out, const void* weight, void* packed);
 void euryale_linear_run(int64_t is_bfloat16, int64_t threads, int64_t rows, int64_t in, int64_t out, const void* x,
                         const void* packed, const void* bias, void* y);
+void euryale_quantized_run(int64_t is_bfloat16, int64_t bits, int64_t group, int64_t threads, int64_t rows, int64_t in,
+                           int64_t out, const void* x, const void* packed, const void* bias, void* y);
 void euryale_accept(const euryale::Step* step, const int64_t* parent_rows, const int64_t* depths, const int64_t* slots,
                     const int32_t* tokens, const int32_t* next_tokens, const int8_t* good, const float* scores,
                     int32_t* last, int64_t* kept);

@@ -4,6 +4,7 @@
 #include "../add_rms_norm/cpu.h"
 #include "../add_silu/cpu.h"
 #include "../linear/cpu.h"
+#include "../linear/quantized.h"
 #include "../rope_qk/cpu.h"
 #include "../silu_mul/cpu.h"
 #include "../top_k/cpu.h"
@@ -26,5 +27,6 @@ const euryale::Ops euryale::EURYALE_NAME(EURYALE_ISA) = {
     euryale::EURYALE_ISA::linear_panel,
     euryale::EURYALE_ISA::linear_pack,
     euryale::EURYALE_ISA::linear_run,
+    euryale::EURYALE_ISA::quantized_run,
     euryale::EURYALE_ISA::reduce,
 };

@@ -44,6 +44,8 @@ struct Ops {
     void (*linear_pack)(int64_t is_bfloat16, int64_t in, int64_t out, const void* weight, void* packed);
     void (*linear_run)(int64_t is_bfloat16, int64_t threads, int64_t rows, int64_t in, int64_t out, const void* x,
                        const void* packed, const void* bias, void* y);
+    void (*quantized_run)(int64_t is_bfloat16, int64_t bits, int64_t group, int64_t threads, int64_t rows, int64_t in,
+                          int64_t out, const void* x, const void* packed, const void* bias, void* y);
     void (*reduce)(int64_t is_bfloat16, int64_t count, int64_t num_inputs, const void* const* inputs, void* out);
 };
 

@@ -59,6 +59,7 @@ constexpr Recordable recordable[] = {
     {"add_rms_norm", call<euryale_add_rms_norm>},
     {"silu_mul", call<euryale_silu_mul>},
     {"linear_run", call<euryale_linear_run>},
+    {"quantized_run", call<euryale_quantized_run>},
     {"shared_all_reduce_add_rms_norm", call<euryale_shared_all_reduce_add_rms_norm>},
 };
 

@@ -3,12 +3,13 @@
 import torch
 
 from euryale.kernels.backend import implementation
+from euryale.kernels.linear.quantize import Weight
 
 
 class FrozenLinear:
-    """y = x W^T + b for ``x`` [R, in]; ``weight`` [out, in], ``bias`` [out] or None."""
+    """y = x W^T + b for ``x`` [R, in]; ``weight`` [out, in], quantized or not, ``bias`` [out] or None."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(self, weight: Weight, bias: torch.Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
         self.bias = bias
         self._module = implementation("linear", weight.device)

@@ -12,20 +12,35 @@ constexpr int MAX_TILE = W == 16 ? 6 : 3;  // rows that share one load of the we
 inline int64_t steps_of(int64_t in, float) { return in; }
 inline int64_t steps_of(int64_t in, bfloat16) { return (in + 1) / 2; }
 
-// acc += the products of one step: one input, or two in bfloat16.
-inline vfloat multiply(vfloat acc, const float* weights, const float* x) { return acc + load(weights) * *x; }
-inline vfloat multiply(vfloat acc, const bfloat16* weights, const bfloat16* x) {
+// The weights of one step, one input or in bfloat16 two, for a vector of outputs.
+inline vfloat operand(const float* weights) { return load(weights); }
+inline vuint operand(const bfloat16* weights) {
     vuint pairs;
-    uint32_t both;
     __builtin_memcpy(&pairs, weights, sizeof pairs);
-    __builtin_memcpy(&both, x, sizeof both);
+    return pairs;
+}
+
+// acc += the products of one step.
+inline vfloat multiply(vfloat acc, vfloat weights, const float* x) { return acc + weights * *x; }
+inline vfloat multiply(vfloat acc, vuint pairs, const bfloat16* x) {
 #ifdef EURYALE_BF16_PRODUCTS
+    uint32_t both;
+    __builtin_memcpy(&both, x, sizeof both);
     const vuint spread = both - vuint{};
     return (vfloat)_mm512_dpbf16_ps((__m512)acc, (__m512bh)pairs, (__m512bh)spread);
 #else
     acc += (vfloat)(pairs << 16) * to_float(x[0]);
     return acc + (vfloat)(pairs & 0xffff0000u) * to_float(x[1]);
 #endif
+}
+
+// Store the first `columns` lanes of a result, at most all.
+template <class T>
+inline void put(T* to, vfloat result, int64_t columns) {
+    if (columns >= W)
+        store(to, result);
+    else
+        for (int64_t c = 0; c < columns; ++c) from_float(to + c, result[c]);
 }
 
 template <int ROWS, class T>
@@ -36,38 +51,26 @@ void tile(int64_t steps, int64_t stride, const T* weights, const T* x, const flo
     for (int64_t s = 0; s < steps; ++s, weights += PANEL * INPUTS)
         for (int i = 0; i < VECTORS; ++i)
             for (int r = 0; r < ROWS; ++r)
-                acc[r][i] = multiply(acc[r][i], weights + i * W * INPUTS, x + r * stride + s * INPUTS);
+                acc[r][i] = multiply(acc[r][i], operand(weights + i * W * INPUTS), x + r * stride + s * INPUTS);
     for (int r = 0; r < ROWS; ++r)
-        for (int i = 0; i < VECTORS; ++i) {
-            const vfloat result = acc[r][i] + load(bias + i * W);
-            T* to = y + r * out + i * W;
-            if ((i + 1) * W <= columns)
-                store(to, result);
-            else
-                for (int c = i * W; c < columns; ++c) from_float(to + c - i * W, result[c - i * W]);
-        }
+        for (int i = 0; i < VECTORS; ++i)
+            put(y + r * out + i * W, acc[r][i] + load(bias + i * W), columns - i * W);
 }
 
-template <class T>
-void rows_of_panel(int64_t rows, int64_t steps, int64_t stride, const T* weights, const T* x, const float* bias,
-                   int64_t columns, T* y, int64_t out) {
-    const auto run = [&](auto tile_of, int64_t count) {
-        tile_of(steps, stride, weights, x, bias, columns, y, out);
-        x += count * stride;
-        y += count * out;
-        rows -= count;
-    };
-    while (rows > 0) {
-        // Tiles of about equal height: 8 rows are 4 and 4.
-        const int64_t tiles = (rows + MAX_TILE - 1) / MAX_TILE, count = (rows + tiles - 1) / tiles;
+// run(number of rows as a type, first row) for tiles of about equal height: 8 rows are 4 and 4.
+template <class Run>
+void in_tiles(int64_t rows, Run run) {
+    for (int64_t row = 0; row < rows;) {
+        const int64_t left = rows - row, tiles = (left + MAX_TILE - 1) / MAX_TILE, count = (left + tiles - 1) / tiles;
         switch (count) {
-            case 1: run(tile<1, T>, 1); break;
-            case 2: run(tile<2, T>, 2); break;
-            case 3: run(tile<3, T>, 3); break;
-            case 4: run(tile<MAX_TILE < 4 ? 1 : 4, T>, 4); break;
-            case 5: run(tile<MAX_TILE < 5 ? 1 : 5, T>, 5); break;
-            default: run(tile<MAX_TILE, T>, MAX_TILE); break;
+            case 1: run(std::integral_constant<int, 1>{}, row); break;
+            case 2: run(std::integral_constant<int, 2>{}, row); break;
+            case 3: run(std::integral_constant<int, 3>{}, row); break;
+            case 4: run(std::integral_constant<int, MAX_TILE < 4 ? 1 : 4>{}, row); break;
+            case 5: run(std::integral_constant<int, MAX_TILE < 5 ? 1 : 5>{}, row); break;
+            default: run(std::integral_constant<int, MAX_TILE>{}, row); break;
         }
+        row += count;
     }
 }
 
@@ -89,8 +92,11 @@ void run(int64_t threads, int64_t rows, int64_t in, int64_t out, const T* x, con
         float of_panel[PANEL] = {};
         if (bias)
             for (int64_t c = 0; c < columns; ++c) of_panel[c] = to_float(bias[p * PANEL + c]);
-        rows_of_panel(rows, steps, stride, packed + p * steps * PANEL * per_step, x, of_panel, columns, y + p * PANEL,
-                      out);
+        const T* weights = packed + p * steps * PANEL * per_step;
+        in_tiles(rows, [&](auto tile_rows, int64_t row) {
+            tile<decltype(tile_rows)::value>(steps, stride, weights, x + row * stride, of_panel, columns,
+                                             y + row * out + p * PANEL, out);
+        });
     }
 }
 

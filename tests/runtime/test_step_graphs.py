@@ -7,9 +7,10 @@ from euryale.parallel.group import single
 from euryale.runtime.step_graphs import StepGraphs, bucket
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_replay_is_the_eager_step(tmp_path, dtype):
-    runner = load_runner(tmp_path, dtype=dtype)
+def test_a_replay_is_the_eager_step(tmp_path, dtype, quantization):
+    runner = load_runner(tmp_path, dtype=dtype, quantization=quantization)
     assert runner.graphs is not None
     twin, accepted = eager_twin(runner), 0
     for seed, (shapes, params, context) in enumerate([*STEPS, *STEPS]):
@@ -17,7 +18,8 @@ def test_a_replay_is_the_eager_step(tmp_path, dtype):
         accepted += assert_same(runner, twin, agreeable(runner, plan) if params == [GREEDY] else plan)
     assert accepted > 5
     recorded = runner.graphs.recording(plan_of(0, 100, [(1, 3), (1, 0)], [GREEDY], 0)).time()
-    assert {"take_rows", "tree_attention", "linear_run", "top_k", "accept", "commit", "add_silu"} <= set(recorded)
+    product = "linear_run" if quantization == "none" else "quantized_run"
+    assert {"take_rows", "tree_attention", product, "top_k", "accept", "commit", "add_silu"} <= set(recorded)
 
 
 def test_recordings_used_last_are_kept(tmp_path):
