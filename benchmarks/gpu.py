@@ -7,7 +7,9 @@ their output in DIR. What fails or takes too long is said and does not keep the 
 
 import argparse
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -44,17 +46,17 @@ def sections() -> list[Section]:
     step = ("--rows", "1", "8", "16", "32", "64", "128", "--contexts", "256", "4096")
     cases = str(ROOT / "tests" / "kernels" / "triton_cases.py")
     found = [
-        Section("tests", 120, tests(cases)),
-        Section("step-7b", 70, benchmark("step", "--model", "llama-7b", *step)),
-        Section("loop-7b", 50, benchmark("loop", "--model", "llama-7b", "--nodes", "64")),
-        Section("kernels-gqa", 90, benchmark("kernels", "--dtype", "bfloat16", "--flex", *grouped, *contexts, *nodes)),
-        Section("kernels-mha", 45, benchmark("kernels", "--dtype", "bfloat16", *whole, *contexts, *nodes)),
-        Section("step-8b-gqa", 40, benchmark("step", "--model", "llama-8b-gqa", "--rows", "1", "16", "64")),
-        Section("identity", 50, benchmark("identity", "--model", model, "--sizes", "1", "--max-num-seqs", "4")),
+        Section("tests", 180, tests(cases)),
+        Section("step-7b", 60, benchmark("step", "--model", "llama-7b", *step)),
+        Section("loop-7b", 40, benchmark("loop", "--model", "llama-7b", "--nodes", "64")),
+        Section("kernels-gqa", 70, benchmark("kernels", "--dtype", "bfloat16", "--flex", *grouped, *contexts, *nodes)),
+        Section("kernels-mha", 40, benchmark("kernels", "--dtype", "bfloat16", *whole, *contexts, *nodes)),
+        Section("step-8b-gqa", 35, benchmark("step", "--model", "llama-8b-gqa", "--rows", "1", "16", "64")),
+        Section("identity", 45, benchmark("identity", "--model", model, "--sizes", "1", "--max-num-seqs", "4")),
     ]
     if sanitizer := shutil.which("compute-sanitizer"):
         chosen = tests(cases, "-k", "commit or accept or sample or (head_groups and heads1)")
-        found.append(Section("sanitizer", 55, [sanitizer, "--error-exitcode", "9", *chosen]))
+        found.append(Section("sanitizer", 50, [sanitizer, "--error-exitcode", "9", *chosen]))
     return found
 
 
@@ -62,12 +64,13 @@ def run(section: Section, out: Path) -> str:
     """How the section ended; its output goes to a file of its name."""
     log, started = out / f"{section.name}.txt", time.monotonic()
     with log.open("w") as file:
+        process = subprocess.Popen(section.command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            code = subprocess.run(
-                section.command, stdout=file, stderr=subprocess.STDOUT, timeout=section.seconds, check=False
-            ).returncode
+            code = process.wait(section.seconds)
             ended = "passed" if code == 0 else f"failed with exit code {code}"
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its own processes too: they would disturb the next section
+            process.wait()
             ended = f"stopped after {section.seconds} s"
     return f"{ended}, {time.monotonic() - started:.0f} s: {log}"
 

@@ -88,13 +88,13 @@ def make_runner(
     config = model_config(name, dtype, context + 256)
     layout = Layout(group, config.num_heads, config.num_kv_heads, config.head_dim)
     weights = Weights(RandomCheckpoint(group.device), layout, SHARDING, dtype, quantization)
-    decoder = Decoder(config, weights, context + 256)
+    decoder = Decoder(config, weights, max(context + 256, ROWS))
     hidden, num_heads = config.hidden_size, 4
     block = [torch.zeros(hidden, hidden) for _ in range(num_heads)], [torch.zeros(hidden) for _ in range(num_heads)]
     tensors = HeadTensors(weights=[block[0]], biases=[block[1]], lm_heads=[], num_heads=num_heads)
     heads = MedusaHeads(tensors, weights, decoder.lm_head, decoder.shard)
     pages = -(-(context + 128) // PAGE) + 1
-    cache = KVCache(config, layout.num_kv_heads, pages, PAGE, ROWS, group.device)
+    cache = KVCache(config, layout, pages, PAGE, ROWS)
     cache.pages.normal_()
     graphs = None if eager else make_graphs(cache, config, ROWS, group)
     return StepRunner(decoder, heads, cache, num_candidates, graphs)

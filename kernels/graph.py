@@ -45,20 +45,22 @@ class Recording:
 
 
 class CudaGraph:
-    """``function``'s launches on a GPU. All graphs share one pool of memory: one runs after the other."""
+    """``function``'s launches on a GPU. All graphs share one pool of memory, which outlives them: one runs after the
+    other, and its results are read before the next."""
 
-    _pool = None
+    _pool: torch.cuda.MemPool | None = None
+    _stream: torch.cuda.Stream | None = None  # for what comes before a capture; libraries keep a workspace per stream
 
     def __init__(self, function: Function) -> None:
-        stream = torch.cuda.Stream()
+        if CudaGraph._pool is None:
+            CudaGraph._pool, CudaGraph._stream = torch.cuda.MemPool(), torch.cuda.Stream()
+        stream = CudaGraph._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # kernels are compiled and libraries set up outside of the capture
             self.out = function()
         torch.cuda.current_stream().wait_stream(stream)
-        if CudaGraph._pool is None:
-            CudaGraph._pool = torch.cuda.graph_pool_handle()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=CudaGraph._pool):
+        with torch.cuda.graph(self._graph, pool=CudaGraph._pool.id):
             self._captured = function()
 
     def replay(self) -> int:

@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import logging
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from euryale.kernels import cpu
 from euryale.kernels.add_rms_norm import add_rms_norm
 from euryale.parallel import shared_memory
 from euryale.parallel.process_group import ProcessGroup
-from euryale.parallel.shared_memory import SharedMemory
+from euryale.parallel.shared_memory import GroupLost, SharedMemory
 
 logger = logging.getLogger("euryale.parallel")
 
@@ -38,6 +39,7 @@ class Group:
     device: torch.device
     collectives: SharedMemory | ProcessGroup | None = None
     patient: dist.ProcessGroup | None = None  # for loading, where ranks may be minutes apart; gloo, CPU tensors
+    timeout: float = 30.0  # seconds that ranks wait for each other in a step
     plans: SharedMemory | None = None  # how plans travel, if not as everything else: a GPU need not be asked for them
 
     @property
@@ -132,6 +134,19 @@ class Group:
         if status:
             self.collectives.check(status)
 
+    def wait_for_device(self) -> None:
+        """Wait for this rank's GPU, which may wait for other ranks' in a recorded collective: GroupLost if it takes
+        longer than the timeout. A CPU has done its work when it returns."""
+        if self.device.type != "cuda" or self.size == 1:
+            return
+        done, started = torch.cuda.Event(), time.monotonic()
+        done.record()
+        while not done.query():
+            waited = time.monotonic() - started
+            if waited > self.timeout:
+                raise GroupLost(f"the GPUs did not finish a step within {self.timeout:.0f} s (--step-timeout)")
+            time.sleep(0 if waited < 0.1 else 1e-3)
+
     def close(self) -> None:
         """Leave the group. Does not wait for the others."""
         if self.size > 1:
@@ -160,7 +175,7 @@ def join(timeout: float = 30.0, device: str = "auto") -> Group:
     limit = datetime.timedelta(seconds=timeout)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=limit)
     patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=LOADING_TIMEOUT))
-    group = Group(rank, size, chosen, ProcessGroup(size, chosen), patient)
+    group = Group(rank, size, chosen, ProcessGroup(size, chosen), patient, timeout)
     is_one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
     if not is_one_host or not group.minimum(cpu.library() is not None):
         return group

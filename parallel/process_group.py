@@ -7,7 +7,8 @@ from euryale.kernels.add_rms_norm import add_rms_norm
 
 
 class ProcessGroup:
-    """The same methods as ``SharedMemory`` over torch's default process group, whose timeout bounds each."""
+    """The same methods as ``SharedMemory`` over torch's default process group, whose timeout bounds each but for those
+    in a CUDA graph, which ``Group.wait_for_device`` watches over."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._size, self._device = size, device
@@ -27,7 +28,10 @@ class ProcessGroup:
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's ``x`` [...], stacked in rank order: [size, ...]."""
         out = torch.empty((self._size, *x.shape), dtype=x.dtype, device=x.device)
-        dist.all_gather(list(out.unbind(0)), x.contiguous())
+        if self._device.type == "cuda":
+            dist.all_gather_into_tensor(out, x.contiguous())
+        else:
+            dist.all_gather(list(out.unbind(0)), x.contiguous())
         return out
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,12 @@ class StepKind:
         )
 
 
+def padding(sizes: tuple[int, int], padded: tuple[int, int]) -> list[int]:
+    """Rows of each request that fills a step of so many rows and requests up: the last takes what is left."""
+    rows, requests = (wanted - have for wanted, have in zip(padded, sizes, strict=True))
+    return [1] * (requests - 1) + [rows - (requests - 1)] if requests else []
+
+
 class StepBatch:
     """``tokens`` int32 [R]; ``decided`` int64 [N], the rows whose next token is needed (roots and drafts of the
     sampling segments), None if these are all rows; ``decided_at`` int64 [R], a row's place among them, -1 for others;
@@ -88,7 +94,7 @@ class StepBatch:
         ]
         tokens = [s.tokens for s in plan.segments]
         if self._padded is not None:
-            self._pad(tokens)
+            self._pad(tokens, padding((plan.num_rows, len(plan.segments)), self._padded))
         arrays = geometry_arrays(self._shapes, self._page_size)
         arrays["tokens"] = np.concatenate(tokens).astype(np.int32, copy=False)
         self.host_parents, self.host_tokens = arrays["parent_rows"], arrays["tokens"]
@@ -99,15 +105,10 @@ class StepBatch:
             self._sample(arrays)
         return arrays
 
-    def _pad(self, tokens: list[np.ndarray]) -> None:
-        rows, segments = (wanted - have for wanted, have in zip(self._padded, self._size(), strict=True))
-        for i in range(segments):
-            count = 1 if i < segments - 1 else rows - (segments - 1)  # the last takes what is left
+    def _pad(self, tokens: list[np.ndarray], counts: list[int]) -> None:
+        for count in counts:
             self._shapes.append(SegmentShape(num_certain=count, context=0, parents=_NONE, pages=_NONE))
             tokens.append(np.zeros(count, dtype=np.int32))
-
-    def _size(self) -> tuple[int, int]:
-        return sum(s.num_rows for s in self._shapes), len(self._shapes)
 
     def _decide(self, arrays: dict[str, np.ndarray]) -> None:
         """Which rows' next tokens are needed."""

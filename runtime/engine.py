@@ -66,6 +66,11 @@ class Engine:
         """Let the other ranks leave ``follow``."""
         self._send(PlanKind.STOP)
 
+    def close(self) -> None:
+        """Leave the group. A communicator ends only when no recording holds its collectives any more."""
+        self.runner.graphs = None
+        self.group.close()
+
     def follow(self) -> None:
         """Execute the leader's plans until it stops. Raises GroupDiverged if this rank's tokens differ."""
         while True:

@@ -11,6 +11,7 @@ from euryale.kernels.geometry import StepGeometry
 from euryale.kernels.rope_qk import rope_qk
 from euryale.kernels.tree_attention import tree_attention
 from euryale.parallel.group import Group
+from euryale.parallel.layout import Layout
 from euryale.runtime.config import EngineConfig, ModelConfig
 
 GIB = 1 << 30
@@ -20,16 +21,15 @@ class KVCache:
     """``pages`` [layers, 2, pages, kv_heads, page_size, head_dim]; ``scratch`` [layers, 2, rows, kv_heads, head_dim],
     the K/V of the step under way."""
 
-    def __init__(
-        self, config: ModelConfig, num_kv_heads: int, num_pages: int, page_size: int, rows: int, device
-    ) -> None:
-        head = (config.num_layers, 2)
-        kind = {"dtype": config.dtype, "device": device}
+    def __init__(self, config: ModelConfig, layout: Layout, num_pages: int, page_size: int, num_rows: int) -> None:
+        """``num_rows``: of the largest step."""
+        head, num_kv_heads = (config.num_layers, 2), layout.num_kv_heads
+        kind = {"dtype": config.dtype, "device": layout.group.device}
         # Zeros, not empty: attention multiplies unwritten slots by a weight of zero, and 0 * NaN is NaN.
         self.pages = torch.zeros(*head, num_pages, num_kv_heads, page_size, config.head_dim, **kind)
-        self.scratch = torch.zeros(*head, rows, num_kv_heads, config.head_dim, **kind)
-        self.page_size, self.num_pages = page_size, num_pages
-        self.group_size = config.num_heads // config.num_kv_heads  # query heads of a kv head
+        self.scratch = torch.zeros(*head, num_rows, num_kv_heads, config.head_dim, **kind)
+        self.page_size, self.num_pages, self.num_rows = page_size, num_pages, num_rows
+        self.group_size = layout.num_query_heads // num_kv_heads  # query heads of a kv head
         self._layers = list(zip(self.scratch.unbind(), self.pages.unbind(), strict=True))
         self._scale = config.head_dim**-0.5
         self._windows = config.windows

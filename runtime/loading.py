@@ -22,7 +22,7 @@ from euryale.scheduler.tree import TreeShape, load_tree
 
 logger = logging.getLogger("euryale.loading")
 
-GRAPH_MEMORY = 4 << 20  # bytes of the buffers of one graph; a step that needs more has work enough to hide its calls
+GRAPH_MEMORY = 4 << 20  # bytes of a recorded decoder's buffers; what needs more has work enough to hide its calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def load(config: EngineConfig, group: Group) -> Loaded:
     max_len = config.max_model_len or model.max_positions
     num_pages = count_pages(config, model, layout.num_kv_heads, max_len, group)
     rows = config.max_num_batched_tokens
-    cache = KVCache(model, layout.num_kv_heads, num_pages, config.page_size, rows, group.device)
+    cache = KVCache(model, layout, num_pages, config.page_size, rows)
     limits = Limits(
         max_model_len=max_len,
         max_num_seqs=config.max_num_seqs,
@@ -84,8 +84,9 @@ def _load_parts(config: EngineConfig, group: Group):
         checkpoint.used |= {n for n in checkpoint.names if n.startswith(heads_format.MERGED_PREFIX)}
     tree = _load_tree(config, tensors.num_heads if tensors else 0, model.vocab_size)
     weights = Weights(checkpoint, layout, SHARDING, model.dtype, config.quantization)
-    # Draft rows of a request that is nearly done lie beyond its last token, never beyond the tree's depth.
-    decoder = Decoder(model, weights, max_len + (tree.depth if tree else 0))
+    # Draft rows of a request that is nearly done lie beyond its last token, never beyond the tree's depth; padding
+    # begins at 0 and has no more rows than a step.
+    decoder = Decoder(model, weights, max(max_len + (tree.depth if tree else 0), config.max_num_batched_tokens))
     checkpoint.refuse_unused(("rotary_emb.inv_freq", *(("lm_head.weight",) if model.tied else ())))
     heads = None
     if tensors:

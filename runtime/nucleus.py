@@ -41,7 +41,7 @@ class Merged:
         total = (sums * factors).sum(dim=0)
         log_total = top + total.log()
         entropy = log_total - (moments * factors).sum(dim=0) / total
-        values = torch.stack(floats[4:]) if floats[4:] else torch.empty(0, *top.shape)
+        values = torch.stack(floats[4:]) if floats[4:] else torch.empty(0, *top.shape, device=top.device)
         floor = torch.full_like(top, -torch.inf).float()
         if len(values):
             if len(values) < shard.length:
@@ -49,7 +49,7 @@ class Merged:
             values, order = values.flatten(0, 1).T.sort(dim=1, descending=True, stable=True)
             candidate_ids = torch.stack(tokens[1:]).flatten(0, 1).T.gather(1, order)
         else:
-            values = candidate_ids = torch.empty(len(top), 0)
+            values = candidate_ids = torch.empty(len(top), 0, device=top.device)
         return cls(
             best_values=best_values.float(),
             best_ids=tokens[0],

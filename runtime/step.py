@@ -67,6 +67,7 @@ class StepRunner:
         """One result per sampling segment, in the plan's order, the same on every rank."""
         if started is None or started[1] is None:
             return []
+        self.decoder.shard.group.wait_for_device()
         return self._results(*started)
 
     def run(self, plan: StepPlan) -> list[SegmentResult]:

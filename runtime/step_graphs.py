@@ -14,7 +14,7 @@ import torch
 from euryale.kernels import graph
 from euryale.kernels.tree_attention.work_list import kinds
 from euryale.parallel.group import Group
-from euryale.runtime.batch import StepBatch, StepKind
+from euryale.runtime.batch import StepBatch, StepKind, padding
 from euryale.runtime.kv_cache import KVCache
 from euryale.scheduler.plan import StepPlan
 
@@ -22,12 +22,16 @@ _REQUESTS = [2**n for n in range(13)]
 _ROWS = sorted({2**n for n in range(14)} | {3 * 2**n for n in range(2, 13)})
 
 
-def bucket(rows: int, requests: int) -> tuple[int, int]:
-    """The next sizes that a step is padded to: padding requests have a row each, so that rows grow with them."""
+def bucket(rows: int, requests: int, most: int) -> tuple[int, int]:
+    """The next sizes that a step is padded to, as it is if these are more than ``most`` rows: padding requests have a
+    row each, so that rows grow with them."""
     if rows in _ROWS and requests in _REQUESTS:
         return rows, requests
     padded = _REQUESTS[bisect_left(_REQUESTS, requests + 1)]
-    return _ROWS[bisect_left(_ROWS, rows + padded - requests)], padded
+    place = bisect_left(_ROWS, rows + padded - requests)
+    if place == len(_ROWS) or _ROWS[place] > most:
+        return rows, requests
+    return _ROWS[place], padded
 
 
 @dataclass
@@ -70,6 +74,7 @@ class StepGraphs:
     def run(self, batch: StepBatch, function: Callable[[StepBatch], tuple]) -> tuple:
         """``function`` of the batch that ``batch_for`` gave last, recorded or replayed; valid until the next call."""
         entry = next(reversed(self._entries.values()))
+        assert entry.batch is batch, "another batch was filled in between"
         if entry.recording is None:
             entry.recording = graph.record(lambda: function(batch), self._device)
         else:
@@ -88,4 +93,6 @@ class StepGraphs:
             counts = [(s.num_drafts + 1, s.wants_candidates) for s in plan.segments if s.samples]
             decided = 0 if kind.is_decode else (sum(n for n, _ in counts), sum(wants for _, wants in counts))
             return sizes, kind, decided, torch.get_num_threads()
-        return bucket(*sizes), kind, kinds([len(s.tokens) for s in plan.segments], self._cache.group_size)
+        padded = bucket(*sizes, self._cache.num_rows)
+        rows = [len(s.tokens) for s in plan.segments] + padding(sizes, padded)
+        return padded, kind, kinds(rows, self._cache.group_size)

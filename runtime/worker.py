@@ -56,7 +56,7 @@ def run_worker(make_config: Callable[[], EngineConfig], lead: Callable[[Engine],
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         engine.follow()
-        group.close()
+        engine.close()
         return 0
     try:
         _lead(engine, lead)
@@ -64,7 +64,7 @@ def run_worker(make_config: Callable[[], EngineConfig], lead: Callable[[Engine],
         return _refuse(error)
     except KeyboardInterrupt:
         return 130
-    group.close()
+    engine.close()
     return 0
 
 

@@ -113,4 +113,5 @@ STEPS = [
     ([(2, 1), (3, 3)], [OPEN], 3),
     ([(1, 3), (1, 0)], [GREEDY], 15),
     ([(30, 0), (1, 3)], [GREEDY], 0),
+    ([(1, 12), (1, 12), (1, 11), (1, 11), (1, 12)], [GREEDY], 2),  # all rows there are: no room for padding
 ]

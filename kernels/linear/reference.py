@@ -22,6 +22,8 @@ def empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
 
 def linear(x, packed, bias, out_features: int, out: torch.Tensor | None) -> torch.Tensor:
     """x W^T + b: [R, out_features]."""
+    if out is not None and type(packed) is torch.Tensor and packed.dtype == x.dtype:
+        return torch.mm(x, packed.T, out=out) if bias is None else torch.addmm(bias, x, packed.T, out=out)
     if packed.dtype == x.dtype:
         y = F.linear(x, packed, bias)
     else:

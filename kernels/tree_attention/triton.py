@@ -10,12 +10,11 @@ import triton
 import triton.language as tl
 
 from euryale.kernels.geometry import WORD, StepGeometry
-from euryale.kernels.tree_attention.work_list import work_list
+from euryale.kernels.tree_attention.work_list import FIELDS, MERGE_FIELDS, work_list
 
 _WORD = tl.constexpr(WORD)
 _NEVER = tl.constexpr(-3e38)  # score of what is not seen
-_FIELDS = tl.constexpr(8)  # of an item
-_MERGE_FIELDS = tl.constexpr(5)
+_FIELDS, _MERGE_FIELDS = tl.constexpr(FIELDS), tl.constexpr(MERGE_FIELDS)
 _MERGE_ROWS = 4  # query rows of a program that merges
 
 

@@ -13,7 +13,7 @@ import torch
 from euryale.kernels.geometry import StepGeometry
 from euryale.kernels.tables import Tables
 
-_FIELDS, _MERGE_FIELDS = 8, 5  # of an item and of a merge
+FIELDS, MERGE_FIELDS = 8, 5  # of an item and of a merge
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,12 @@ class Work:
         arrays, room = self._arrays(plan), {}
         self._most = (len(plan.items), len(plan.merges), plan.num_partials)
         if has_room:  # powers of two, so that a growing context seldom needs another recording
-            self._most = tuple(1 << max(n - 1, 7).bit_length() for n in self._most)
-            room = {"items": self._most[0] * _FIELDS, "merges": self._most[1] * _MERGE_FIELDS}
+            self._most = tuple(n and 1 << max(n - 1, 7).bit_length() for n in self._most)
+            room = {"items": self._most[0] * FIELDS, "merges": self._most[1] * MERGE_FIELDS}
         self._tables = Tables(arrays, device, room)
         tensors = self._tables.tensors
-        self.items, self.merges = tensors["items"].view(-1, _FIELDS), tensors["merges"].view(-1, _MERGE_FIELDS)
+        self.items = tensors["items"].view(self._most[0], FIELDS)
+        self.merges = tensors["merges"].view(self._most[1], MERGE_FIELDS)
         self.counts, self.num_partials = tensors["counts"], self._most[2]
 
     def refill(self, plan: _Plan) -> bool:

@@ -11,10 +11,13 @@ INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "baseline")
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
     """Memory that a kernel leaves unwritten shows."""
-    fill = lambda x: x.fill_(torch.nan) if x.is_floating_point() else x  # noqa: E731
-    empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
+
+    def poison(x: torch.Tensor) -> torch.Tensor:
+        return x.fill_(torch.nan if x.is_floating_point() else 77)
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        inner = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, inner=inner, **k: poison(inner(*a, **k)))
 
 
 @pytest.fixture(params=["reference", *INSTRUCTION_SETS])

@@ -303,4 +303,21 @@ def test_padded_steps(tmp_path, monkeypatch):
             limit = 0.0 if DEVICE.type == "cpu" else 1e-4
             assert_same(runner, twin, agreeable(runner, plan) if params == [GREEDY] else plan, limit)
             recorded += runner.graphs.recording(plan) is not None
-        assert recorded == 9  # of 12: prompts are not
+        assert recorded == 10  # of 13: prompts are not
+
+
+def test_a_context_that_outgrows_its_work_list_is_recorded_again(tmp_path, monkeypatch):
+    """... and nothing is lost when the only recording is replaced."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(graph, "record", Repeated)
+    limits = work_list._TILES_FLOAT32
+    monkeypatch.setattr(work_list, "_TILES_FLOAT32", tuple(work_list.Tile(16, 16, 16, 8, 1) for _ in limits))
+    with backend.forced("triton"):
+        runner = load_runner(tmp_path, DEVICE.type)
+        runner.graphs = StepGraphs(runner.cache, runner.decoder.shard.group, max_rows=64, pads=True, max_graphs=1)
+        twin, recordings = eager_twin(runner), []
+        for seed, context in enumerate((5, 7, 60, 200, 60, 5)):
+            plan = plan_of(seed, runner.decoder.shard.vocab_size, [(1, 3)], [GREEDY], context)
+            assert_same(runner, twin, plan, 0.0 if DEVICE.type == "cpu" else 1e-4)
+            recordings.append(runner.graphs.recording(plan))
+        assert len({id(r) for r in recordings}) == 3  # one split, several, and more than there was room for

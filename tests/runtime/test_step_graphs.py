@@ -4,6 +4,7 @@ import pytest
 from step_cases import GREEDY, STEPS, agreeable, assert_same, eager_twin, load_runner, plan_of
 
 from euryale.parallel.group import single
+from euryale.runtime.batch import padding
 from euryale.runtime.step_graphs import StepGraphs, bucket
 
 
@@ -35,7 +36,12 @@ def test_recordings_used_last_are_kept(tmp_path):
 def test_buckets_hold_what_they_are_for():
     for requests in range(1, 70):
         for rows in range(requests, 8 * requests):
-            padded_rows, padded = bucket(rows, requests)
-            assert padded_rows - rows >= padded - requests >= 0
-            assert (padded_rows == rows) or padded > requests  # rows beyond the plan's belong to a segment of padding
-            assert bucket(padded_rows, padded) == (padded_rows, padded)
+            for most in (rows, rows + 7, 600):
+                padded_rows, padded = bucket(rows, requests, most)
+                assert rows <= padded_rows <= most
+                assert padded_rows - rows >= padded - requests >= 0
+                counts = padding((rows, requests), (padded_rows, padded))
+                assert (sum(counts), len(counts)) == (padded_rows - rows, padded - requests)
+                assert 0 not in counts
+    assert bucket(13000, 200, 16384) == (13000, 200)
+    assert bucket(33, 3, 64) == (48, 4)
