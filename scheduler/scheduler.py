@@ -58,8 +58,8 @@ class Output:
 
 
 class Scheduler:
-    """Owns the requests and the pages. ``tree`` None means no speculation; ``share_prefixes``: requests that begin alike
-    use the same pages, and these are kept for later ones while there is room."""
+    """Owns the requests and the pages. ``tree`` None means no speculation; ``share_prefixes``: requests that begin
+    alike use the same pages, and these are kept for later ones while there is room."""
 
     def __init__(self, limits: Limits, tree: TreeShape | None, share_prefixes: bool = True) -> None:
         self.limits = limits
