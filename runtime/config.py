@@ -33,6 +33,7 @@ class EngineConfig:
     max_num_seqs: int = flag(64, "requests decoded at the same time")
     max_num_batched_tokens: int = flag(512, "rows of one step: certain tokens and tree nodes together")
     kv_cache_memory: float = flag(0.0, "GiB of KV cache per rank (default: what the requests can use, at most 1 GiB)")
+    enable_prefix_caching: bool = flag(True, "requests that begin alike share KV pages, which are kept for later ones")
     gpu_memory_utilization: float = flag(0.9, "share of a GPU's memory to fill when --kv-cache-memory is not given")
     page_size: int = flag(16, "tokens of one KV-cache page")
     step_timeout: float = flag(30.0, "seconds a rank waits for the others before the group is given up, at least 5")

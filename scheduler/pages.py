@@ -1,8 +1,14 @@
-"""Accounting of KV-cache pages: who holds which, never what is in them."""
+"""Accounting of KV-cache pages: who holds which, and which are known by what they hold.
+
+A page is *held* by one or more requests, *kept* (held by nobody, but known by name and given out again to whoever
+needs the same contents, until its place is needed), or *free*.
+"""
+
+from collections import OrderedDict
 
 
 class PagePool:
-    """A fixed number of equal pages. A page is either free or held by exactly one owner."""
+    """A fixed number of equal pages."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         """``page_size`` is in tokens."""
@@ -11,28 +17,66 @@ class PagePool:
         self.num_pages = num_pages
         self.page_size = page_size
         self._free = list(range(num_pages - 1, -1, -1))
-        self._is_free = bytearray(b"\1" * num_pages)
+        self._kept: OrderedDict[int, None] = OrderedDict()  # the least recently held first
+        self._holders = [0] * num_pages
+        self._page_of: dict[bytes, int] = {}
+        self._name_of: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Pages that can be allocated: the free and the kept ones."""
+        return len(self._free) + len(self._kept)
+
+    @property
+    def num_kept(self) -> int:
+        return len(self._kept)
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.page_size)
 
     def allocate(self, count: int) -> list[int] | None:
-        """``count`` pages, or None (and nothing taken) if fewer are free."""
-        if count > len(self._free):
+        """``count`` pages of whatever contents, or None (and nothing taken) if fewer can be had. Kept pages are taken
+        when no other is free, and forgotten."""
+        if count > self.num_free:
             return None
-        pages = [self._free.pop() for _ in range(count)]
-        for page in pages:
-            self._is_free[page] = 0
-        return pages
+        return [self._take_free() for _ in range(count)]
+
+    def share(self, names: list[bytes]) -> list[int]:
+        """The pages of the longest run of ``names``, from the first on, that is known; held once more each."""
+        shared = []
+        for name in names:
+            page = self._page_of.get(name)
+            if page is None:
+                break
+            self._kept.pop(page, None)
+            self._holders[page] += 1
+            shared.append(page)
+        return shared
+
+    def name(self, page: int, name: bytes) -> None:
+        """Make a held page known by what it holds from now on, unless another page is known by that already."""
+        assert self._holders[page], f"page {page} is held by nobody"
+        if name not in self._page_of and page not in self._name_of:
+            self._page_of[name], self._name_of[page] = page, name
 
     def free(self, pages: list[int]) -> None:
-        """Give pages back. This is the only place where a page becomes free."""
-        for page in pages:
-            assert not self._is_free[page], f"page {page} freed twice"
-            self._is_free[page] = 1
-            self._free.append(page)
+        """Give pages back, a request's pages in their order. This is the only place where a page becomes free: it does
+        when nobody holds it any more."""
+        for page in reversed(pages):  # a chain is found from its beginning, so that its end is forgotten first
+            assert self._holders[page], f"page {page} freed twice"
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                if page in self._name_of:
+                    self._kept[page] = None
+                else:
+                    self._free.append(page)
+
+    def _take_free(self) -> int:
+        if self._free:
+            page = self._free.pop()
+        else:
+            page, _ = self._kept.popitem(last=False)
+            del self._page_of[self._name_of.pop(page)]
+        self._holders[page] = 1
+        return page

@@ -27,6 +27,9 @@ class Request:
     output: list[int] = field(default_factory=list)
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
+    page_names: list[bytes] = field(default_factory=list)  # of the full pages of the known tokens, as far as made
+    num_shared: int = 0  # tokens whose pages were found computed
+    num_published: int = 0  # of the page names, those by which others can find the pages
     candidates: np.ndarray | None = None  # int32 [heads, k]: the heads' guesses after the last output token
     accepted: list[int] = field(default_factory=list)  # tokens emitted by each decoding step
     finish_reason: FinishReason | None = None

@@ -11,6 +11,7 @@ import numpy as np
 
 from euryale.scheduler.pages import PagePool
 from euryale.scheduler.plan import Segment, StepPlan
+from euryale.scheduler.prefix import PageNames
 from euryale.scheduler.request import FinishReason, Request
 from euryale.scheduler.tree import TreeShape
 
@@ -57,12 +58,16 @@ class Output:
 
 
 class Scheduler:
-    """Owns the requests and the pages. ``tree`` None means no speculation."""
+    """Owns the requests and the pages. ``tree`` None means no speculation; ``share_prefixes``: requests that begin
+    alike use the same pages, and these are kept for later ones while there is room."""
 
-    def __init__(self, limits: Limits, tree: TreeShape | None) -> None:
+    def __init__(self, limits: Limits, tree: TreeShape | None, share_prefixes: bool = True) -> None:
         self.limits = limits
         self.tree = tree
         self.pages = PagePool(limits.num_pages, limits.page_size)
+        self.num_shared = self.num_prompt = 0  # prompt tokens found computed, and all, of admitted requests
+        self._names = PageNames(limits.page_size) if share_prefixes else None
+        self._coming: set[bytes] = set()  # names of pages that running requests will compute
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.step = 0
@@ -136,12 +141,14 @@ class Scheduler:
         for request, segment in zip(self._planned, plan.segments, strict=True):
             request.num_computed += segment.num_certain
             if not segment.samples:
+                self._publish(request)
                 continue
             result = next(found)
             taken = request.append(result.tokens, self.limits.end_ids)
             request.num_computed += len(result.accepted_nodes)
             request.candidates = result.candidates
             request.accepted.append(len(taken))
+            self._publish(request)
             outputs.append(Output(request, taken, request.finish_reason))
             if request.finish_reason:
                 self.running.remove(request)
@@ -151,16 +158,52 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Move waiting requests to running, first come first served: a request that does not fit yet holds back
-        those behind it, so that none starves."""
-        while self.waiting and len(self.running) < self.limits.max_num_seqs:
-            request = self.waiting[0]
-            pages = self.pages.allocate(self.pages.pages_for(len(request.prompt) + request.params.max_tokens))
-            if pages is None:
+        those behind it, so that none starves. One whose next page a running request is computing lets others pass."""
+        for request in list(self.waiting) if len(self.running) < self.limits.max_num_seqs else ():
+            if len(self.running) == self.limits.max_num_seqs:
                 return
-            request.pages = pages
-            self.running.append(self.waiting.popleft())
+            usable = self._name_prompt(request)
+            shared = self.pages.share(usable)
+            if len(shared) < len(usable) and usable[len(shared)] in self._coming:
+                self.pages.free(shared)
+                continue
+            total = self.pages.pages_for(len(request.prompt) + request.params.max_tokens)
+            pages = self.pages.allocate(total - len(shared))
+            if pages is None:
+                self.pages.free(shared)
+                return
+            request.pages = shared + pages
+            request.num_computed = request.num_shared = len(shared) * self.pages.page_size
+            self.num_shared += request.num_shared
+            self.num_prompt += len(request.prompt)
+            self._coming.update(usable[len(shared) :])
+            self.waiting.remove(request)
+            self.running.append(request)
+
+    def _name_prompt(self, request: Request) -> list[bytes]:
+        """Names of the prompt's full pages but for the one with its last token, which is computed in any case: what
+        follows it is what the request asks for."""
+        if self._names is None:
+            return []
+        if not request.page_names:
+            self._names.extend(request.page_names, request.prompt)
+        return request.page_names[: (len(request.prompt) - 1) // self.pages.page_size]
+
+    def _publish(self, request: Request) -> None:
+        """Make the request's full pages known that are computed by now."""
+        if self._names is None:
+            return
+        names, size = request.page_names, self.pages.page_size
+        full = min(request.num_computed, request.num_known) // size  # an answer may end before the accepted path does
+        if len(names) < full:
+            self._names.extend(names, request.known_tokens(len(names) * size, full * size))
+        for place in range(request.num_published, full):
+            self.pages.name(request.pages[place], names[place])
+            self._coming.discard(names[place])
+        request.num_published = full
 
     def _release(self, request: Request) -> None:
+        self._coming.difference_update(request.page_names[request.num_published :])
         self.pages.free(request.pages)
         request.pages = []
 

@@ -38,7 +38,7 @@ class EngineStats:
 
     def values(self) -> dict:
         """Counters since start; ``step_ms`` is the mean of the last 256 steps, ``accepted_lengths`` counts decoding
-        steps by the tokens they emitted."""
+        steps by the tokens they emitted; ``pages_free`` includes ``pages_kept``, those known by what they hold."""
         pages = self._scheduler.pages
         recent = sum(self._recent) / len(self._recent) if self._recent else 0.0
         return {
@@ -55,6 +55,9 @@ class EngineStats:
             "engine_cancelled": self.num_cancelled,
             "pages_total": pages.num_pages,
             "pages_free": pages.num_free,
+            "pages_kept": pages.num_kept,
+            "prompt_tokens": self._scheduler.num_prompt,
+            "prompt_tokens_shared": self._scheduler.num_shared,
         }
 
     def _judge_heads(self, num_tokens: int) -> None:

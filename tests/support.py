@@ -194,4 +194,5 @@ def answer(group, config, wanted: list[tuple], arrivals: int = 0) -> dict | None
         "accepted": [r.accepted for r in requests],
         "reasons": [str(r.finish_reason) for r in requests],
         "steps": steps,
+        "shared": engine.scheduler.num_shared,
     }

@@ -1,5 +1,6 @@
 """Greedy float32 answers are transformers' at every group size, tree and batch."""
 
+import numpy as np
 import pytest
 from support import answer, family_config, head_tensors, make_model, oracle_greedy, prompts, save_heads
 
@@ -58,6 +59,19 @@ def test_no_setting_changes_greedy_tokens(models, ranks, changes, family, size):
     assert got["outputs"] == expected
     if changes.get("tree") == "off":
         assert all(n == 1 for accepted in got["accepted"] for n in accepted)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_shared_pages_change_no_token(tmp_path, ranks, size):
+    model = make_model(tmp_path, family_config("mistral"))
+    heads = save_heads(tmp_path / "heads", head_tensors(model))
+    long = prompts(8, seed=3)
+    asked = [np.concatenate([*long, p]) for p in long] + [np.concatenate([*long, long[0], long[1]])]
+    expected = [oracle_greedy(model, p, LENGTH) for p in asked]
+    for changes in ({}, {"enable_prefix_caching": False}):
+        got = run(ranks, size, tmp_path, heads, asked, **changes)
+        assert got["outputs"] == expected
+        assert (got["shared"] > 4 * len(np.concatenate(long))) == (not changes)
 
 
 def test_some_drafts_are_accepted(models, ranks):

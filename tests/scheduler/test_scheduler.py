@@ -1,6 +1,7 @@
 """The scheduler alone, against a made-up model: pages, budget, order, ends."""
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.prefix import PageNames
 from euryale.scheduler.request import FinishReason, Request
 from euryale.scheduler.scheduler import Limits, Scheduler, SegmentResult
 from euryale.scheduler.tree import default_tree
@@ -25,8 +27,11 @@ LIMITS = Limits(
 TREE = default_tree(3, 9)
 
 
-def request(key: int, length: int, **params) -> Request:
-    return Request(key=key, prompt=np.full(length, 7, dtype=np.int32), params=SamplingParams(**params))
+def request(key: int, length: int, first: int = 7, **params) -> Request:
+    """A prompt of ``first`` once and then of sevens."""
+    prompt = np.full(length, 7, dtype=np.int32)
+    prompt[0] = first
+    return Request(key=key, prompt=prompt, params=SamplingParams(**params))
 
 
 def results(plan, rng, token=9) -> list[SegmentResult]:
@@ -58,10 +63,11 @@ class Batches(RuleBasedStateMachine):
         self.scheduler = Scheduler(LIMITS, TREE)
         self.rng = np.random.default_rng(0)
         self.keys, self.ended, self.all = 0, {}, {}
+        self.contents = {}  # slot -> the token whose K/V it holds
 
-    @rule(length=st.integers(1, 30), max_tokens=st.integers(1, 30), speculation=st.booleans())
-    def add(self, length, max_tokens, speculation):
-        new = request(self.keys, length, max_tokens=max_tokens, speculation=speculation)
+    @rule(length=st.integers(1, 30), first=st.integers(7, 8), max_tokens=st.integers(1, 30), speculation=st.booleans())
+    def add(self, length, first, max_tokens, speculation):
+        new = request(self.keys, length, first, max_tokens=max_tokens, speculation=speculation)
         self.keys += 1
         self.scheduler.add(new)
         self.all[new.key] = new
@@ -82,19 +88,34 @@ class Batches(RuleBasedStateMachine):
         assert plan.num_rows <= LIMITS.max_num_batched_tokens
         assert len(self.scheduler.running) <= LIMITS.max_num_seqs
         still = [r.key for r in self.scheduler.waiting]
-        assert waiting[len(waiting) - len(still) :] == still, "not first come first served"
-        for segment in plan.segments:
-            assert segment.context + segment.num_certain <= len(segment.pages) * LIMITS.page_size
-            assert all(0 <= p <= i for i, p in enumerate(segment.parents))
-        for output in self.scheduler.advance(plan, results(plan, self.rng, token)):
+        assert [key for key in waiting if key in still] == still, "not first come first served"
+        found = results(plan, self.rng, token)
+        self.write(plan, found)
+        for output in self.scheduler.advance(plan, found):
             assert output.request.key not in self.ended
             if output.finish_reason:
                 self.ended[output.request.key] = output.finish_reason
 
+    def write(self, plan, found):
+        """What a step reads is what the request's earlier tokens wrote; what it commits, it writes to its own pages."""
+        found, size = iter(found), LIMITS.page_size
+        for request, segment in zip(self.scheduler._planned, plan.segments, strict=True):
+            assert segment.context + segment.num_certain <= len(segment.pages) * size
+            assert all(0 <= p <= i for i, p in enumerate(segment.parents))
+            slots = [page * size + at for page in segment.pages.tolist() for at in range(size)]
+            seen = [self.contents[slot] for slot in slots[: segment.context]]
+            assert seen == request.known_tokens(0, segment.context).tolist()
+            kept = segment.tokens[: segment.num_certain].tolist()
+            if segment.samples:
+                kept += next(found).tokens[:-1]
+            for slot, token in zip(slots[segment.context :], kept, strict=False):
+                assert self.scheduler.pages._holders[slot // size] == 1, "written to a page that others read"
+                self.contents[slot] = token
+
     @invariant()
     def pages_are_conserved(self):
-        held = [p for r in self.scheduler.running for p in r.pages]
-        assert len(held) == len(set(held))
+        held = Counter(p for r in self.scheduler.running for p in r.pages)
+        assert all(self.scheduler.pages._holders[page] == count for page, count in held.items())
         assert len(held) + self.scheduler.pages.num_free == LIMITS.num_pages
         for r in self.scheduler.running:
             assert 0 <= r.num_computed < r.num_known
@@ -201,3 +222,93 @@ def test_trees_do_not_starve_prompts():
 def test_bad_parameters_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):
         SamplingParams(**{field: value})
+
+
+LARGE = dataclasses.replace(LIMITS, max_model_len=400, max_num_seqs=8, max_num_batched_tokens=64, num_pages=400)
+
+
+def run_all(scheduler: Scheduler, requests: list[Request]) -> int:
+    """Run them to their ends; returns how many prompt rows were computed."""
+    rng, rows = np.random.default_rng(0), 0
+    for made in requests:
+        scheduler.add(made)
+    while scheduler.has_work:
+        plan = scheduler.plan(1, 0)
+        rows += sum(s.num_certain for s in plan.segments if s.position == 0)
+        scheduler.advance(plan, results(plan, rng))
+    return rows
+
+
+def alike(count: int, shared: int, own: int) -> list[Request]:
+    """Prompts that begin with the same ``shared`` tokens and go on with ``own`` ones each."""
+    rng = np.random.default_rng(1)
+    head = rng.integers(3, 50, shared).astype(np.int32)
+    tails = rng.integers(3, 50, (count, own)).astype(np.int32)
+    params = SamplingParams(max_tokens=5)
+    return [Request(key=i, prompt=np.concatenate([head, tail]), params=params) for i, tail in enumerate(tails)]
+
+
+def test_what_requests_begin_with_is_computed_once():
+    scheduler = Scheduler(LARGE, None)
+    assert run_all(scheduler, alike(32, 200, 7)) == 200 + 32 * 7
+    assert scheduler.num_shared == 31 * 200
+    assert scheduler.num_prompt == 32 * 207
+    assert scheduler.pages.num_free == LARGE.num_pages
+    # The same again finds all full pages but the last token's.
+    assert run_all(scheduler, alike(1, 200, 7)) == 207 - 204
+    assert run_all(Scheduler(LARGE, None, share_prefixes=False), alike(32, 200, 7)) == 32 * 207
+
+
+def test_the_last_token_is_computed_even_if_its_page_is_known():
+    scheduler = Scheduler(LARGE, None)
+    assert [run_all(scheduler, alike(1, 8, 0)) for _ in range(2)] == [8, 4]
+
+
+def test_an_answer_is_found_as_the_beginning_of_the_next_prompt():
+    scheduler, first = Scheduler(LARGE, None), alike(1, 20, 0)[0]
+    first.params = SamplingParams(max_tokens=13)
+    run_all(scheduler, [first])
+    longer = np.concatenate([first.prompt, np.asarray(first.output, dtype=np.int32), [3]])
+    # 34 tokens, of which the answer's last was never computed: eight full pages are known.
+    assert run_all(scheduler, [Request(key=9, prompt=longer.astype(np.int32), params=SamplingParams())]) == 34 - 32
+
+
+def test_pages_are_forgotten_when_their_place_is_needed_the_longest_unused_first():
+    scheduler = Scheduler(dataclasses.replace(LARGE, num_pages=24), None)
+    one, two, three = (alike(1, 33 + n, 0)[0] for n in range(3))
+    for n, made in enumerate((one, two, three)):
+        made.prompt[0] = 40 + n
+    for made in (one, two, three):  # ten pages each, of which nine are full in the end
+        run_all(scheduler, [dataclasses.replace(made, output=[], accepted=[], page_names=[])])
+    again = [dataclasses.replace(made, output=[], accepted=[], page_names=[]) for made in (three, one)]
+    assert run_all(scheduler, [again[0]]) == 35 - 32
+    assert run_all(scheduler, [again[1]]) > 1 + 33 - 32
+
+
+def test_a_request_whose_beginning_is_under_way_waits_and_lets_others_pass():
+    scheduler = Scheduler(dataclasses.replace(LARGE, max_num_batched_tokens=8), None)
+    first, second = alike(2, 40, 3)
+    other = request(7, 5, max_tokens=2)
+    for made in (first, second, other):
+        scheduler.add(made)
+    scheduler.plan(1, 0)
+    assert scheduler.running == [first, other]
+    scheduler.cancel(first.key)
+    scheduler._planned = []
+    scheduler.plan(1, 0)
+    assert scheduler.running == [other, second]
+
+
+def test_pages_known_by_name_are_not_those_of_other_tokens():
+    names, one, two = PageNames(4), [], []
+    names.extend(one, np.arange(8, dtype=np.int32))
+    names.extend(two, np.arange(4, dtype=np.int32))
+    names.extend(two, np.arange(4, 11, dtype=np.int32))  # three tokens more than fill a page
+    assert one == two
+    assert len({*one}) == 2
+    after_others: list[bytes] = []
+    names.extend(after_others, np.arange(1, 9, dtype=np.int32)[::-1].copy())
+    assert not set(after_others) & set(one)
+    elsewhere: list[bytes] = []
+    PageNames(4).extend(elsewhere, np.arange(8, dtype=np.int32))
+    assert not set(elsewhere) & set(one)
