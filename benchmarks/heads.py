@@ -81,8 +81,9 @@ def compare(model: str, heads: str, args: argparse.Namespace) -> dict:
     prompts = [load_tokenizer(model).encode(text) for text in code_prompts(args.count)]
     with tempfile.TemporaryDirectory() as directory:
         trees = trees_of(calibration, args.published, Path(directory))
+        settings = {"dtype": "float32", "max_num_seqs": 1, "enable_prefix_caching": False}
         made = {
-            name: Engine(EngineConfig(model=model, medusa=heads, tree=tree, dtype="float32", max_num_seqs=1), single())
+            name: Engine(EngineConfig(model=model, medusa=heads, tree=tree, **settings), single())
             for name, tree in trees.items()
         }
     found = {name: [] for name in made}

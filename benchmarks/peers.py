@@ -60,7 +60,13 @@ def own_systems(args: argparse.Namespace, oracle: Oracle, batch: int) -> dict[st
 
     def engine(tree: str) -> Run:
         config = EngineConfig(
-            model=args.model, medusa=args.medusa, tree=tree, dtype=args.dtype, max_num_seqs=batch, device="cpu"
+            model=args.model,
+            medusa=args.medusa,
+            tree=tree,
+            dtype=args.dtype,
+            max_num_seqs=batch,
+            enable_prefix_caching=False,  # every round asks the same prompts
+            device="cpu",
         )
         made = Engine(config, single())
         return lambda prompts: run_engine(made, prompts, args.max_tokens, batch)
