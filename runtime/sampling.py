@@ -13,7 +13,6 @@ import torch
 
 from euryale.kernels.sample import sample
 from euryale.kernels.sample.noise import gumbel, stream_key
-from euryale.kernels.tables import Tables
 from euryale.kernels.top_k import values_and_ids
 from euryale.parallel import vocabulary
 from euryale.parallel.vocabulary import VocabShard
@@ -42,12 +41,6 @@ class RowParams:
     def filtered(self) -> torch.Tensor:
         """Rows that are drawn under top-k, top-p or min-p: bool [N]."""
         return (self.temperature > 0) & ((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0))
-
-    @classmethod
-    def build(cls, rows: list[tuple[SamplingParams, int]], device: torch.device) -> "RowParams":
-        """From each row's parameters and its position in the answer."""
-        is_plain = not any(p.is_filtered for p, _ in rows)
-        return cls(is_plain=is_plain, **Tables(row_arrays(rows), device).tensors)
 
 
 def row_arrays(rows: list[tuple[SamplingParams, int]]) -> dict[str, np.ndarray]:

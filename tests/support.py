@@ -162,6 +162,15 @@ class Ranks:
             assert process.exitcode == 0, f"a rank ended with {process.exitcode}"
 
 
+def row_params(rows: list[tuple]):
+    """RowParams from each row's parameters and its position in the answer."""
+    from euryale.kernels.tables import Tables
+    from euryale.runtime.sampling import RowParams, row_arrays
+
+    is_plain = not any(params.is_filtered for params, _ in rows)
+    return RowParams(is_plain=is_plain, **Tables(row_arrays(rows), torch.device("cpu")).tensors)
+
+
 def answer(group, config, wanted: list[tuple], arrivals: int = 0) -> dict | None:
     """Run requests (prompt, SamplingParams) through an engine of this group; the leader returns what came out.
 

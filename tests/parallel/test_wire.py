@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from support import row_params
 
 from euryale.parallel import vocabulary
 from euryale.parallel.vocabulary import VocabShard
-from euryale.runtime.sampling import RowParams, draw
+from euryale.runtime.sampling import draw
 from euryale.scheduler.params import SamplingParams
 
 ROWS = 5
@@ -36,7 +37,7 @@ def bytes_sent(group, vocab_size: int) -> dict[str, float]:
         found["candidates"] = sum(sent) / ROWS
         for name, params in kinds.items():
             sent.clear()
-            draw(shard, logits, RowParams.build([(params, row) for row in range(ROWS)], logits.device), None)
+            draw(shard, logits, row_params([(params, row) for row in range(ROWS)]), None)
             found[name] = sum(sent) / ROWS
     finally:
         del group.collectives.all_gather

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from support import row_params
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -14,7 +15,7 @@ from euryale.kernels.sample.noise import gumbel, stream_key
 from euryale.parallel import vocabulary
 from euryale.parallel.group import single
 from euryale.parallel.vocabulary import VocabShard
-from euryale.runtime.sampling import RowParams, draw
+from euryale.runtime.sampling import draw
 from euryale.scheduler.params import SamplingParams
 
 
@@ -27,7 +28,7 @@ def draw_on(group, logits: torch.Tensor, rows: list, asked=None):
     shard = shard_of(group, logits.shape[1])
     padded = torch.nn.functional.pad(logits, (0, shard.length * group.size - logits.shape[1]))
     local = shard.hide_padding(padded[:, shard.offset : shard.offset + shard.length].clone())
-    drawn = draw(shard, local, RowParams.build(rows, torch.device("cpu")), asked)
+    drawn = draw(shard, local, row_params(rows), asked)
     extra = None if asked is None else (drawn.child_logp.tolist(), drawn.entropy.tolist())
     return drawn.tokens.tolist(), extra
 

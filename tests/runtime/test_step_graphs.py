@@ -1,8 +1,11 @@
 """Recorded steps: the same bits as the eager ones, whatever changed since the recording."""
 
 import pytest
+import torch
 from step_cases import GREEDY, STEPS, agreeable, assert_same, eager_twin, load_runner, plan_of
 
+from euryale.kernels import graph
+from euryale.kernels.linear import FrozenLinear
 from euryale.parallel.group import single
 from euryale.runtime.batch import padding
 from euryale.runtime.step_graphs import StepGraphs, bucket
@@ -45,3 +48,10 @@ def test_buckets_hold_what_they_are_for():
                 assert 0 not in counts
     assert bucket(13000, 200, 16384) == (13000, 200)
     assert bucket(33, 3, 64) == (48, 4)
+
+
+def test_what_cannot_be_repeated_is_not_recorded():
+    weight = torch.randn(4, 4)
+    with pytest.raises(RuntimeError, match="linear_size cannot be part of a recorded step"):
+        graph.record(lambda: (FrozenLinear(weight)(weight),), weight.device)
+    assert torch.allclose(FrozenLinear(weight)(weight), weight @ weight.T, atol=1e-5)  # recording has ended
