@@ -97,7 +97,7 @@ def python_of(kind: str, environments: Path) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         log = environments / f"{kind}-install.log"
         run([sys.executable, "-m", "venv", directory], log)
-        run([python, "-m", "pip", "install", *wanted], log)
+        run([python, "-m", "pip", "--disable-pip-version-check", "install", *wanted], log)
         if unwanted:
             run([python, "-m", "pip", "uninstall", "-y", *unwanted], log)
         stamp.touch()

@@ -24,7 +24,7 @@ class Echo:
     version = "echo 1"
 
     def __init__(self, settings):
-        print("a library's noise")
+        print("a library's noise", flush=True)
         if settings["model"] == "missing":
             raise ValueError("no such model")
 
