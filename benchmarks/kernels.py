@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from euryale.benchmarks import flex
+from euryale.benchmarks import arguments, flex
+from euryale.benchmarks.arguments import number
 from euryale.benchmarks.machine import best, describe, read_bandwidth
 from euryale.kernels import backend
 from euryale.kernels.add_rms_norm import add_rms_norm
@@ -167,16 +168,9 @@ def product_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * n**3 / best(multiply)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--heads", type=int, nargs=2, default=[8, 2], help="query heads and KV heads")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1000, 4000, 16000])
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--flex", action="store_true", default=torch.cuda.is_available(), help="default with a GPU")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
+    if args.heads[0] % args.heads[1]:
+        raise ValueError(f"--heads {args.heads[0]} {args.heads[1]}: the KV heads must divide the query heads")
     dtype, device = DTYPES[args.dtype], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bandwidth, rate = read_bandwidth(device), product_rate(dtype, device)
     report = {"machine": describe(), "dtype": args.dtype, "threads": torch.get_num_threads(), "cases": {}}
@@ -202,5 +196,17 @@ def main() -> None:
     print(json.dumps(report))
 
 
+def parser_of_arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--head-dim", type=number(1), default=64)
+    parser.add_argument("--heads", type=number(1), nargs=2, default=[8, 2], help="query heads and KV heads")
+    parser.add_argument("--contexts", type=number(1), nargs="+", default=[128, 1000, 4000, 16000])
+    parser.add_argument("--nodes", type=number(1, 128), nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--rounds", type=number(1), default=15)
+    parser.add_argument("--flex", action="store_true", default=torch.cuda.is_available(), help="default with a GPU")
+    return parser
+
+
 if __name__ == "__main__":
-    main()
+    arguments.run(parser_of_arguments(), main)

@@ -14,8 +14,10 @@ import msgpack
 import numpy as np
 import torch
 
+from euryale.benchmarks import arguments
+from euryale.benchmarks.arguments import number
 from euryale.benchmarks.machine import describe
-from euryale.benchmarks.parts import parts
+from euryale.benchmarks.parts import STEP, parts
 from euryale.benchmarks.random_model import SHAPES, make_engine
 from euryale.parallel.group import Group, join
 from euryale.runtime.config import DTYPES
@@ -60,7 +62,9 @@ def run(args: argparse.Namespace, group: Group) -> dict:
             seconds.append(decode(engine, loop, args.steps, 2 * key + (loop == "plain")))
     report = {"machine": describe(), "model": args.model, "dtype": args.dtype, "nodes": args.nodes, "loops": {}}
     last = next(plan for plan in reversed(plans) if plan.num_rows == args.nodes)
-    device = sum(parts(engine.runner, last, args.rounds).values())
+    found_parts = parts(engine.runner, last, args.steps)
+    del found_parts[STEP]
+    device = sum(found_parts.values())
     report["device_ms"] = round(device * 1e3, 3)
     for loop, seconds in found.items():
         step = statistics.median(seconds)
@@ -68,16 +72,7 @@ def run(args: argparse.Namespace, group: Group) -> dict:
     return report
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=SHAPES, default="llama-110m")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
-    parser.add_argument("--nodes", type=int, default=16, help="nodes of the tree, its root included; 1: no speculation")
-    parser.add_argument("--max-len", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     with torch.inference_mode():
         report = run(args, join(device=args.device))
     print(f"{report['machine']}\n{args.model}, {args.dtype}, {args.nodes} nodes, one request")
@@ -87,5 +82,19 @@ def main() -> None:
     print(json.dumps(report))
 
 
+def parser_of_arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=SHAPES, default="llama-110m")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    parser.add_argument(
+        "--nodes", type=number(1, 128), default=16, help="nodes of the tree, its root included; 1: no speculation"
+    )
+    parser.add_argument("--max-len", type=number(2 * PROMPT), default=512, help="tokens of prompt and answer")
+    parser.add_argument("--steps", type=number(1), default=60)
+    parser.add_argument("--rounds", type=number(1), default=5)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    return parser
+
+
 if __name__ == "__main__":
-    main()
+    arguments.run(parser_of_arguments(), main)

@@ -1,6 +1,7 @@
 """What a recorded step is made of: seconds by part, native call by native call on a CPU, kernel by kernel on a GPU."""
 
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from euryale.kernels import graph
 from euryale.runtime.step import StepRunner
 from euryale.scheduler.plan import StepPlan
 
+STEP = "step"  # the whole
 # Part -> native calls on a CPU, and words in the names of kernels on a GPU.
 _PARTS = {
     "products": (("linear_run", "quantized_run"), ("gemm", "gemv", "cutlass", "nvjet", "splitK", "cublas")),
@@ -28,10 +30,13 @@ def part_of(name: str, on_gpu: bool) -> str:
     return "small kernels"
 
 
-def _of_recording(recording: graph.Recording, rounds: int) -> dict[str, float]:
+def _of_recording(recording: graph.Recording, run: Callable[[], object], rounds: int) -> dict[str, float]:
+    """Median seconds by part, and of the whole step, ``run``, in turn with them: the machine's mood meets both."""
     found: dict[str, list[float]] = {}
     for _ in range(rounds):
-        seconds: Counter[str] = Counter()
+        started = time.perf_counter()
+        run()
+        seconds = Counter({STEP: time.perf_counter() - started})
         for name, spent in recording.time().items():
             seconds[part_of(name, False)] += spent
         for part, spent in seconds.items():
@@ -40,32 +45,38 @@ def _of_recording(recording: graph.Recording, rounds: int) -> dict[str, float]:
 
 
 def _of_kernels(run: Callable[[], object], rounds: int) -> dict[str, float]:
-    """Mean seconds by part of what ``run`` launches."""
+    """Mean seconds by part of what ``run`` launches, and of the whole, without the profiler."""
     torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(rounds):
+        run()
+    torch.cuda.synchronize()
+    found = Counter({STEP: (time.perf_counter() - started) / rounds})
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(rounds):
             run()
         torch.cuda.synchronize()
-    found: Counter[str] = Counter()
     for event in profiler.key_averages():
         found[part_of(event.key, True)] += event.self_device_time_total * 1e-6 / rounds
     return dict(found)
 
 
 def parts(runner: StepRunner, plan: StepPlan, rounds: int) -> dict[str, float]:
-    """Seconds by part of a decoding step that ``runner`` has run before; empty if it is not recorded. The heads are a
-    part of their own, whatever they are made of."""
+    """Seconds by part of a decoding step that ``runner`` has run before, and of all of it (STEP); empty if it is not
+    recorded. The heads are a part of their own, whatever they are made of."""
     recording = runner.graphs.recording(plan) if runner.graphs else None
     if recording is None:
         return {}
     device = runner.decoder.shard.group.device
     on_gpu = device.type == "cuda"
-    found = _of_kernels(lambda: runner.run(plan), rounds) if on_gpu else _of_recording(recording, rounds)
+    run = lambda: runner.run(plan)  # noqa: E731
+    found = _of_kernels(run, rounds) if on_gpu else _of_recording(recording, run, rounds)
     if plan.segments[0].wants_candidates:
         hidden = torch.zeros(1, runner.decoder.lm_head.in_features, dtype=runner.cache.pages.dtype, device=device)
         rows = torch.zeros(1, dtype=torch.int32, device=device)
         heads = graph.record(lambda: (runner.heads.candidates(hidden, rows, runner.num_candidates),), device)
-        of_heads = _of_kernels(heads.replay, rounds) if on_gpu else _of_recording(heads, rounds)
+        of_heads = _of_kernels(heads.replay, rounds) if on_gpu else _of_recording(heads, heads.replay, rounds)
+        del of_heads[STEP]
         found = {part: seconds - of_heads.get(part, 0.0) for part, seconds in found.items()}
         found["heads"] = sum(of_heads.values())
     return found

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from euryale.benchmarks import peer_process
+from euryale.benchmarks import arguments, peer_process
+from euryale.benchmarks.arguments import number
 from euryale.benchmarks.oracle import Oracle
 from euryale.benchmarks.peer_process import Answered, PeerError
 from euryale.benchmarks.prompts import code_prompts, gsm8k_prompts
@@ -86,7 +87,7 @@ def measure(
     """What every system answered in every round, after one short round that is not counted; a PeerError for one that
     failed, which is not asked again."""
     found: dict[str, list[Answered] | PeerError] = {name: [] for name in systems}
-    for number in range(rounds + 1):
+    for turn in range(rounds + 1):
         for name, run in systems.items():
             if isinstance(found[name], PeerError):
                 continue
@@ -96,7 +97,7 @@ def measure(
             except PeerError as error:
                 found[name] = error
                 continue
-            if number:  # first calls compile, allocate and warm caches
+            if turn:  # first calls compile, allocate and warm caches
                 found[name].append(answered)
     return found
 
@@ -158,25 +159,24 @@ def compare(args: argparse.Namespace, batch: int, oracle: Oracle, prompts, expec
     return made, {name: peer.version for name, peer in started.items()}
 
 
-def parse() -> argparse.Namespace:
+def parser_of_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--medusa", default="")
     parser.add_argument("--trees", nargs="+", default=["", "chain"], help="'' is the tree beside the heads")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1])
+    parser.add_argument("--batches", nargs="+", type=number(1), default=[1])
     parser.add_argument("--peers", nargs="*", choices=peer_process.PEERS, default=[])
     parser.add_argument("--environments", type=Path, default=Path.home() / ".cache" / "euryale" / "peers")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=number(1), default=len(os.sched_getaffinity(0)))
     parser.add_argument("--gsm8k", type=Path, help="measure on GSM8K questions instead of held-out code")
-    parser.add_argument("--count", type=int, default=8)
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    return parser.parse_args()
+    parser.add_argument("--count", type=number(1), default=8)
+    parser.add_argument("--max-tokens", type=number(1), default=128)
+    parser.add_argument("--rounds", type=number(1), default=5)
+    return parser
 
 
-def main() -> None:
-    args = parse()
+def main(args: argparse.Namespace) -> None:
     # The same cores for all, inherited by the peers.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     torch.set_num_threads(args.threads)
@@ -198,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(parser_of_arguments(), main)

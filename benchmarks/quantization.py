@@ -11,9 +11,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from euryale.benchmarks import arguments
+from euryale.benchmarks.arguments import number
 from euryale.benchmarks.heads import held_out_windows
+from euryale.benchmarks.peers import run_engine
 from euryale.benchmarks.prompts import code_prompts
-from euryale.benchmarks.speed import run_engine
+from euryale.kernels.linear.quantize import QUANTIZATIONS
 from euryale.parallel.group import single
 from euryale.runtime.batch import StepBatch
 from euryale.runtime.config import DTYPES, EngineConfig
@@ -43,14 +46,7 @@ def logits_of(engine: Engine, tokens: torch.Tensor) -> torch.Tensor:
     return decoder.logits(hidden)[:, : decoder.shard.vocab_size].float()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
-    parser.add_argument("--quantizations", nargs="+", default=["int8", "int4"])
-    parser.add_argument("--windows", type=int, default=64, help="of 512 tokens")
-    parser.add_argument("--prompts", type=int, default=16)
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     windows, tokenizer = held_out_windows(args.model), load_tokenizer(args.model)
     asked = [tokenizer.encode(text) for text in code_prompts(args.prompts)]
     # Of every window its first document.
@@ -68,12 +64,24 @@ def main() -> None:
             if kind == "none":
                 likeliest.append(logits.argmax(dim=1))
             same += int((logits.argmax(dim=1) == likeliest[i]).sum())
-        _, steps, answers = run_engine(engine, asked, 128)
+        round_ = run_engine(engine, asked, args.max_tokens, 1)
+        tokens_per_step = sum(map(len, round_.answers)) / round_.steps
         found = {"loss": round(loss / count, 4), "same_argmax": round(same / count, 4)}
-        report["variants"][kind] = found | {"tokens_per_step": round(sum(map(len, answers)) / steps, 3)}
+        report["variants"][kind] = found | {"tokens_per_step": round(tokens_per_step, 3)}
         print(kind, report["variants"][kind], flush=True)
     print(json.dumps(report))
 
 
+def parser_of_arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--quantizations", nargs="+", choices=QUANTIZATIONS[1:], default=["int8", "int4"])
+    parser.add_argument("--windows", type=number(1), default=64, help="of 512 tokens")
+    parser.add_argument("--prompts", type=number(1), default=16)
+    parser.add_argument("--max-tokens", type=number(1), default=128)
+    return parser
+
+
 if __name__ == "__main__":
-    main()
+    arguments.run(parser_of_arguments(), main)

@@ -13,9 +13,12 @@ import time
 import numpy as np
 import torch
 
+from euryale.benchmarks import arguments
+from euryale.benchmarks.arguments import number
 from euryale.benchmarks.machine import describe, read_bandwidth
-from euryale.benchmarks.parts import parts
+from euryale.benchmarks.parts import STEP, parts
 from euryale.benchmarks.random_model import PAGE, SHAPES, make_runner
+from euryale.kernels.linear import quantize
 from euryale.kernels.linear.quantize import QUANTIZATIONS
 from euryale.parallel.group import Group, join
 from euryale.runtime.config import DTYPES
@@ -57,10 +60,13 @@ def measure(runner: StepRunner, plans: dict[int, StepPlan], rounds: int) -> dict
     return {rows: statistics.median(seconds) for rows, seconds in found.items()}
 
 
-def shares(runner: StepRunner, plan: StepPlan, seconds: float, rounds: int) -> dict[str, float]:
-    """Shares of a step of so many ``seconds`` by part; what no recorded kernel accounts for is the host's."""
-    found = {name: part / seconds for name, part in parts(runner, plan, rounds).items()}
-    return found | {"host": 1 - sum(found.values())} if found else {}
+def shares(runner: StepRunner, plan: StepPlan, rounds: int) -> dict[str, float]:
+    """Shares of a step by part; what no recorded kernel accounts for is the host's."""
+    found = parts(runner, plan, rounds)
+    if not found:
+        return {}
+    step = found.pop(STEP)
+    return {name: part / step for name, part in found.items()} | {"host": 1 - sum(found.values()) / step}
 
 
 def weight_bytes(runner: StepRunner, quantization: str) -> int:
@@ -91,7 +97,7 @@ def run(args: argparse.Namespace, group: Group) -> dict:
         floor = (weight_bytes(runner, args.quantization) + kv) / bandwidth
         found = {}
         for rows, total in seconds.items():
-            of_step = shares(runner, plans[rows], total, max(5, args.rounds // 3))
+            of_step = shares(runner, plans[rows], args.rounds)
             found[rows] = {
                 "ms": round(total * 1e3, 3),
                 "x_plain": round(total / seconds[0], 3),
@@ -115,18 +121,9 @@ def show(report: dict) -> None:
     print(json.dumps(report))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=SHAPES, default="llama-110m")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
-    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--eager", action="store_true", help="call every kernel from Python")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     group = join(device=args.device)
+    quantize.check(args.quantization, group.device, DTYPES[args.dtype])
     with torch.inference_mode():
         report = run(args, group)
     if group.is_leader:
@@ -134,5 +131,18 @@ def main() -> None:
     group.close()
 
 
+def parser_of_arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=SHAPES, default="llama-110m")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none")
+    parser.add_argument("--rows", type=number(1, 128), nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128])
+    parser.add_argument("--contexts", type=number(1), nargs="+", default=[256, 1024])
+    parser.add_argument("--rounds", type=number(1), default=15)
+    parser.add_argument("--eager", action="store_true", help="call every kernel from Python")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    return parser
+
+
 if __name__ == "__main__":
-    main()
+    arguments.run(parser_of_arguments(), main)

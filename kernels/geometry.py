@@ -73,6 +73,25 @@ def _row_tables(num_certain: int, parents: bytes) -> _RowTables:
     return _RowTables(places.astype(np.int64), depths, parent_rows.astype(np.int64), ancestors.view(np.int64))
 
 
+@lru_cache(maxsize=512)
+def _shape_arrays(shapes: tuple[tuple[int, bytes], ...]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What the segments' shapes (certain rows, parents) alone say of a step, and every row's place after its context.
+    The arrays are the same objects whenever the shapes are the same."""
+    tables = [_row_tables(*shape) for shape in shapes]
+    counts = [len(t.places) for t in tables]
+    starts, of_row = np.cumsum([0, *counts]), np.repeat(np.arange(len(shapes)), counts)
+    parents = np.concatenate([t.parents for t in tables])
+    arrays = {
+        "num_certain": np.asarray([num_certain for num_certain, _ in shapes]),
+        "starts": starts,
+        "segment_of_row": of_row,
+        "parent_rows": np.where(parents < 0, -1, parents + starts[of_row]),
+        "depths": np.concatenate([t.depths for t in tables]),
+        "ancestors": np.concatenate([t.ancestors for t in tables]),
+    }
+    return arrays, np.concatenate([t.places for t in tables])
+
+
 @dataclass(kw_only=True)
 class StepGeometry:
     """``segments``, ``row_starts`` [B + 1] and ``max_depth`` on the host. On the device, int64 where nothing else is
@@ -145,26 +164,19 @@ GEOMETRY_ARRAYS = (
 
 def geometry_arrays(segments: list[SegmentShape], page_size: int) -> dict[str, np.ndarray]:
     """The tensors of a StepGeometry, as the host makes them."""
-    tables = [_row_tables(s.num_certain, s.parents.tobytes()) for s in segments]
-    num_pages = np.asarray([len(s.pages) for s in segments])
-    arrays = {
-        "num_certain": np.asarray([s.num_certain for s in segments]),
-        "contexts": np.asarray([s.context for s in segments]),
-        "page_starts": num_pages.cumsum() - num_pages,
-        "pages": _joined([s.pages for s in segments]).astype(np.int32, copy=False),
-        "depths": _joined([t.depths for t in tables]),
-        "ancestors": _joined([t.ancestors for t in tables]),
+    arrays, places = _shape_arrays(tuple((s.num_certain, s.parents.tobytes()) for s in segments))
+    of_row = arrays["segment_of_row"]
+    num_pages, contexts = np.asarray([len(s.pages) for s in segments]), np.asarray([s.context for s in segments])
+    page_starts = num_pages.cumsum() - num_pages
+    pages = segments[0].pages if len(segments) == 1 else np.concatenate([s.pages for s in segments])
+    positions = places + contexts[of_row]
+    place, offset = np.divmod(positions, page_size)
+    held = num_pages[of_row]
+    page = pages[page_starts[of_row] + np.minimum(place, held - 1)]
+    return arrays | {
+        "contexts": contexts,
+        "page_starts": page_starts,
+        "pages": pages.astype(np.int32, copy=False),
+        "positions": positions,
+        "slots": np.where(place < held, page.astype(np.int64) * page_size + offset, -1),
     }
-    counts = [len(t.places) for t in tables]
-    starts, of_row = np.cumsum([0, *counts]), np.repeat(np.arange(len(segments)), counts)
-    positions = _joined([t.places for t in tables]) + arrays["contexts"][of_row]
-    parents = _joined([t.parents for t in tables])
-    arrays["parent_rows"] = np.where(parents < 0, -1, parents + starts[of_row])
-    place, held = positions // page_size, num_pages[of_row]
-    page = arrays["pages"][arrays["page_starts"][of_row] + np.minimum(place, held - 1)].astype(np.int64)
-    arrays["slots"] = np.where(place < held, page * page_size + positions % page_size, -1)
-    return arrays | {"starts": starts, "segment_of_row": of_row, "positions": positions}
-
-
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -34,13 +34,17 @@ class Tables:
             self._views[name] = raw.view(arrays[name].dtype).reshape(shape)
             block = self._block[start : start + size]
             self.tensors[name] = block.view(_DTYPES[arrays[name].dtype]).view(shape)
+        self._filled: dict[str, np.ndarray] = {}
         self.fill(arrays)
 
     def fill(self, arrays: dict[str, np.ndarray]) -> None:
         """Other contents, of the same shapes except where there is room. The device's earlier contents must have been
-        used up, and the last copy to it have ended."""
+        used up, and the last copy to it have ended. An array that is the very object of last time is there already:
+        nobody may write to it."""
         for name, array in arrays.items():
-            view = self._views[name]
-            (view if view.shape == array.shape else view[: len(array)])[...] = array
+            if self._filled.get(name) is not array:
+                view = self._views[name]
+                (view if view.shape == array.shape else view[: len(array)])[...] = array
+        self._filled = arrays
         if self._block is not self._host:
             self._block.copy_(self._host, non_blocking=True)

@@ -54,7 +54,7 @@ class EngineConfig:
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least --max-num-seqs "
-                f"({self.max_num_seqs}): every running request needs a row"
+                f"({self.max_num_seqs}): every running request needs a row; raise the one or lower the other"
             )
         if self.max_model_len < 0 or self.kv_cache_memory < 0 or not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError("--max-model-len and --kv-cache-memory must not be negative, utilization within (0, 1]")

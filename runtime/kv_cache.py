@@ -60,5 +60,5 @@ def count_pages(engine: EngineConfig, config: ModelConfig, num_kv_heads: int, ma
         allowed = 1 * GIB
     pages = group.minimum(min(useful, int(allowed // page)))
     if pages < 1:
-        raise ValueError(f"{allowed / GIB:.3f} GiB hold no KV page of {page} bytes: give --kv-cache-memory more")
+        raise ValueError(f"{allowed / GIB:.2g} GiB hold no KV page of {page} bytes: give --kv-cache-memory more")
     return pages

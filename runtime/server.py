@@ -63,6 +63,7 @@ class Server:
         self._last_sign = 0.0
         self._outputs: list = []  # of the last step, not yet delivered
         self._postponed: deque = deque()
+        self._is_told = False  # the front end has the counters of all steps
         context = multiprocessing.get_context("spawn")
         cores = os.sched_getaffinity(os.getppid())  # whoever started us may use all of them
         arguments = (self.link.endpoint, engine.config.model, engine.loaded.limits.vocab_size, config, cores)
@@ -111,7 +112,11 @@ class Server:
             started = time.perf_counter()
             self._outputs = self.engine.step(self._exchange)
             self.stats.count_step(self._outputs, time.perf_counter() - started)
+            self._is_told = False
         else:
+            self._deliver()
+            if not self._is_told:  # clients that wait for their answers' end see it counted
+                self._tell()
             self._exchange(SLEEP_MS)
             self.engine.keep_alive()
         if self._postponed:
@@ -119,8 +124,12 @@ class Server:
         while self._postponed and not self.is_done:
             self._handle(self._postponed.popleft())
         if time.monotonic() - self._last_sign > SIGN_OF_LIFE and not self.is_done:
-            self.link.send(links.Stats(values=self.stats.values()))
-            self._last_sign = time.monotonic()
+            self._tell()
+
+    def _tell(self) -> None:
+        """Send the counters, which also is a sign of life."""
+        self.link.send(links.Stats(values=self.stats.values()))
+        self._last_sign, self._is_told = time.monotonic(), True
 
     def _exchange(self, wait_ms: int = 0) -> None:
         """Deliver the last step's outputs and take what arrived. A step may be under way: new requests are queued, all

@@ -27,6 +27,7 @@ class Request:
     output: list[int] = field(default_factory=list)
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
+    page_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))  # the same, int32
     page_names: list[bytes] = field(default_factory=list)  # of the full pages of the known tokens, as far as made
     num_shared: int = 0  # tokens whose pages were found computed
     num_published: int = 0  # of the page names, those by which others can find the pages

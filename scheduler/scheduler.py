@@ -173,6 +173,7 @@ class Scheduler:
                 self.pages.free(shared)
                 return
             request.pages = shared + pages
+            request.page_ids = np.asarray(request.pages, dtype=np.int32)
             request.num_computed = request.num_shared = len(shared) * self.pages.page_size
             self.num_shared += request.num_shared
             self.num_prompt += len(request.prompt)
@@ -203,7 +204,8 @@ class Scheduler:
         request.num_published = full
 
     def _release(self, request: Request) -> None:
-        self._coming.difference_update(request.page_names[request.num_published :])
+        if request.pages:  # one that still waits may have names in common with whoever computes them
+            self._coming.difference_update(request.page_names[request.num_published :])
         self.pages.free(request.pages)
         request.pages = []
 
@@ -237,7 +239,7 @@ class Scheduler:
         return Segment(
             tokens=tokens,
             parents=parents,
-            pages=np.asarray(request.pages[:used], dtype=np.int32),
+            pages=request.page_ids[:used],
             context=request.num_computed,
             samples=samples,
             wants_candidates=samples and self.tree is not None and request.params.speculation,

@@ -56,7 +56,7 @@ class EngineStats:
             "pages_total": pages.num_pages,
             "pages_free": pages.num_free,
             "pages_kept": pages.num_kept,
-            "prompt_tokens": self._scheduler.num_prompt,
+            "prompt_tokens_admitted": self._scheduler.num_prompt,
             "prompt_tokens_shared": self._scheduler.num_shared,
         }
 

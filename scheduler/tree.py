@@ -87,7 +87,12 @@ class TreeShape:
 
     def tokens(self, candidates: np.ndarray) -> np.ndarray:
         """Token ids of the guesses (without the root), int32 [nodes - 1], from ``candidates`` [heads, k]."""
-        return candidates[self.depths[1:] - 1, self.ranks[1:]].astype(np.int32)
+        return candidates[self._places].astype(np.int32, copy=False)
+
+    @cached_property
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Head and rank of every guess."""
+        return self.depths[1:] - 1, self.ranks[1:]
 
     def paths(self) -> list[list[int]]:
         """The tree in the ``medusa_choices`` format."""

@@ -5,11 +5,33 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from support import ROOT
 
 COMMANDS = {
     "step": ["--model", "demo-6m", "--rows", "1", "3", "--contexts", "40", "--rounds", "1", "--device", "cpu"],
     "kernels": ["--contexts", "40", "--nodes", "3", "--rounds", "1", "--dtype", "bfloat16"],
+    "loop": [
+        "--model",
+        "demo-6m",
+        "--nodes",
+        "3",
+        "--max-len",
+        "64",
+        "--steps",
+        "3",
+        "--rounds",
+        "1",
+        "--device",
+        "cpu",
+    ],
+    "quantization": ["--model", str(ROOT / "demo" / "model"), "--windows", "1", "--prompts", "1", "--max-tokens", "4"],
+}
+BAD = {
+    "step": [["--rows", "1000"], ["--contexts", "-5"], ["--quantization", "fp8", "--device", "cpu"]],
+    "loop": [["--nodes", "0"], ["--max-len", "20"]],
+    "kernels": [["--heads", "3", "2"], ["--rounds", "0"]],
+    "gpu": [[]],
 }
 
 
@@ -23,8 +45,31 @@ def test_a_benchmark(name):
         row = report["contexts"]["40"]["3"]
         assert row["ms"] > 0
         assert {"products", "attention", "small kernels", "heads", "commit", "host"} == set(row["shares"])
-    else:
+    elif name == "kernels":
         assert all(case["us"] > 0 for case in report["cases"].values())
+    elif name == "loop":
+        assert all(row["ms"] > 0 for row in report["loops"].values())
+    else:
+        assert report["variants"]["int8"]["loss"] == pytest.approx(report["variants"]["none"]["loss"], abs=0.1)
+
+
+@pytest.mark.parametrize(("name", "arguments"), [(name, bad) for name, all_bad in BAD.items() for bad in all_bad])
+def test_bad_arguments_end_in_one_line(name, arguments):
+    if name == "gpu" and torch.cuda.is_available():
+        pytest.skip("it would run")
+    command = [sys.executable, str(ROOT / "tests" / "run_module.py"), f"euryale.benchmarks.{name}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 2
+    assert "error:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_benchmark_can_be_imported():
+    names = [path.stem for path in (ROOT / "benchmarks").glob("*.py")]
+    # These two belong to a peer's environment.
+    code = "\n".join(f"import euryale.benchmarks.{name}" for name in names if name not in ("peer_worker", "gguf_file"))
+    setup = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import support\n"
+    subprocess.run([sys.executable, "-c", setup + code], check=True, timeout=110)
 
 
 def test_collectives_benchmark():

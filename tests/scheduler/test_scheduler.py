@@ -299,6 +299,18 @@ def test_a_request_whose_beginning_is_under_way_waits_and_lets_others_pass():
     assert scheduler.running == [other, second]
 
 
+def test_cancelling_one_that_waits_for_shared_pages_leaves_the_others_waiting():
+    scheduler = Scheduler(dataclasses.replace(LARGE, max_num_batched_tokens=8), None)
+    first, second, third = alike(3, 40, 3)
+    for made in (first, second, third):
+        scheduler.add(made)
+    scheduler.plan(1, 0)
+    scheduler.cancel(second.key)
+    scheduler._planned = []
+    scheduler.plan(1, 0)
+    assert scheduler.running == [first]
+
+
 def test_pages_known_by_name_are_not_those_of_other_tokens():
     names, one, two = PageNames(4), [], []
     names.extend(one, np.arange(8, dtype=np.int32))
