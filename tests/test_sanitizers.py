@@ -19,12 +19,12 @@ sys.meta_path = [f for f in sys.meta_path if '__editable__' not in repr(f)]
 import pytest, support
 from euryale.kernels import cpu
 assert cpu.__file__.startswith({copy!r}), cpu.__file__
-sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', 'tests/kernels', '-k', 'not reference']))
+sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', 'tests/kernels', '-k', 'not reference and not triton']))
 """
 
 
 def compile(*arguments: str) -> None:
-    subprocess.run([CXX, *FLAGS, *arguments], check=True, timeout=110)
+    subprocess.run([CXX, *FLAGS, *arguments], check=True, timeout=200)
 
 
 @pytest.mark.timeout(400)
