@@ -34,14 +34,13 @@ class Engine:
         # The epoch tells this run of the group from an earlier one.
         drawn = np.asarray([secrets.randbits(31)], dtype=np.int32) if group.is_leader else None
         self.epoch = int(group.broadcast(drawn)[0])
-        self.scheduler = self._scheduler() if group.is_leader else None
+        self.scheduler = None
+        if group.is_leader:
+            self.scheduler = Scheduler(self.loaded.limits, self.loaded.tree, config.enable_prefix_caching)
         # A GPU works on while the host does something else; on a CPU the host would only come late.
         self.overlaps = config.loop == "overlapped" or (config.loop == "auto" and group.device.type == "cuda")
         self._heartbeat = min(2.0, config.step_timeout / 4)  # seconds
         self._last_sent = time.monotonic()
-
-    def _scheduler(self) -> Scheduler:
-        return Scheduler(self.loaded.limits, self.loaded.tree, self.config.enable_prefix_caching)
 
     def step(self, meanwhile: Callable[[], None] | None = None) -> list[Output]:
         """Plan one step, run it on all ranks, and say what each request gained.

@@ -9,7 +9,6 @@ from torchao.quantization import Int8Tensor
 from torchao.quantization.granularity import PerRow
 from torchao.quantization.quant_primitives import MappingType, _choose_qparams_affine_tinygemm
 
-from euryale.kernels import backend, cpu
 from euryale.kernels.linear import FrozenLinear, gpu
 from euryale.kernels.linear.quantize import GROUP, check, concatenated, quantize
 
@@ -18,26 +17,11 @@ DTYPES = (torch.float32, torch.bfloat16)
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
 
-@pytest.fixture(params=["reference", "avx512_bf16", "avx512", "avx2", "baseline"])
-def _implementation(request):
-    """Runs the test on one implementation of the product."""
-    if request.param == "reference":
-        with backend.forced("reference"):
-            yield
-        return
-    best = cpu.instruction_set()
-    if not cpu.use(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    with backend.forced("cpu"):
-        yield
-    cpu.use(best)
-
-
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got.double() - expected.double()).square().mean().sqrt() / expected.double().square().mean().sqrt())
 
 
-@pytest.mark.usefixtures("_implementation")
+@pytest.mark.usefixtures("each_implementation")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("sizes", [(67, 33), (1, 1), (128, 64), (130, 72), (65, 7)])
@@ -56,7 +40,7 @@ def test_the_product_is_that_of_the_numbers_stored(sizes, kind, dtype):
             assert relative_error(got, expected) < LIMITS[dtype]
 
 
-@pytest.mark.usefixtures("_implementation")
+@pytest.mark.usefixtures("each_implementation")
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_every_single_weight_is_in_its_place(kind):
     """The product with a unit vector is a column of the weight, whatever the order in memory."""
