@@ -61,12 +61,13 @@ def argmax(shard: VocabShard, logits_RV: torch.Tensor) -> torch.Tensor:
     return merge(shard, kernels.top_k(logits_RV, 1, shard.num_valid, shard.offset))[1, :, 0]
 
 
-def top_k(shard: VocabShard, logits_RV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``k`` largest logits of each row and their token ids, largest first: float32 [R, k], int32 [R, k].
+def top_k(shard: VocabShard, logits_RV: torch.Tensor, k: int) -> torch.Tensor:
+    """The ``k`` largest logits of each row and their token ids, largest first, packed (see ``kernels.top_k``): int32
+    [2, R, k].
 
     8 k bytes per row and rank. Where the vocabulary has fewer than ``k`` tokens the rest is -inf.
     """
-    return kernels.values_and_ids(merge(shard, kernels.top_k(logits_RV, k, shard.num_valid, shard.offset)))
+    return merge(shard, kernels.top_k(logits_RV, k, shard.num_valid, shard.offset))
 
 
 def local_top_k(shard: VocabShard, logits_RV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

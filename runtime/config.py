@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from euryale.kernels.linear.quantize import QUANTIZATIONS
+from euryale.scheduler.tree import MAX_NODES
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -24,7 +25,17 @@ class EngineConfig:
 
     model: str = flag("", "directory of the backbone in Hugging Face format")
     medusa: str = flag("", "directory of the Medusa heads (default: those inside --model, if any)")
-    tree: str = flag("", "candidate tree: a JSON file of paths, 'chain' or 'off' (default: tree.json beside the heads)")
+    tree: str = flag(
+        "dynamic",
+        "candidate trees: dynamic (made for each step, as large as pays), dynamic:N (always N guesses a request), "
+        "static:FILE (JSON paths; static alone: tree.json beside the heads), chain, off",
+    )
+    max_tree_nodes: int = flag(64, "guesses of one request in a step of dynamic trees, 1 to 127")
+    draft_from_text: bool = flag(True, "dynamic trees use the n-grams of calibration text stored beside the heads")
+    draft_from_traffic: bool = flag(True, "dynamic trees learn n-grams of what was served lately")
+    draft_from_context: bool = flag(True, "dynamic trees learn n-grams of the request's own prompt and answer")
+    max_itl: float = flag(100.0, "milliseconds that a prompt may add to running streams' wait for a token; 0: any")
+    cost_cache: bool = flag(True, "keep the measured cost of steps for the next start on this machine")
     dtype: str = flag("auto", "weights and activations", ("auto", *DTYPES))
     quantization: str = flag(
         "none", "weights of all matrix products: int8, int4, or on GPUs from Hopper on fp8", QUANTIZATIONS
@@ -56,6 +67,10 @@ class EngineConfig:
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least --max-num-seqs "
                 f"({self.max_num_seqs}): every running request needs a row; raise the one or lower the other"
             )
+        if not 1 <= self.max_tree_nodes < MAX_NODES:
+            raise ValueError(f"--max-tree-nodes must be from 1 to {MAX_NODES - 1}, not {self.max_tree_nodes}")
+        if not 0 <= self.max_itl < 1e9:
+            raise ValueError(f"--max-itl is a number of milliseconds, 0 for no bound, not {self.max_itl}")
         if self.max_model_len < 0 or self.kv_cache_memory < 0 or not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError("--max-model-len and --kv-cache-memory must not be negative, utilization within (0, 1]")
         if not self.step_timeout >= 5:

@@ -18,7 +18,7 @@ from euryale.runtime.step import StepRunner
 from euryale.runtime.step_graphs import StepGraphs
 from euryale.runtime.weights import Weights
 from euryale.scheduler.scheduler import Limits
-from euryale.scheduler.tree import TreeShape, load_tree
+from euryale.scheduler.tree import TreeChoice, choose_trees
 
 logger = logging.getLogger("euryale.loading")
 
@@ -31,7 +31,7 @@ class Loaded:
 
     runner: StepRunner
     limits: Limits
-    tree: TreeShape | None
+    tree: TreeChoice | None
     model: ModelConfig
     fingerprint: str
 
@@ -82,7 +82,7 @@ def _load_parts(config: EngineConfig, group: Group):
         tensors = heads_format.load_heads(config.medusa, checkpoint, model.hidden_size, model.vocab_size)
     else:
         checkpoint.used |= {n for n in checkpoint.names if n.startswith(heads_format.MERGED_PREFIX)}
-    tree = _load_tree(config, tensors.num_heads if tensors else 0, model.vocab_size)
+    tree = _choose_trees(config, tensors.num_heads if tensors else 0, model.vocab_size)
     weights = Weights(checkpoint, layout, SHARDING, model.dtype, config.quantization)
     # Draft rows of a request that is nearly done lie beyond its last token, never beyond the tree's depth; padding
     # begins at 0 and has no more rows than a step.
@@ -105,27 +105,26 @@ def make_graphs(cache: KVCache, config: ModelConfig, engine_rows: int, group: Gr
     return StepGraphs(cache, group, engine_rows if on_gpu else int(GRAPH_MEMORY / per_row), pads=on_gpu)
 
 
-def _load_tree(config: EngineConfig, num_heads: int, vocab_size: int) -> TreeShape | None:
+def _choose_trees(config: EngineConfig, num_heads: int, vocab_size: int) -> TreeChoice | None:
     if config.tree == "off" or not num_heads:
-        if config.tree not in ("", "off"):
+        if config.tree not in ("", "dynamic", "off"):
             raise ValueError(f"--tree {config.tree} needs Medusa heads: give --medusa, or --tree off")
         return None
-    source = config.tree or heads_format.tree_beside(config.medusa, config.model)
-    tree = load_tree(source, num_heads)
-    if tree.num_candidates > vocab_size:
-        raise ValueError(f"the tree asks for rank {tree.num_candidates - 1} of a vocabulary of {vocab_size}")
-    if tree.num_drafts + 1 > config.max_num_batched_tokens:
+    trees = choose_trees(config.tree, heads_format.tree_beside(config.medusa, config.model), num_heads)
+    if trees.shape and trees.num_candidates > vocab_size:
+        raise ValueError(f"the tree asks for rank {trees.num_candidates - 1} of a vocabulary of {vocab_size}")
+    if trees.most_nodes + 1 > config.max_num_batched_tokens:
         raise ValueError(
-            f"the tree has {tree.num_drafts + 1} nodes and a step {config.max_num_batched_tokens} rows: "
+            f"the tree has {trees.most_nodes + 1} nodes and a step {config.max_num_batched_tokens} rows: "
             "raise --max-num-batched-tokens or give a smaller tree"
         )
-    return tree
+    return trees
 
 
-def _fingerprint(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, tree: TreeShape | None) -> str:
+def _fingerprint(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, tree: TreeChoice | None) -> str:
     """Names all that answers depend on: weights, heads, tree, tokenizer and settings files, dtype, quantization."""
     small = [p for p in sorted(Path(config.model).iterdir()) if p.suffix in (".json", ".jinja", ".model")]
     heads = sorted(Path(config.medusa).glob("medusa_lm_head.*")) if config.medusa else []
     return fingerprint(
-        [*small, *checkpoint.files(), *heads], f"{model.dtype} {config.quantization} {tree and tree.paths()}"
+        [*small, *checkpoint.files(), *heads], f"{model.dtype} {config.quantization} {tree}"
     )

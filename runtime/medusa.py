@@ -52,7 +52,6 @@ class MedusaHeads:
         return linear_each(self.lm_heads, x_KBD).flatten(0, 1)
 
     def candidates(self, hidden_RD: torch.Tensor, rows: torch.Tensor, k: int) -> torch.Tensor:
-        """The ``k`` likeliest tokens of every head after ``rows`` int32 [B], likeliest first: int32 [K, B, k], the same
-        on every rank."""
-        _, ids = vocabulary.top_k(self.shard, self.logits(hidden_RD, rows), k)
-        return ids.view(self.num_heads, len(rows), -1)
+        """The ``k`` likeliest tokens of every head after ``rows`` int32 [B], likeliest first, the same on every rank:
+        int32 [2, K, B, k], the bits of their float32 logits and then the tokens."""
+        return vocabulary.top_k(self.shard, self.logits(hidden_RD, rows), k).view(2, self.num_heads, len(rows), -1)

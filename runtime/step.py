@@ -15,13 +15,14 @@ from euryale.runtime.medusa import MedusaHeads
 from euryale.runtime.model import Decoder
 from euryale.runtime.step_graphs import StepGraphs
 from euryale.scheduler.plan import StepPlan
+from euryale.scheduler.request import Guesses
 from euryale.scheduler.scheduler import SegmentResult
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a step found, on the device: ``next_tokens`` int32 [N] after the decided rows, ``last`` int32 [B], the row
-    where each segment's walk ended, ``candidates`` int32 [K, W, k] after it, or None."""
+    where each segment's walk ended, ``candidates`` int32 [2, K, W, k] after it (see ``MedusaHeads``), or None."""
 
     next_tokens: torch.Tensor
     last: torch.Tensor
@@ -99,7 +100,7 @@ class StepRunner:
     def _results(self, batch: StepBatch, outcome: Outcome) -> list[SegmentResult]:
         next_tokens, last, candidates = outcome.to_host()
         tokens, parents, starts = batch.host_tokens, batch.host_parents, batch.geometry.row_starts
-        results, guess = [], 0
+        results, place = [], 0
         for i in batch.sampling:
             segment, row, path = batch.segments[i], int(last[i]), []
             bonus = next_tokens[row if batch.host_decided_at is None else batch.host_decided_at[row]]
@@ -108,10 +109,11 @@ class StepRunner:
                 row = int(parents[row])
             path.reverse()
             emitted = [*tokens[path].tolist(), int(bonus)]
-            root, mine = starts[i] + segment.num_certain - 1, None
+            root, guesses = starts[i] + segment.num_certain - 1, None
             if candidates is not None and segment.wants_candidates:
-                mine = candidates[:, i if batch.wanted is None else guess].copy()  # its place is written over
-                guess += 1
-            results.append(SegmentResult(tokens=emitted, accepted_nodes=[r - root for r in path], candidates=mine))
+                mine = candidates[:, :, i if batch.wanted is None else place].copy()  # its place is written over
+                guesses = Guesses(ids=mine[1], logits=mine[0].view(np.float32))
+                place += 1
+            results.append(SegmentResult(tokens=emitted, accepted_nodes=[r - root for r in path], guesses=guesses))
             self.digest = zlib.crc32(np.asarray(emitted, dtype=np.int32).tobytes(), self.digest)
         return results

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 
 MAX_NODES = 128  # root included: two words of ancestor bits
+DYNAMIC_DEPTH = 12  # of trees made for each step: below the heads they go on with what followed before
+DYNAMIC_CANDIDATES = 10  # of each head that such trees see
 
 # Survival of a guess by head and rank where nothing was measured: the shape of the accuracies published for
 # heads on 7B to 33B chat models, rounded. Only the order of the products matters.
@@ -136,15 +138,54 @@ def chain(num_heads: int) -> TreeShape:
     return TreeShape.from_paths([(0,) * depth for depth in range(1, num_heads + 1)])
 
 
-def load_tree(source: str | Path | None, num_heads: int) -> TreeShape:
-    """The tree that ``source`` names: a JSON file of paths, "chain", or None for the default tree.
+@dataclass(frozen=True, kw_only=True)
+class TreeChoice:
+    """Static trees of one ``shape``, or, where that is None, dynamic ones: of ``nodes`` guesses for each request, or of
+    as many as pay (0)."""
+
+    shape: TreeShape | None = None
+    nodes: int = 0
+
+    @property
+    def depth(self) -> int:
+        """Of the deepest guess."""
+        return self.shape.depth if self.shape else DYNAMIC_DEPTH
+
+    @property
+    def num_candidates(self) -> int:
+        """How many of each head's likeliest tokens are looked at."""
+        return self.shape.num_candidates if self.shape else DYNAMIC_CANDIDATES
+
+    @property
+    def most_nodes(self) -> int:
+        """Guesses that one request gets in any case."""
+        return self.shape.num_drafts if self.shape else self.nodes
+
+    def __str__(self) -> str:
+        return str(self.shape.paths()) if self.shape else f"dynamic:{self.nodes}"
+
+
+def choose_trees(text: str, beside: Path | None, num_heads: int) -> TreeChoice:
+    """What ``--tree`` asks for: "dynamic" (also if empty), "dynamic:16", "chain", "static:FILE" or the bare file name,
+    or "static" for the tree ``beside`` the heads, or a generic one if there is none. ValueError for anything else."""
+    kind, _, rest = text.partition(":")
+    if kind in ("", "dynamic"):
+        nodes = rest if ":" in text else "0"
+        if not nodes.isdecimal() or (":" in text and not 1 <= int(nodes) < MAX_NODES):
+            raise ValueError(f"--tree {text}: give the guesses of each request, dynamic:1 to dynamic:{MAX_NODES - 1}")
+        return TreeChoice(nodes=int(nodes))
+    if text == "chain":
+        return TreeChoice(shape=chain(num_heads))
+    if text == "static":
+        return TreeChoice(shape=load_tree(beside, num_heads) if beside else default_tree(num_heads))
+    return TreeChoice(shape=load_tree(rest if kind == "static" else text, num_heads))
+
+
+def load_tree(source: str | Path, num_heads: int) -> TreeShape:
+    """The tree in a JSON file of paths.
 
     Raises ValueError if the file is not such a tree or is deeper than there are heads.
     """
-    if source is None:
-        return default_tree(num_heads)
-    if source == "chain":
-        return chain(num_heads)
     try:
         paths = json.loads(Path(source).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -1,0 +1,120 @@
+"""What steps of this model cost on this machine, measured with made-up requests before the first real one comes.
+
+The result is kept for the next start: in the user's cache directory, under a name that model, machine, group size and
+settings make.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from euryale.scheduler.costs import Profile
+from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.plan import Segment
+from euryale.scheduler.scheduler import Limits
+from euryale.scheduler.tree import MAX_NODES
+
+logger = logging.getLogger("euryale.profile")
+
+_REPEATS = 5
+_REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_EXTRA = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
+_NONE = np.zeros(0, dtype=np.int32)
+
+
+def profile(run: Callable[[list[Segment]], None], limits: Limits, has_heads: bool, steps: bool) -> Profile:
+    """Time ``run``, which runs one step of such segments on all ranks. ``steps``: steps are padded to buckets."""
+    requests = [n for n in _REQUESTS if n <= limits.max_num_seqs] or [1]
+    most = limits.max_num_batched_tokens
+    extra = [n for n in _EXTRA if n + 1 <= most]
+    sizes = [(n, e) for n in requests for e in extra if n + e <= most and e <= n * (MAX_NODES - 1)]
+    plain, speculating = {}, {}
+    for n, e in tqdm([*[(n, None) for n in requests], *sizes], desc="profiling", unit="size", leave=False):
+        if e is None:
+            plain[n] = _time(lambda n=n: run(_segments(limits, n, 0, False)))
+        else:
+            speculating[n, e] = _time(lambda n=n, e=e: run(_segments(limits, n, e, has_heads)))
+    rows = [_filled([speculating.get((n, e)) for e in extra], extra) for n in requests]
+    context = min(limits.max_model_len, limits.num_pages * limits.page_size) - 1
+    far = _time(lambda: run(_segments(limits, 1, 0, False, context)))
+    per_token = max(0.0, (far - plain[1]) / max(context, 1))
+    return Profile(requests, [plain[n] for n in requests], extra, rows, per_token, steps)
+
+
+def cached(key: dict, measure: Callable[[], Profile]) -> Profile:
+    """The profile of an earlier run with the same ``key``, or what ``measure`` says, which is then kept."""
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache / "euryale" / f"costs-{name}.json"
+    try:
+        return Profile(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        found = measure()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps(found.to_json()))
+        draft.replace(path)  # another server may be writing it too
+    except OSError as error:
+        logger.info("step costs are measured anew at each start: %s", error)
+    return found
+
+
+def machine_key(device: torch.device) -> dict:
+    """What the speed of a step depends on here."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0))
+    return {"host": platform.node(), "device": name, "cores": cores, "threads": torch.get_num_threads()}
+
+
+def _time(step: Callable[[], None]) -> float:
+    """Median seconds of a few calls after one that may record."""
+    step()
+    times = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def _segments(limits: Limits, requests: int, extra: int, heads: bool, context: int = 0) -> list[Segment]:
+    """``requests`` that decode, with ``extra`` guesses among them, in trees where each node has two children."""
+    share, more = divmod(extra, requests)
+    found = []
+    for i in range(requests):
+        nodes = share + (i < more)
+        used = -(-(context + 1 + nodes) // limits.page_size)
+        found.append(
+            Segment(
+                tokens=np.full(1 + nodes, 1, dtype=np.int32),
+                parents=(np.arange(nodes, dtype=np.int32)) // 2,
+                pages=np.arange(used, dtype=np.int32) % limits.num_pages,
+                context=context,
+                samples=True,
+                wants_candidates=heads,
+                position=0,
+                params=SamplingParams(),
+            )
+        )
+    return found
+
+
+def _filled(times: list[float | None], extra: list[int]) -> list[float]:
+    """A row with the sizes that a step cannot have, as if costs went on as they rose before."""
+    known = [i for i, t in enumerate(times) if t is not None]
+    last = known[-1]
+    slope = max(0.0, (times[last] - times[known[0]]) / max(extra[last] - extra[known[0]], 1))
+    return [times[i] if i <= last else times[last] + slope * (extra[i] - extra[last]) for i in range(len(times))]
+
+

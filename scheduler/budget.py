@@ -1,0 +1,96 @@
+"""How many guesses a step verifies: as many as bring the most tokens per second, none if that is none.
+
+A step with n guesses is worth its requests (each gets a token in any case) plus the guesses expected to be accepted, over
+what the step costs. Where guessing does not pay for some steps in a row the heads are not asked any more, and asked again
+from time to time, since only they can tell when it pays again.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from euryale.scheduler.costs import StepCosts
+
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 16, 256  # steps without heads
+_MARGIN = 0.01  # of the logarithm of the rates' ratio, for and against a change
+_NEWEST = 0.2  # weight of the newest step in the mean of that logarithm
+_OTHER_LOAD = 1.25  # times as many or as few requests are another situation
+
+
+@dataclass
+class Choice:
+    """What was chosen for a step: ``guesses`` of ``offered`` ones, ``expected`` of them to be accepted, and the step
+    predicted to take ``seconds``; ``guesses`` -1: none were considered."""
+
+    requests: int = 0
+    guesses: int = -1
+    offered: int = 0
+    expected: float = 0.0
+    others: int = 0
+    context: int = 0
+    seconds: float = 0.0
+
+
+class Budget:
+    """Chooses for one step after the other: ``begin``, then ``choose`` if that said so, then ``observe``."""
+
+    def __init__(self, costs: StepCosts, most: int) -> None:
+        """``most``: guesses of a step, however cheap."""
+        self.costs, self.most = costs, most
+        self.last = Choice()
+        self._is_on, self._gain = True, 0.0
+        self._pause, self._resting, self._load = _SHORTEST_PAUSE, 0, 0
+
+    def begin(self, requests: int, others: int, context: int = 0) -> bool:
+        """Start a step with so many decoding requests, beside rows of prompts; whether to look for guesses."""
+        self.last = Choice(requests=requests, others=others, context=context)
+        if not requests:
+            return False
+        if not self._is_on:
+            self._resting -= 1
+            if max(requests, self._load) > _OTHER_LOAD * min(requests, self._load):
+                self._resting, self._load = 0, requests
+        self.last.seconds = float(self.costs.prefilling(requests, np.array([others]), context)[0])
+        return self._is_on or self._resting < 0
+
+    def wants_heads(self) -> bool:
+        """Whether the heads are to run in this step, for the next one."""
+        return self._is_on or self._resting <= 0
+
+    def choose(self, survival: np.ndarray) -> int:
+        """How many of the guesses to take, likeliest first: ``survival`` float32 [N] is the probability of each to be
+        accepted, times what its request's tokens are worth."""
+        now, costs = self.last, self.costs
+        worth = now.requests + np.concatenate([[0.0], np.cumsum(survival, dtype=np.float64)])
+        seconds = costs.speculating(now.requests, now.others + np.arange(len(worth)), now.context)
+        rates = worth / seconds
+        best = int(rates.argmax())
+        self._weigh(math.log(rates[best] * now.seconds / now.requests))
+        now.guesses, now.offered = best, len(survival)
+        now.expected, now.seconds = float(worth[best]) - now.requests, float(seconds[best])
+        return best
+
+    def observe(self, seconds: float) -> None:
+        """Take how long the step took."""
+        now = self.last
+        if now.requests and now.seconds:
+            is_speculating = now.guesses >= 0
+            is_plain = not now.others and not self.wants_heads()
+            if is_speculating or is_plain:
+                self.costs.learn(now.seconds, seconds, now.requests, now.others + max(now.guesses, 0), is_speculating)
+
+    def _weigh(self, gain: float) -> None:
+        """Take the logarithm of the best rate with heads over the rate without."""
+        if self._is_on:
+            self._gain += _NEWEST * (gain - self._gain)
+            if self._gain < -_MARGIN:
+                self._rest()
+        elif gain > _MARGIN:
+            self._is_on, self._gain, self._pause = True, gain, _SHORTEST_PAUSE
+        else:
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            self._rest()
+
+    def _rest(self) -> None:
+        self._is_on, self._resting, self._load = False, self._pause, self.last.requests

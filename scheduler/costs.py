@@ -1,0 +1,109 @@
+"""What a step costs: seconds by requests, rows and context, profiled at start and corrected by every step since.
+
+A step without guesses costs what its number of requests says. Every further row, a guess or a prompt's, adds to that, the
+first of them the heads' work too. Between measured sizes costs are interpolated, in the logarithm of the requests and
+linearly in rows; with ``steps`` they are those of the next measured number of rows, as steps that are padded to buckets
+cost. More rows never cost less.
+"""
+
+from bisect import bisect_left
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+_RATE, _RATE_OF_SIZE = 0.05, 0.01  # of learning
+_DISTURBED = 8.0  # a step that took so much longer than predicted says nothing about its size
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measured seconds. ``requests`` int [P] and ``plain`` float [P]: steps of so many requests without guesses or heads;
+    ``extra`` int [E] and ``speculating`` float [P, E]: with heads and so many further rows (the first: 0); ``per_token``:
+    for each token of context; ``steps``: costs rise in steps."""
+
+    requests: list[int]
+    plain: list[float]
+    extra: list[int]
+    speculating: list[list[float]]
+    per_token: float = 0.0
+    steps: bool = False
+
+    def __post_init__(self) -> None:
+        shape = np.asarray(self.speculating).shape
+        if sorted(self.requests) != list(self.requests) or sorted(self.extra) != list(self.extra) or self.extra[0] != 0:
+            raise ValueError("a profile lists its sizes in increasing order, extra rows from 0 on")
+        if len(self.plain) != len(self.requests) or shape != (len(self.requests), len(self.extra)):
+            raise ValueError("a profile has a time for every size")
+        if min(min(self.plain), np.min(self.speculating)) <= 0:
+            raise ValueError("a profile's times are above 0")
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+@dataclass
+class StepCosts:
+    """The curve C(rows, context) of one group. ``scale`` is how much slower than profiled steps are by now."""
+
+    profile: Profile
+    scale: float = 1.0
+    _plain: np.ndarray = field(init=False)
+    _added: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._plain = np.maximum.accumulate(np.asarray(self.profile.plain, dtype=np.float64))
+        # What speculation adds is never negative and never falls with rows, however noisy the profile.
+        added = np.asarray(self.profile.speculating, dtype=np.float64) - self._plain[:, None]
+        self._added = np.maximum.accumulate(np.maximum(added, 0), axis=1)
+
+    def plain(self, requests: int, context: int = 0) -> float:
+        """Seconds of a step that only decodes."""
+        low, high, share = self._between(requests)
+        seconds = (1 - share) * self._plain[low] + share * self._plain[high]
+        return self.scale * float(seconds) + self.profile.per_token * context
+
+    def speculating(self, requests: int, extra: np.ndarray, context: int = 0) -> np.ndarray:
+        """Seconds, float64 [N], of steps with the heads' work and ``extra`` int [N] more rows than requests."""
+        low, high, share = self._between(requests)
+        added = (1 - share) * self._added[low] + share * self._added[high]
+        return self.plain(requests, context) + self.scale * self._at(extra, added)
+
+    def prefilling(self, requests: int, extra: np.ndarray, context: int = 0) -> np.ndarray:
+        """The same without the heads' work: rows of prompts beside those of ``requests``."""
+        low, high, share = self._between(requests)
+        added = (1 - share) * self._added[low] + share * self._added[high]
+        return self.plain(requests, context) + self.scale * self._at(extra, added - added[0])
+
+    def learn(self, predicted: float, measured: float, requests: int, extra: int, is_speculating: bool) -> None:
+        """Take a step's predicted and measured seconds. What goes for all steps is learned sooner than what goes for
+        steps of this size alone."""
+        if measured > _DISTURBED * predicted:
+            return
+        ratio = min(2.0, max(0.5, measured / predicted))
+        self.scale *= ratio**_RATE
+        low, high, share = self._between(requests)
+        nearest = high if share > 0.5 else low
+        if is_speculating:
+            place = min(bisect_left(self.profile.extra, extra), len(self.profile.extra) - 1)
+            self._added[nearest, place] *= ratio**_RATE_OF_SIZE
+            self._added[nearest] = np.maximum.accumulate(self._added[nearest])
+        else:
+            self._plain[nearest] *= ratio**_RATE_OF_SIZE
+            self._plain = np.maximum.accumulate(self._plain)
+
+    def _between(self, requests: int) -> tuple[int, int, float]:
+        """The measured numbers of requests around this one, and where between them it lies."""
+        sizes = self.profile.requests
+        high = min(bisect_left(sizes, requests), len(sizes) - 1)
+        low = high if sizes[high] <= requests or self.profile.steps else max(0, high - 1)
+        if low == high:
+            return low, high, 0.0
+        return low, high, float(np.log(requests / sizes[low]) / np.log(sizes[high] / sizes[low]))
+
+    def _at(self, extra: np.ndarray, added: np.ndarray) -> np.ndarray:
+        edges = np.asarray(self.profile.extra)
+        beyond = np.maximum(extra - edges[-1], 0)
+        slope = (added[-1] - added[0]) / max(edges[-1], 1)
+        if self.profile.steps:
+            return added[np.minimum(np.searchsorted(edges, extra), len(edges) - 1)] + beyond * slope
+        return np.interp(extra, edges, added) + beyond * slope

@@ -1,0 +1,40 @@
+// What candidate trees are grown from and what they are, shared with forest.py.
+#pragma once
+#include <cstdint>
+
+struct Row {
+    uint32_t fingerprint, total;
+    int32_t successors[4];
+    uint16_t shares[4];  // of the text's rows, in 65535ths
+};
+
+struct Table {
+    Row* rows;
+    int64_t text_bits, live_bits;
+};
+
+// A named successor of a node.
+struct Guess {
+    int32_t token, cell;
+    float survival, probability, own;
+};
+
+struct Forest {
+    Table table;
+    int64_t requests, heads, ranks, most, each, num_depths, rank_classes, bins, evidences;
+    float least, head_power, prior_power, floor, other, text_cases, unnamed, highest, slightest, window;
+    // Requests.
+    const int32_t *last, *ids;
+    const float* logits;
+    const int32_t *depths, *classes;
+    const float *factors, *values;
+    const int64_t* domains;
+    // Estimates.
+    float *weights, *ratios;
+    double *hits, *stated, *proven, *trust;
+    // Nodes, and their guesses.
+    int32_t *request, *parent, *token, *depth;
+    float *survival, *expected;
+    int32_t *evidence, *first, *count;
+    Guess* guesses;
+};

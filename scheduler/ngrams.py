@@ -1,0 +1,109 @@
+"""What followed the same tokens before: a table of n-grams that says which tokens are likely after a given few.
+
+A *context* is the last one to ORDERS tokens, within a *domain*: the calibration text, the tokens of one request, or those
+of several requests that may learn from each other. The table is bounded: contexts are hashed to rows, and one that needs a
+row takes it from whoever had it. A 32-bit fingerprint keeps strangers apart. The text's contexts have rows of their own,
+which nobody takes.
+
+Shape suffixes: N contexts, O orders.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+ORDERS = 3
+SUCCESSORS = 4
+DOMAINS = 3  # that a request looks into: its own tokens, recent traffic, calibration text
+TEXT = 0  # the domain of the calibration text
+FILE = "ngrams.safetensors"
+
+# The text's rows hold its likeliest successors with their shares in 65535ths; those of other domains the latest
+# successors, as often as they came, the oldest of which is the next to go.
+ROW = np.dtype(
+    [("fingerprint", "u4"), ("total", "u4"), ("successors", "i4", SUCCESSORS), ("shares", "u2", SUCCESSORS)]
+)
+LIVE_BITS = 18  # 2 ** 18 rows of 32 bytes
+_TEXT_BITS = 16
+# Odd multipliers of 64-bit multiplicative hashing: fractional bits of the square roots of small primes.
+_OF_PLACE = np.array([0x6A09E667F3BCC909, 0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B], dtype=np.uint64)
+_OF_ORDER = np.array([0x510E527FADE682D1, 0x9B05688C2B3E6C1F, 0x1F83D9ABFB41BD6B], dtype=np.uint64)
+_OF_DOMAIN = np.uint64(0xA54FF53A5F1D36F1)
+_MIX = np.uint64(0x5BE0CD19137E2179)
+_FOLD = np.uint64(29)
+
+
+def windows(tokens: np.ndarray, start: int) -> np.ndarray:
+    """Each of ``tokens`` int32 from place ``start`` on behind the ORDERS before it, -1 where there is none: int32
+    [len(tokens) - start, ORDERS + 1]."""
+    before = max(0, start - ORDERS)
+    missing = np.full(ORDERS - (start - before), -1, dtype=np.int32)
+    return np.lib.stride_tricks.sliding_window_view(np.concatenate([missing, tokens[before:]]), ORDERS + 1)
+
+
+def keys_of(last_NO: np.ndarray, domain_N: np.ndarray) -> np.ndarray:
+    """Names of the contexts of one to ORDERS tokens that end in ``last_NO``, the latest token first: uint64 [N, O]."""
+    sums = ((last_NO + 1).astype(np.uint64) * _OF_PLACE).cumsum(axis=1) + _OF_ORDER
+    keys = (sums + (domain_N.astype(np.uint64) * _OF_DOMAIN)[:, None]) * _MIX
+    return (keys ^ (keys >> _FOLD)) * _MIX
+
+
+class NgramTable:
+    """``rows``: the text's, then the others', of dtype ROW."""
+
+    def __init__(self, text_bits: int = 0, live_bits: int = LIVE_BITS) -> None:
+        """2 ** bits rows each."""
+        self.text_bits, self.live_bits = text_bits, live_bits
+        self.rows = np.zeros((1 << text_bits) + (1 << live_bits), dtype=ROW)
+
+    def rows_of(self, keys: np.ndarray, is_text: bool) -> np.ndarray:
+        """Where the contexts of these names are, or would be: int64."""
+        if is_text:
+            return (keys >> np.uint64(64 - self.text_bits)).astype(np.int64) if self.text_bits else np.zeros(len(keys), int)
+        return (keys >> np.uint64(64 - self.live_bits)).astype(np.int64) + (1 << self.text_bits)
+
+    @classmethod
+    def of_text(cls, documents: list[np.ndarray], text_bits: int = _TEXT_BITS) -> "NgramTable":
+        """A table that knows ``documents``, int32 each. Of contexts that share a row the one seen most often gets it;
+        contexts of ORDERS tokens are left out, being too many."""
+        table = cls(text_bits)
+        found = np.concatenate([windows(tokens, 0) for tokens in documents])
+        used = found[:, ORDERS - 1 : 0 : -1] >= 0
+        keys = keys_of(found[:, ORDERS - 1 :: -1], np.full(len(found), TEXT))[:, : ORDERS - 1][used]
+        tokens = np.broadcast_to(found[:, ORDERS:], used.shape)[used]
+        order = np.lexsort([tokens, keys])
+        keys, tokens = keys[order], tokens[order]
+        is_new = np.ones(len(keys), dtype=bool)
+        is_new[1:] = (keys[1:] != keys[:-1]) | (tokens[1:] != tokens[:-1])
+        starts = np.flatnonzero(is_new)
+        counts = np.diff(np.append(starts, len(keys)))
+        keys, tokens = keys[starts], tokens[starts]  # every pair of context and successor once
+        contexts, begins = np.unique(keys, return_index=True)
+        totals, ends = np.add.reduceat(counts, begins), np.append(begins[1:], len(keys))
+        rows, by_count = table.rows_of(contexts, is_text=True), np.argsort(-totals, kind="stable")
+        for i in by_count[np.unique(rows[by_count], return_index=True)[1]]:  # the most frequent of each row
+            likeliest = begins[i] + np.argsort(-counts[begins[i] : ends[i]], kind="stable")[:SUCCESSORS]
+            row = table.rows[rows[i]]
+            row["fingerprint"], row["total"] = contexts[i].astype(np.uint32), totals[i]
+            row["successors"][: len(likeliest)] = tokens[likeliest]
+            row["shares"][: len(likeliest)] = counts[likeliest] * 65535 // totals[i]
+        return table
+
+    def save_text(self, directory: Path) -> None:
+        """Write what is known of the text."""
+        text = self.rows[: 1 << self.text_bits]
+        save_file({name: np.ascontiguousarray(text[name]) for name in ROW.names}, directory / FILE)
+
+    @classmethod
+    def load_text(cls, directory: Path) -> "NgramTable":
+        """A table that knows the text that ``save_text`` wrote; ValueError if there is no such file."""
+        try:
+            arrays = load_file(directory / FILE)
+            table = cls(text_bits=len(arrays["total"]).bit_length() - 1)
+            for name in ROW.names:
+                table.rows[name][: 1 << table.text_bits] = arrays[name]
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise ValueError(f"{directory / FILE} is no table of n-grams ({error}): calibrate the heads again") from error
+        return table
