@@ -36,7 +36,10 @@ class Engine:
         self.epoch = int(group.broadcast(drawn)[0])
         self.scheduler = None
         if group.is_leader:
-            self.scheduler = Scheduler(self.loaded.limits, self.loaded.tree, config.enable_prefix_caching)
+            loaded = self.loaded
+            self.scheduler = Scheduler(
+                loaded.limits, loaded.tree, config.enable_prefix_caching, config.starvation_bound
+            )
         # A GPU works on while the host does something else; on a CPU the host would only come late.
         self.overlaps = config.loop == "overlapped" or (config.loop == "auto" and group.device.type == "cuda")
         self._heartbeat = min(2.0, config.step_timeout / 4)  # seconds

@@ -17,7 +17,7 @@ from euryale.runtime.model import SHARDING, Decoder
 from euryale.runtime.step import StepRunner
 from euryale.runtime.step_graphs import StepGraphs
 from euryale.runtime.weights import Weights
-from euryale.scheduler.scheduler import Limits
+from euryale.scheduler.admission import Limits
 from euryale.scheduler.tree import TreeShape, load_tree
 
 logger = logging.getLogger("euryale.loading")

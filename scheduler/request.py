@@ -29,11 +29,15 @@ class Request:
     pages: list[int] = field(default_factory=list)
     page_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))  # the same, int32
     page_names: list[bytes] = field(default_factory=list)  # of the full pages of the known tokens, as far as made
-    num_shared: int = 0  # tokens whose pages were found computed
     num_published: int = 0  # of the page names, those by which others can find the pages
     candidates: np.ndarray | None = None  # int32 [heads, k]: the heads' guesses after the last output token
     accepted: list[int] = field(default_factory=list)  # tokens emitted by each decoding step
     finish_reason: FinishReason | None = None
+    num_preempted: int = 0  # how often it had to give its pages back
+    num_lost: int = 0  # tokens that were computed when it last did
+    arrival: int = 0  # place among all requests that ever came
+    num_waited: int = 0  # steps before it ran, and after every preemption
+    overdue_since: int | None = None  # the step from which nobody may pass it
 
     @property
     def num_known(self) -> int:
@@ -47,6 +51,11 @@ class Request:
     def remaining(self) -> int:
         """Output tokens still allowed."""
         return self.params.max_tokens - len(self.output)
+
+    @property
+    def is_protected(self) -> bool:
+        """Whether nobody may preempt it again; it holds all the pages it can need while it runs."""
+        return self.num_preempted > 0 and self.overdue_since is not None
 
     def known_tokens(self, start: int, stop: int) -> np.ndarray:
         """Known tokens ``start`` to ``stop``, int32."""

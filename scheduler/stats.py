@@ -39,7 +39,8 @@ class EngineStats:
     def values(self) -> dict:
         """Counters since start; ``step_ms`` is the mean of the last 256 steps, ``accepted_lengths`` counts decoding
         steps by the tokens they emitted; ``pages_free`` includes ``pages_kept``, those known by what they hold."""
-        pages = self._scheduler.pages
+        admission = self._scheduler.admission
+        pages = admission.pages
         recent = sum(self._recent) / len(self._recent) if self._recent else 0.0
         return {
             "engine_uptime": time.monotonic() - self._started,
@@ -49,15 +50,18 @@ class EngineStats:
             "decode_steps": self.num_decodes,
             "mean_accepted_length": self.num_tokens / self.num_decodes if self.num_decodes else 0.0,
             "accepted_lengths": {str(n): count for n, count in sorted(self._lengths.items())},
-            "requests_running": len(self._scheduler.running),
-            "requests_waiting": len(self._scheduler.waiting),
+            "requests_running": len(admission.running),
+            "requests_waiting": len(admission.waiting),
             "engine_finished": self.num_finished,
             "engine_cancelled": self.num_cancelled,
             "pages_total": pages.num_pages,
             "pages_free": pages.num_free,
             "pages_kept": pages.num_kept,
-            "prompt_tokens_admitted": self._scheduler.num_prompt,
-            "prompt_tokens_shared": self._scheduler.num_shared,
+            "prompt_tokens_admitted": admission.num_prompt,
+            "prompt_tokens_shared": admission.num_shared,
+            "preemptions_for_pages": admission.num_preempted_for_pages,
+            "preemptions_for_priority": admission.num_preempted_for_priority,
+            "recomputed_tokens": admission.num_recomputed,
         }
 
     def _judge_heads(self, num_tokens: int) -> None:

@@ -83,11 +83,11 @@ class Batches(RuleBasedStateMachine):
 
     @rule(token=st.sampled_from([9, 9, 9, 2]))
     def step(self, token):
-        waiting = [r.key for r in self.scheduler.waiting]
+        waiting = [r.key for r in self.scheduler.admission.waiting]
         plan = self.scheduler.plan(1, 0)
         assert plan.num_rows <= LIMITS.max_num_batched_tokens
-        assert len(self.scheduler.running) <= LIMITS.max_num_seqs
-        still = [r.key for r in self.scheduler.waiting]
+        assert len(self.scheduler.admission.running) <= LIMITS.max_num_seqs
+        still = [r.key for r in self.scheduler.admission.waiting]
         assert [key for key in waiting if key in still] == still, "not first come first served"
         found = results(plan, self.rng, token)
         self.write(plan, found)
@@ -109,17 +109,17 @@ class Batches(RuleBasedStateMachine):
             if segment.samples:
                 kept += next(found).tokens[:-1]
             for slot, token in zip(slots[segment.context :], kept, strict=False):
-                assert self.scheduler.pages._holders[slot // size] == 1, "written to a page that others read"
+                assert self.scheduler.admission.pages._holders[slot // size] == 1, "written to a page that others read"
                 self.contents[slot] = token
 
     @invariant()
     def pages_are_conserved(self):
-        held = Counter(p for r in self.scheduler.running for p in r.pages)
-        assert all(self.scheduler.pages._holders[page] == count for page, count in held.items())
-        assert len(held) + self.scheduler.pages.num_free == LIMITS.num_pages
-        for r in self.scheduler.running:
+        held = Counter(p for r in self.scheduler.admission.running for p in r.pages)
+        assert all(self.scheduler.admission.pages._holders[page] == count for page, count in held.items())
+        assert len(held) + self.scheduler.admission.pages.num_free == LIMITS.num_pages
+        for r in self.scheduler.admission.running:
             assert 0 <= r.num_computed < r.num_known
-            assert len(r.pages) * LIMITS.page_size >= len(r.prompt) + r.params.max_tokens
+            assert len(r.pages) * LIMITS.page_size >= r.num_computed
 
     def teardown(self):
         rng = np.random.default_rng(1)
@@ -131,7 +131,7 @@ class Batches(RuleBasedStateMachine):
                 if output.finish_reason:
                     self.ended[output.request.key] = output.finish_reason
         assert not self.scheduler.has_work, "a request starved"
-        assert self.scheduler.pages.num_free == LIMITS.num_pages
+        assert self.scheduler.admission.pages.num_free == LIMITS.num_pages
         assert set(self.ended) == set(self.all)
         for key, made in self.all.items():
             assert len(made.output) <= made.params.max_tokens
@@ -251,9 +251,9 @@ def alike(count: int, shared: int, own: int) -> list[Request]:
 def test_what_requests_begin_with_is_computed_once():
     scheduler = Scheduler(LARGE, None)
     assert run_all(scheduler, alike(32, 200, 7)) == 200 + 32 * 7
-    assert scheduler.num_shared == 31 * 200
-    assert scheduler.num_prompt == 32 * 207
-    assert scheduler.pages.num_free == LARGE.num_pages
+    assert scheduler.admission.num_shared == 31 * 200
+    assert scheduler.admission.num_prompt == 32 * 207
+    assert scheduler.admission.pages.num_free == LARGE.num_pages
     # The same again finds all full pages but the last token's.
     assert run_all(scheduler, alike(1, 200, 7)) == 207 - 204
     assert run_all(Scheduler(LARGE, None, share_prefixes=False), alike(32, 200, 7)) == 32 * 207
@@ -292,11 +292,11 @@ def test_a_request_whose_beginning_is_under_way_waits_and_lets_others_pass():
     for made in (first, second, other):
         scheduler.add(made)
     scheduler.plan(1, 0)
-    assert scheduler.running == [first, other]
+    assert scheduler.admission.running == [first, other]
     scheduler.cancel(first.key)
     scheduler._planned = []
     scheduler.plan(1, 0)
-    assert scheduler.running == [other, second]
+    assert scheduler.admission.running == [other, second]
 
 
 def test_cancelling_one_that_waits_for_shared_pages_leaves_the_others_waiting():
@@ -308,7 +308,7 @@ def test_cancelling_one_that_waits_for_shared_pages_leaves_the_others_waiting():
     scheduler.cancel(second.key)
     scheduler._planned = []
     scheduler.plan(1, 0)
-    assert scheduler.running == [first]
+    assert scheduler.admission.running == [first]
 
 
 def test_pages_known_by_name_are_not_those_of_other_tokens():
