@@ -205,5 +205,6 @@ def answer(group, config, wanted: list[tuple], arrivals: int = 0) -> dict | None
         "reasons": [str(r.finish_reason) for r in requests],
         "steps": steps,
         "shared": admission.num_shared,
+        "recomputed": admission.num_recomputed,
         "preempted": [r.num_preempted for r in requests],
     }

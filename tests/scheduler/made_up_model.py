@@ -45,3 +45,11 @@ def results(plan, rng, token=9) -> list[SegmentResult]:
         candidates = guesses if segment.wants_candidates else None
         out.append(SegmentResult(tokens=tokens, accepted_nodes=path, candidates=candidates))
     return out
+
+
+def deepest(segment) -> int:
+    """The depth of the segment's tree."""
+    depths = [0]
+    for parent in segment.parents:
+        depths.append(depths[parent] + 1)
+    return max(depths)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from made_up_model import LIMITS, TREE, request, results
+from made_up_model import LIMITS, TREE, deepest, request, results
 
 from euryale.scheduler.request import FinishReason, Request
 from euryale.scheduler.scheduler import Scheduler
@@ -209,13 +209,6 @@ class Before:
             if end < passed.num_known and r.known_tokens(0, end).tolist() == passed.known_tokens(0, end).tolist():
                 return True
         return False
-
-
-def deepest(segment) -> int:
-    depths = [0]
-    for parent in segment.parents:
-        depths.append(depths[parent] + 1)
-    return max(depths)
 
 
 @pytest.mark.timeout(3600)  # of the nightly profile
