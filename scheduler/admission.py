@@ -120,22 +120,24 @@ class Admission:
     def room_for_drafts(self, request: Request, depth: int) -> int:
         """How many tokens, ``depth`` at most, can be committed after the known ones: pages for them are taken if there
         are any, and go back with ``settle`` if they were not needed."""
-        lacking = self.pages.pages_for(request.num_known + depth) - len(request.pages)
-        if lacking > 0:
+        size, known = self.pages.page_size, request.num_known
+        if len(request.pages) * size < known + depth:
+            lacking = self.pages.pages_for(known + depth) - len(request.pages)
             self._take(request, min(lacking, self.pages.num_free))
-        return min(depth, len(request.pages) * self.pages.page_size - request.num_known)
+        return min(depth, len(request.pages) * size - known)
 
     def settle(self, request: Request) -> None:
         """Make the running request's full pages known that are computed by now, and take back what its drafts did not
         fill: speculation holds no page from one step to the next."""
-        needed = self.pages.pages_for(request.num_known)
-        if len(request.pages) > needed and not request.is_protected:
+        size, known = self.pages.page_size, request.num_known
+        if (len(request.pages) - 1) * size >= known and not request.is_protected:
+            needed = self.pages.pages_for(known)
             self.pages.free(request.pages[needed:])
             del request.pages[needed:]
-        if self._names is None:
+        full = min(request.num_computed, known) // size  # an answer may end before the accepted path does
+        if self._names is None or full == request.num_published:
             return
-        names, size = request.page_names, self.pages.page_size
-        full = min(request.num_computed, request.num_known) // size  # an answer may end before the accepted path does
+        names = request.page_names
         if len(names) < full:
             self._names.extend(names, request.known_tokens(len(names) * size, full * size))
         for place in range(request.num_published, full):
