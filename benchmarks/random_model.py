@@ -20,7 +20,7 @@ from euryale.runtime.medusa import MedusaHeads
 from euryale.runtime.model import SHARDING, Decoder
 from euryale.runtime.step import StepRunner
 from euryale.runtime.weights import Weights
-from euryale.scheduler.scheduler import Limits
+from euryale.scheduler.admission import Limits
 from euryale.scheduler.tree import TreeShape
 
 PAGE, ROWS = 16, 512  # tokens of a page, rows of a step

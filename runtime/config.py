@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from euryale.kernels.linear.quantize import QUANTIZATIONS
+from euryale.scheduler.admission import STARVATION_BOUND
 from euryale.scheduler.tree import MAX_NODES
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -34,7 +35,9 @@ class EngineConfig:
     draft_from_text: bool = flag(True, "dynamic trees use the n-grams of calibration text stored beside the heads")
     draft_from_traffic: bool = flag(True, "dynamic trees learn n-grams of what was served lately")
     draft_from_context: bool = flag(True, "dynamic trees learn n-grams of the request's own prompt and answer")
-    max_itl: float = flag(100.0, "milliseconds that a prompt may add to running streams' wait for a token; 0: any")
+    max_itl: float = flag(
+        0.0, "milliseconds that prompts let running streams wait for a token, e.g. 50 (default: no bound)"
+    )
     cost_cache: bool = flag(True, "keep the measured cost of steps for the next start on this machine")
     dtype: str = flag("auto", "weights and activations", ("auto", *DTYPES))
     quantization: str = flag(
@@ -45,6 +48,9 @@ class EngineConfig:
     max_num_batched_tokens: int = flag(512, "rows of one step: certain tokens and tree nodes together")
     kv_cache_memory: float = flag(0.0, "GiB of KV cache per rank (default: what the requests can use, at most 1 GiB)")
     enable_prefix_caching: bool = flag(True, "requests that begin alike share KV pages, which are kept for later ones")
+    starvation_bound: int = flag(
+        STARVATION_BOUND, "steps a request may wait before nobody passes it any more or preempts it again"
+    )
     gpu_memory_utilization: float = flag(0.9, "share of a GPU's memory to fill when --kv-cache-memory is not given")
     page_size: int = flag(16, "tokens of one KV-cache page")
     step_timeout: float = flag(30.0, "seconds a rank waits for the others before the group is given up, at least 5")
@@ -73,6 +79,8 @@ class EngineConfig:
             raise ValueError(f"--max-itl is a number of milliseconds, 0 for no bound, not {self.max_itl}")
         if self.max_model_len < 0 or self.kv_cache_memory < 0 or not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError("--max-model-len and --kv-cache-memory must not be negative, utilization within (0, 1]")
+        if self.starvation_bound < 0:
+            raise ValueError(f"--starvation-bound must be at least 0 steps, not {self.starvation_bound}")
         if not self.step_timeout >= 5:
             raise ValueError(f"--step-timeout must be at least 5 seconds, not {self.step_timeout}")
 

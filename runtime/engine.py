@@ -13,9 +13,10 @@ import numpy as np
 from euryale.parallel.group import Group
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.loading import Loaded, load
+from euryale.runtime.planning import make_scheduler
 from euryale.scheduler import plan as plans
-from euryale.scheduler.plan import PlanKind, StepPlan
-from euryale.scheduler.scheduler import Output, Scheduler
+from euryale.scheduler.plan import PlanKind, Segment, StepPlan
+from euryale.scheduler.scheduler import Output
 
 
 class GroupDiverged(RuntimeError):
@@ -34,13 +35,11 @@ class Engine:
         # The epoch tells this run of the group from an earlier one.
         drawn = np.asarray([secrets.randbits(31)], dtype=np.int32) if group.is_leader else None
         self.epoch = int(group.broadcast(drawn)[0])
-        self.scheduler = None
-        if group.is_leader:
-            self.scheduler = Scheduler(self.loaded.limits, self.loaded.tree, config.enable_prefix_caching)
+        self._last_sent = time.monotonic()
+        self.scheduler = make_scheduler(config, self.loaded, group, self._run) if group.is_leader else None
         # A GPU works on while the host does something else; on a CPU the host would only come late.
         self.overlaps = config.loop == "overlapped" or (config.loop == "auto" and group.device.type == "cuda")
         self._heartbeat = min(2.0, config.step_timeout / 4)  # seconds
-        self._last_sent = time.monotonic()
 
     def step(self, meanwhile: Callable[[], None] | None = None) -> list[Output]:
         """Plan one step, run it on all ranks, and say what each request gained.
@@ -50,14 +49,13 @@ class Engine:
         """
         if meanwhile and not self.overlaps:
             meanwhile()
+        begun = time.perf_counter()
         plan = self.scheduler.plan(self.epoch, self.runner.digest)
-        if self.group.size > 1:
-            self.group.broadcast(plans.encode(plan))
-        self._last_sent = time.monotonic()
-        started = self.runner.start(plan)
+        started = self._start(plan)
         if meanwhile and self.overlaps:
             meanwhile()
-        return self.scheduler.advance(plan, self.runner.finish(started))
+        results = self.runner.finish(started)
+        return self.scheduler.advance(plan, results, time.perf_counter() - begun)
 
     def keep_alive(self) -> None:
         """Tell the other ranks that the leader lives though it has nothing for them; call it often, it sends seldom."""
@@ -84,6 +82,17 @@ class Engine:
             if plan.kind == PlanKind.STOP:
                 return
             self.runner.run(plan)
+
+    def _start(self, plan: StepPlan):
+        """Have all ranks begin a step."""
+        if self.group.size > 1:
+            self.group.broadcast(plans.encode(plan))
+        self._last_sent = time.monotonic()
+        return self.runner.start(plan)
+
+    def _run(self, segments: list[Segment]) -> None:
+        """A step of made-up requests, on all ranks."""
+        self.runner.finish(self._start(StepPlan(epoch=self.epoch, digest=self.runner.digest, segments=segments)))
 
     def _send(self, kind: PlanKind) -> None:
         if self.group.size > 1:

@@ -17,7 +17,9 @@ from euryale.runtime.model import SHARDING, Decoder
 from euryale.runtime.step import StepRunner
 from euryale.runtime.step_graphs import StepGraphs
 from euryale.runtime.weights import Weights
-from euryale.scheduler.scheduler import Limits
+from euryale.scheduler.admission import Limits
+from euryale.scheduler.ngrams import FILE as NGRAMS
+from euryale.scheduler.ngrams import NgramTable
 from euryale.scheduler.tree import TreeChoice, choose_trees
 
 logger = logging.getLogger("euryale.loading")
@@ -27,11 +29,13 @@ GRAPH_MEMORY = 4 << 20  # bytes of a recorded decoder's buffers; what needs more
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """All that an engine needs of a model. ``tree`` None: no speculation."""
+    """All that an engine needs of a model. ``trees`` None: no speculation; ``text``: what calibration text says follows
+    what, None if the heads came without."""
 
     runner: StepRunner
     limits: Limits
-    tree: TreeChoice | None
+    trees: TreeChoice | None
+    text: NgramTable | None
     model: ModelConfig
     fingerprint: str
 
@@ -63,7 +67,11 @@ def load(config: EngineConfig, group: Group) -> Loaded:
     )
     graphs = None if config.eager else make_graphs(cache, model, rows, group)
     runner = StepRunner(decoder, heads if tree else None, cache, tree.num_candidates if tree else 0, graphs)
-    return Loaded(runner=runner, limits=limits, tree=tree, model=model, fingerprint=marks)
+    text = None
+    if tree and tree.shape is None and config.draft_from_text:
+        directory = Path(config.medusa or config.model)
+        text = NgramTable.load_text(directory) if (directory / NGRAMS).is_file() else None
+    return Loaded(runner=runner, limits=limits, trees=tree, text=text, model=model, fingerprint=marks)
 
 
 def _load_parts(config: EngineConfig, group: Group):

@@ -26,14 +26,14 @@ from euryale.scheduler.tree import MAX_NODES
 
 logger = logging.getLogger("euryale.profile")
 
-_REPEATS = 5
+_REPEATS = 3
 _REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-_EXTRA = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
-_NONE = np.zeros(0, dtype=np.int32)
+_EXTRA = (0, 1, 3, 5, 7, 11, 15, 23, 31, 63, 127, 255, 511, 1023, 2047, 4095)
 
 
-def profile(run: Callable[[list[Segment]], None], limits: Limits, has_heads: bool, steps: bool) -> Profile:
-    """Time ``run``, which runs one step of such segments on all ranks. ``steps``: steps are padded to buckets."""
+def measure(run: Callable[[list[Segment]], None], limits: Limits, has_heads: bool, steps: bool) -> Profile:
+    """Time ``run``, which runs one step of such segments on all ranks. ``steps``: steps are padded to buckets. ``limits``
+    say which sizes there are."""
     requests = [n for n in _REQUESTS if n <= limits.max_num_seqs] or [1]
     most = limits.max_num_batched_tokens
     extra = [n for n in _EXTRA if n + 1 <= most]

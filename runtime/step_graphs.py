@@ -47,7 +47,7 @@ class StepGraphs:
 
     def __init__(self, cache: KVCache, group: Group, max_rows: int, pads: bool, max_graphs: int = 32) -> None:
         self._cache, self._group, self._device = cache, group, group.device
-        self._max_rows, self._max_graphs, self._pads = max_rows, max_graphs, pads
+        self._max_rows, self._max_graphs, self.pads = max_rows, max_graphs, pads
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 
     def batch_for(self, plan: StepPlan) -> StepBatch | None:
@@ -57,7 +57,7 @@ class StepGraphs:
         if is_large or not graph.can_record(self._device):
             return None
         kind = StepKind.of(plan)
-        if self._pads and not kind.is_decode:
+        if self.pads and not kind.is_decode:
             return None
         key = self._key(plan, kind)
         entry = self._entries.get(key)
@@ -89,7 +89,7 @@ class StepGraphs:
     def _key(self, plan: StepPlan, kind: StepKind) -> tuple:
         """All that a recording depends on: the padded sizes first."""
         sizes = plan.num_rows, len(plan.segments)
-        if not self._pads:
+        if not self.pads:
             counts = [(s.num_drafts + 1, s.wants_candidates) for s in plan.segments if s.samples]
             decided = 0 if kind.is_decode else (sum(n for n, _ in counts), sum(wants for _, wants in counts))
             return sizes, kind, decided, torch.get_num_threads()

@@ -35,6 +35,10 @@ class PagePool:
         """Pages that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.page_size)
 
+    def count_unshared(self, pages: list[int]) -> int:
+        """How many of the pages are held by one request only."""
+        return list(map(self._holders.__getitem__, pages)).count(1)
+
     def allocate(self, count: int) -> list[int] | None:
         """``count`` pages of whatever contents, or None (and nothing taken) if fewer can be had. Kept pages are taken
         when no other is free, and forgotten."""

@@ -23,6 +23,7 @@ class SamplingParams:
     section 2.3.1; lossy), with ``epsilon`` (posterior threshold) and ``delta`` (posterior alpha) for the latter.
     ``stop_token_ids`` end the answer and are part of its tokens, as the end-of-sequence token is; ``stop``
     strings end it and are not part of its text. ``speculation`` False decodes this request one token a step.
+    ``priority``: requests with lower numbers are served earlier; it changes no token.
     Fractions are rounded to float32, as all ranks see them.
 
     Raises ValueError, with the way to mend it, if a value is out of range.
@@ -41,6 +42,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     speculation: bool = True
+    priority: int = 0
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -59,6 +61,7 @@ class SamplingParams:
             raise ValueError(f"acceptance must be one of {', '.join(ACCEPTANCE_RULES)}, not {self.acceptance!r}")
         _check_range("epsilon", self.epsilon, 0, 1)
         _check_range("delta", self.delta, 0, 1)
+        _check_range("priority", self.priority, -(2**31), 2**31 - 1)
         if len(self.stop) > MAX_STOP_STRINGS or any(not 0 < len(s) <= MAX_STOP_LENGTH for s in self.stop):
             raise ValueError(f"stop takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters")
 

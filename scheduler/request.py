@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.survival import Momentum
 
 
 class FinishReason(enum.StrEnum):
@@ -14,6 +15,15 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"  # end-of-sequence token, stop token id or stop string
     LENGTH = "length"  # max_tokens reached
     CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """What the heads say after the last output token: ``ids`` int32 [heads, k], likeliest first, and their ``logits``
+    float32 [heads, k]."""
+
+    ids: np.ndarray
+    logits: np.ndarray
 
 
 @dataclass(eq=False, kw_only=True)
@@ -29,11 +39,17 @@ class Request:
     pages: list[int] = field(default_factory=list)
     page_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))  # the same, int32
     page_names: list[bytes] = field(default_factory=list)  # of the full pages of the known tokens, as far as made
-    num_shared: int = 0  # tokens whose pages were found computed
     num_published: int = 0  # of the page names, those by which others can find the pages
-    candidates: np.ndarray | None = None  # int32 [heads, k]: the heads' guesses after the last output token
+    guesses: Guesses | None = None  # None: the heads did not run
+    momentum: Momentum = field(default_factory=Momentum)
+    num_remembered: int = 0  # of the known tokens, those that dynamic trees have learned from
     accepted: list[int] = field(default_factory=list)  # tokens emitted by each decoding step
     finish_reason: FinishReason | None = None
+    num_preempted: int = 0  # how often it had to give its pages back
+    num_lost: int = 0  # tokens that were computed when it last did
+    arrival: int = 0  # place among all requests that ever came
+    num_waited: int = 0  # steps before it ran, and after every preemption
+    overdue_since: int | None = None  # the step from which nobody may pass it
 
     @property
     def num_known(self) -> int:
@@ -48,12 +64,24 @@ class Request:
         """Output tokens still allowed."""
         return self.params.max_tokens - len(self.output)
 
+    @property
+    def is_protected(self) -> bool:
+        """Whether nobody may preempt it again; it holds all the pages it can need while it runs."""
+        return self.num_preempted > 0 and self.overdue_since is not None
+
     def known_tokens(self, start: int, stop: int) -> np.ndarray:
         """Known tokens ``start`` to ``stop``, int32."""
         split = len(self.prompt)
         head = self.prompt[start : min(stop, split)]
         tail = self.output[max(start - split, 0) : max(stop - split, 0)]
         return np.concatenate([head, np.asarray(tail, dtype=np.int32)]) if tail else head
+
+    def last_tokens(self, count: int) -> np.ndarray:
+        """The last ``count`` known tokens, the latest first, -1 where there is none: int32 [count]."""
+        tokens = self.known_tokens(max(0, self.num_known - count), self.num_known)
+        found = np.full(count, -1, dtype=np.int32)
+        found[: len(tokens)] = tokens[::-1]
+        return found
 
     def append(self, tokens: list[int], end_ids: frozenset[int]) -> list[int]:
         """Take what a step emitted, up to the first token that ends the answer; returns the tokens taken.

@@ -9,8 +9,8 @@ from euryale.scheduler.scheduler import Output, Scheduler
 logger = logging.getLogger("euryale.scheduler")
 
 _RECENT = 256  # steps
-_JUDGED_AFTER = 500  # decoding steps with speculation after which the heads are judged
-_USELESS = 1.05  # tokens per step
+_JUDGED_AFTER = 500  # guesses of the first head
+_USELESS = 0.02  # share of them that are right
 
 
 class EngineStats:
@@ -22,24 +22,24 @@ class EngineStats:
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self.num_steps = self.num_tokens = self.num_decodes = self.num_finished = self.num_cancelled = 0
         self._lengths: Counter[int] = Counter()
-        self._drafted: list[int] = []  # tokens of the first decoding steps with speculation
+        self._has_judged = False
 
     def count_step(self, outputs: list[Output], seconds: float) -> None:
         """Take a step's outputs and how long it took."""
         self.num_steps += 1
         self._recent.append(seconds)
+        self._judge_heads()
         for output in outputs:
             self.num_decodes += 1
             self.num_tokens += len(output.tokens)
             self._lengths[len(output.tokens)] += 1
             self.num_finished += output.finish_reason is not None
-            if output.request.params.speculation and self._scheduler.tree is not None:
-                self._judge_heads(len(output.tokens))
 
     def values(self) -> dict:
         """Counters since start; ``step_ms`` is the mean of the last 256 steps, ``accepted_lengths`` counts decoding
         steps by the tokens they emitted; ``pages_free`` includes ``pages_kept``, those known by what they hold."""
-        pages = self._scheduler.pages
+        admission = self._scheduler.admission
+        pages = admission.pages
         recent = sum(self._recent) / len(self._recent) if self._recent else 0.0
         return {
             "engine_uptime": time.monotonic() - self._started,
@@ -49,26 +49,30 @@ class EngineStats:
             "decode_steps": self.num_decodes,
             "mean_accepted_length": self.num_tokens / self.num_decodes if self.num_decodes else 0.0,
             "accepted_lengths": {str(n): count for n, count in sorted(self._lengths.items())},
-            "requests_running": len(self._scheduler.running),
-            "requests_waiting": len(self._scheduler.waiting),
+            "requests_running": len(admission.running),
+            "requests_waiting": len(admission.waiting),
             "engine_finished": self.num_finished,
             "engine_cancelled": self.num_cancelled,
             "pages_total": pages.num_pages,
             "pages_free": pages.num_free,
             "pages_kept": pages.num_kept,
-            "prompt_tokens_admitted": self._scheduler.num_prompt,
-            "prompt_tokens_shared": self._scheduler.num_shared,
+            "prompt_tokens_admitted": admission.num_prompt,
+            "prompt_tokens_shared": admission.num_shared,
+            "preemptions_for_pages": admission.num_preempted_for_pages,
+            "preemptions_for_priority": admission.num_preempted_for_priority,
+            "recomputed_tokens": admission.num_recomputed,
         }
 
-    def _judge_heads(self, num_tokens: int) -> None:
-        """Warn once if the heads' guesses are almost never right: heads of another model load without an error."""
-        if len(self._drafted) >= _JUDGED_AFTER:
+    def _judge_heads(self) -> None:
+        """Warn once if the heads are almost never right: heads of another model load without an error."""
+        count, right = self._scheduler.num_first_guesses, self._scheduler.num_first_right
+        if self._has_judged or count < _JUDGED_AFTER:
             return
-        self._drafted.append(num_tokens)
-        mean = sum(self._drafted) / len(self._drafted)
-        if len(self._drafted) == _JUDGED_AFTER and mean < _USELESS:
+        self._has_judged = True
+        if right < _USELESS * count:
             logger.warning(
-                "the Medusa heads' guesses are almost never accepted (%.2f tokens per step): were they trained for "
-                "this model and tokenizer? --tree off saves their cost",
-                mean,
+                "the first Medusa head named the right token in %d of %d cases: were the heads trained for this model "
+                "and tokenizer? --tree off saves their cost",
+                right,
+                count,
             )

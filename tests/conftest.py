@@ -6,9 +6,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 from support import Ranks
 
 from euryale.parallel.group import single
+
+settings.register_profile("nightly", max_examples=2000)
 
 
 @pytest.fixture(scope="session", autouse=True)

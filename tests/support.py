@@ -196,12 +196,15 @@ def answer(group, config, wanted: list[tuple], arrivals: int = 0) -> dict | None
         engine.step(arrive)
         steps += 1
     engine.stop()
-    pool = engine.scheduler.pages
+    admission = engine.scheduler.admission
+    pool = admission.pages
     assert pool.num_free == pool.num_pages, "pages were not given back"
     return {
         "outputs": [r.output for r in requests],
         "accepted": [r.accepted for r in requests],
         "reasons": [str(r.finish_reason) for r in requests],
         "steps": steps,
-        "shared": engine.scheduler.num_shared,
+        "shared": admission.num_shared,
+        "recomputed": admission.num_recomputed,
+        "preempted": [r.num_preempted for r in requests],
     }

@@ -1,148 +1,15 @@
-"""The scheduler alone, against a made-up model: pages, budget, order, ends."""
+"""The scheduler alone, against a made-up model: what is refused, budget, shared pages."""
 
 import dataclasses
-from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from made_up_model import LIMITS, TREE, request, results
 
 from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.prefix import PageNames
 from euryale.scheduler.request import FinishReason, Request
-from euryale.scheduler.scheduler import Limits, Scheduler, SegmentResult
-from euryale.scheduler.tree import default_tree
-
-LIMITS = Limits(
-    max_model_len=60,
-    max_num_seqs=4,
-    max_num_batched_tokens=12,
-    vocab_size=50,
-    num_pages=20,
-    page_size=4,
-    end_ids=frozenset([2]),
-)
-TREE = default_tree(3, 9)
-
-
-def request(key: int, length: int, first: int = 7, **params) -> Request:
-    """A prompt of ``first`` once and then of sevens."""
-    prompt = np.full(length, 7, dtype=np.int32)
-    prompt[0] = first
-    return Request(key=key, prompt=prompt, params=SamplingParams(**params))
-
-
-def results(plan, rng, token=9) -> list[SegmentResult]:
-    """A made-up model: accepts a random path of each tree."""
-    out = []
-    for segment in plan.segments:
-        if not segment.samples:
-            continue
-        path, node = [], 0
-        while True:
-            children = [i + 1 for i, p in enumerate(segment.parents) if p == node]
-            if not children or rng.random() < 0.4:
-                break
-            node = int(rng.choice(children))
-            path.append(node)
-        root = segment.num_certain - 1
-        tokens = [int(segment.tokens[root + n]) for n in path] + [token]
-        guesses = rng.integers(10, 50, size=(3, TREE.num_candidates)).astype(np.int32)
-        candidates = guesses if segment.wants_candidates else None
-        out.append(SegmentResult(tokens=tokens, accepted_nodes=path, candidates=candidates))
-    return out
-
-
-class Batches(RuleBasedStateMachine):
-    """Random arrivals, cancels and steps."""
-
-    def __init__(self):
-        super().__init__()
-        self.scheduler = Scheduler(LIMITS, TREE)
-        self.rng = np.random.default_rng(0)
-        self.keys, self.ended, self.all = 0, {}, {}
-        self.contents = {}  # slot -> the token whose K/V it holds
-
-    @rule(length=st.integers(1, 30), first=st.integers(7, 8), max_tokens=st.integers(1, 30), speculation=st.booleans())
-    def add(self, length, first, max_tokens, speculation):
-        new = request(self.keys, length, first, max_tokens=max_tokens, speculation=speculation)
-        self.keys += 1
-        self.scheduler.add(new)
-        self.all[new.key] = new
-
-    @precondition(lambda self: self.all)
-    @rule(data=st.data())
-    def cancel(self, data):
-        key = data.draw(st.sampled_from(sorted(self.all)))
-        found = self.scheduler.cancel(key)
-        assert (found is None) == (key in self.ended)
-        if found:
-            self.ended[key] = FinishReason.CANCELLED
-
-    @rule(token=st.sampled_from([9, 9, 9, 2]))
-    def step(self, token):
-        waiting = [r.key for r in self.scheduler.waiting]
-        plan = self.scheduler.plan(1, 0)
-        assert plan.num_rows <= LIMITS.max_num_batched_tokens
-        assert len(self.scheduler.running) <= LIMITS.max_num_seqs
-        still = [r.key for r in self.scheduler.waiting]
-        assert [key for key in waiting if key in still] == still, "not first come first served"
-        found = results(plan, self.rng, token)
-        self.write(plan, found)
-        for output in self.scheduler.advance(plan, found):
-            assert output.request.key not in self.ended
-            if output.finish_reason:
-                self.ended[output.request.key] = output.finish_reason
-
-    def write(self, plan, found):
-        """What a step reads is what the request's earlier tokens wrote; what it commits, it writes to its own pages."""
-        found, size = iter(found), LIMITS.page_size
-        for request, segment in zip(self.scheduler._planned, plan.segments, strict=True):
-            assert segment.context + segment.num_certain <= len(segment.pages) * size
-            assert all(0 <= p <= i for i, p in enumerate(segment.parents))
-            slots = [page * size + at for page in segment.pages.tolist() for at in range(size)]
-            seen = [self.contents[slot] for slot in slots[: segment.context]]
-            assert seen == request.known_tokens(0, segment.context).tolist()
-            kept = segment.tokens[: segment.num_certain].tolist()
-            if segment.samples:
-                kept += next(found).tokens[:-1]
-            for slot, token in zip(slots[segment.context :], kept, strict=False):
-                assert self.scheduler.pages._holders[slot // size] == 1, "written to a page that others read"
-                self.contents[slot] = token
-
-    @invariant()
-    def pages_are_conserved(self):
-        held = Counter(p for r in self.scheduler.running for p in r.pages)
-        assert all(self.scheduler.pages._holders[page] == count for page, count in held.items())
-        assert len(held) + self.scheduler.pages.num_free == LIMITS.num_pages
-        for r in self.scheduler.running:
-            assert 0 <= r.num_computed < r.num_known
-            assert len(r.pages) * LIMITS.page_size >= len(r.prompt) + r.params.max_tokens
-
-    def teardown(self):
-        rng = np.random.default_rng(1)
-        for _ in range(5000):
-            if not self.scheduler.has_work:
-                break
-            plan = self.scheduler.plan(1, 0)
-            for output in self.scheduler.advance(plan, results(plan, rng)):
-                if output.finish_reason:
-                    self.ended[output.request.key] = output.finish_reason
-        assert not self.scheduler.has_work, "a request starved"
-        assert self.scheduler.pages.num_free == LIMITS.num_pages
-        assert set(self.ended) == set(self.all)
-        for key, made in self.all.items():
-            assert len(made.output) <= made.params.max_tokens
-            assert made.finish_reason == self.ended[key]
-            assert sum(made.accepted) == len(made.output)
-            if not made.params.speculation:
-                assert max(made.accepted, default=1) == 1
-
-
-Batches.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-TestBatches = Batches.TestCase
+from euryale.scheduler.scheduler import Scheduler
 
 
 def test_an_end_token_inside_an_accepted_path_ends_the_answer():
@@ -217,6 +84,8 @@ def test_trees_do_not_starve_prompts():
         ("stop", "text"),
         ("stop_token_ids", (1.5,)),
         ("ignore_eos", 1),
+        ("priority", 0.5),
+        ("priority", 2**31),
     ],
 )
 def test_bad_parameters_are_refused_by_name(field, value):
@@ -251,9 +120,9 @@ def alike(count: int, shared: int, own: int) -> list[Request]:
 def test_what_requests_begin_with_is_computed_once():
     scheduler = Scheduler(LARGE, None)
     assert run_all(scheduler, alike(32, 200, 7)) == 200 + 32 * 7
-    assert scheduler.num_shared == 31 * 200
-    assert scheduler.num_prompt == 32 * 207
-    assert scheduler.pages.num_free == LARGE.num_pages
+    assert scheduler.admission.num_shared == 31 * 200
+    assert scheduler.admission.num_prompt == 32 * 207
+    assert scheduler.admission.pages.num_free == LARGE.num_pages
     # The same again finds all full pages but the last token's.
     assert run_all(scheduler, alike(1, 200, 7)) == 207 - 204
     assert run_all(Scheduler(LARGE, None, share_prefixes=False), alike(32, 200, 7)) == 32 * 207
@@ -292,11 +161,11 @@ def test_a_request_whose_beginning_is_under_way_waits_and_lets_others_pass():
     for made in (first, second, other):
         scheduler.add(made)
     scheduler.plan(1, 0)
-    assert scheduler.running == [first, other]
+    assert scheduler.admission.running == [first, other]
     scheduler.cancel(first.key)
     scheduler._planned = []
     scheduler.plan(1, 0)
-    assert scheduler.running == [other, second]
+    assert scheduler.admission.running == [other, second]
 
 
 def test_cancelling_one_that_waits_for_shared_pages_leaves_the_others_waiting():
@@ -308,7 +177,7 @@ def test_cancelling_one_that_waits_for_shared_pages_leaves_the_others_waiting():
     scheduler.cancel(second.key)
     scheduler._planned = []
     scheduler.plan(1, 0)
-    assert scheduler.running == [first]
+    assert scheduler.admission.running == [first]
 
 
 def test_pages_known_by_name_are_not_those_of_other_tokens():

@@ -1,0 +1,63 @@
+"""From an EngineConfig to the leader's scheduler: which drafts it makes, and what it knows of the cost of steps."""
+
+from collections.abc import Callable
+
+from euryale.parallel.group import Group
+from euryale.runtime import profile
+from euryale.runtime.config import EngineConfig
+from euryale.runtime.loading import Loaded
+from euryale.scheduler.budget import Budget
+from euryale.scheduler.costs import Profile, StepCosts
+from euryale.scheduler.drafts import Drafter, DynamicTrees, Sources, StaticTrees
+from euryale.scheduler.plan import Segment
+from euryale.scheduler.scheduler import Scheduler
+
+
+def make_scheduler(
+    config: EngineConfig, loaded: Loaded, group: Group, run: Callable[[list[Segment]], None]
+) -> Scheduler:
+    """``run`` runs a step of made-up requests on all ranks, to see what steps cost."""
+    trees, costs = loaded.trees, None
+    if config.max_itl or (trees and not trees.most_nodes):
+        costs = StepCosts(_profile(config, loaded, group, run))
+    return Scheduler(
+        loaded.limits,
+        _make_drafter(config, loaded, costs),
+        share_prefixes=config.enable_prefix_caching,
+        starvation_bound=config.starvation_bound,
+        costs=costs,
+        longest_step=config.max_itl / 1000,
+    )
+
+
+def _make_drafter(config: EngineConfig, loaded: Loaded, costs: StepCosts | None) -> Drafter | None:
+    trees = loaded.trees
+    if trees is None:
+        return None
+    if trees.shape:
+        return StaticTrees(trees.shape)
+    return DynamicTrees(
+        loaded.runner.heads.num_heads,
+        trees.nodes or config.max_tree_nodes,
+        None if trees.nodes else Budget(costs, loaded.limits.max_num_batched_tokens),
+        loaded.text,
+        Sources(text=config.draft_from_text, traffic=config.draft_from_traffic, context=config.draft_from_context),
+    )
+
+
+def _profile(config: EngineConfig, loaded: Loaded, group: Group, run: Callable[[list[Segment]], None]) -> Profile:
+    """What steps cost, from an earlier start or measured now."""
+    graphs = loaded.runner.graphs
+
+    def measure() -> Profile:
+        return profile.measure(run, loaded.limits, loaded.runner.heads is not None, bool(graphs and graphs.pads))
+
+    if not config.cost_cache:
+        return measure()
+    key = profile.machine_key(group.device) | {
+        "model": loaded.fingerprint,
+        "ranks": group.size,
+        "sizes": [config.max_num_seqs, config.max_num_batched_tokens, config.page_size],
+        "eager": config.eager,
+    }
+    return profile.cached(key, measure)

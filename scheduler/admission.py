@@ -1,0 +1,284 @@
+"""Who runs, and on which pages.
+
+A request is let in when the pages of its known tokens can be had, without a thought of those it will write; it gets
+more as it grows. When they run short, drafts do without first, and then a running request gives its pages back, waits
+again, and is recomputed with what it has answered as known tokens: the worst priority first, of these the one let in
+last. So the best of them always goes on. A better priority that waits may do the same to a worse one that runs. What
+is preempted keeps its output, and no token changes.
+
+A request that has waited ``starvation_bound`` steps in all is overdue (``scheduler/waiting.py``): nobody passes it any
+more, and no priority preempts it. If it was preempted before, nothing does so again: it is let in with all the pages it
+can ever need. Of two requests that need more than half of the pages each, both come to their ends that way.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from euryale.scheduler.pages import PagePool
+from euryale.scheduler.prefix import PageNames
+from euryale.scheduler.request import FinishReason, Request
+from euryale.scheduler.waiting import WaitingQueue
+
+STARVATION_BOUND = 5000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the model and its memory allow. Tokens, rows (tokens of one step) and pages are counts."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    vocab_size: int
+    num_pages: int
+    page_size: int
+    end_ids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}), or a step could not give every running request a row"
+            )
+
+
+class Admission:
+    """The requests, ``waiting`` and ``running`` (in the order in which they were let in), and the ``pages``.
+
+    Before a step is planned call ``begin_step``, then ``room_for_drafts`` of each tree; after it ``settle`` for each
+    request that it advanced, or ``end``."""
+
+    def __init__(self, limits: Limits, share_prefixes: bool, starvation_bound: int) -> None:
+        """``share_prefixes``: requests that begin alike use the same pages, and these are kept for later ones while
+        there is room. ``starvation_bound`` in steps; with 0 requests are let in in the order of arrival."""
+        self.limits = limits
+        self.pages = PagePool(limits.num_pages, limits.page_size)
+        self.waiting = WaitingQueue(starvation_bound)
+        self.running: list[Request] = []
+        self.num_prompt = self.num_shared = 0  # prompt tokens of requests that began, and those found computed
+        self.num_preempted_for_pages = self.num_preempted_for_priority = 0
+        self.num_recomputed = 0  # tokens
+        self._names = PageNames(limits.page_size) if share_prefixes else None
+        # Names of pages that running requests will compute, and who waits for them.
+        self._coming: dict[bytes, list[Request]] = {}
+        self._step = 0
+        self._preempted_now: set[int] = set()  # keys; they wait for a step at least
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError, saying how to mend it, if the request could never run."""
+        limits, length, wanted = self.limits, len(request.prompt), request.params.max_tokens
+        if length == 0:
+            raise ValueError("the prompt is empty: give at least one token")
+        low, high = int(request.prompt.min()), int(request.prompt.max())
+        if low < 0 or high >= limits.vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(f"token id {bad} is outside the vocabulary of {limits.vocab_size}")
+        if length + wanted > limits.max_model_len:
+            raise ValueError(
+                f"{length} prompt tokens and max_tokens {wanted} exceed the model's {limits.max_model_len} tokens: "
+                f"shorten the prompt or ask for at most {max(limits.max_model_len - length, 0)}"
+            )
+        if self._most_pages(request) > self.pages.num_pages:
+            raise ValueError(
+                f"{length} prompt tokens and max_tokens {wanted} need {self._most_pages(request)} KV pages "
+                f"and there are {self.pages.num_pages}: ask for less or give the cache more memory"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request; ValueError as ``check``."""
+        self.check(request)
+        self.waiting.enter(request, self._step)
+
+    def cancel(self, key: int) -> Request | None:
+        """End the request now and free its pages; None if it is not here (any more). Call between steps."""
+        request = self.waiting.find(key)
+        if request is not None:
+            self.waiting.leave(request, self._step)
+        else:
+            request = next((r for r in self.running if r.key == key), None)
+            if request is None:
+                return None
+            self.end(request)
+        request.finish_reason = FinishReason.CANCELLED
+        return request
+
+    def end(self, request: Request) -> None:
+        """A running request is done."""
+        self.running.remove(request)
+        self._give_back(request)
+
+    def begin_step(self) -> None:
+        """Settle who runs in the next step: every running request has pages for all its known tokens then."""
+        self.waiting.count(self._step)
+        self._preempted_now.clear()
+        self._grow()
+        if self.waiting and not self._preempted_now:
+            self._admit()
+        self._step += 1
+
+    def room_for_drafts(self, request: Request, depth: int) -> int:
+        """How many tokens, ``depth`` at most, can be committed after the known ones: pages for them are taken if there
+        are any, and go back with ``settle`` if they were not needed."""
+        size, known = self.pages.page_size, request.num_known
+        if len(request.pages) * size < known + depth:
+            lacking = self.pages.pages_for(known + depth) - len(request.pages)
+            self._take(request, min(lacking, self.pages.num_free))
+        return min(depth, len(request.pages) * size - known)
+
+    def settle(self, request: Request) -> None:
+        """Make the running request's full pages known that are computed by now, and take back what its drafts did not
+        fill: speculation holds no page from one step to the next."""
+        size, known = self.pages.page_size, request.num_known
+        if (len(request.pages) - 1) * size >= known and not request.is_protected:
+            needed = self.pages.pages_for(known)
+            self.pages.free(request.pages[needed:])
+            del request.pages[needed:]
+        full = min(request.num_computed, known) // size  # an answer may end before the accepted path does
+        if self._names is None or full == request.num_published:
+            return
+        names = request.page_names
+        if len(names) < full:
+            self._names.extend(names, request.known_tokens(len(names) * size, full * size))
+        for place in range(request.num_published, full):
+            self.pages.name(request.pages[place], names[place])
+            self._no_longer_coming(names[place])
+        request.num_published = full
+
+    # ---- growth
+
+    def _grow(self) -> None:
+        """A page for each running request whose last known token has none, if need be from another."""
+        size = self.pages.page_size
+        for request in list(self.running):
+            # A preempted request has no pages; one that is protected has all.
+            while request.pages and len(request.pages) * size < request.num_known:
+                if not self._take(request, 1):
+                    self._preempt(self._victim())
+                    self.num_preempted_for_pages += 1
+
+    def _take(self, request: Request, count: int) -> bool:
+        pages = self.pages.allocate(count)
+        if pages is None:
+            return False
+        held = len(request.pages)
+        request.page_ids[held : held + count] = pages
+        request.pages += pages
+        return True
+
+    # ---- preemption
+
+    def _victim(self) -> Request:
+        """Who gives way when pages run short: the overdue last, the worst priority first, of these the one let in last;
+        there is one, for whoever lacks a page is not protected."""
+        found = [r for r in reversed(self.running) if not r.is_protected]
+        return max(found, key=lambda r: (r.overdue_since is None, r.params.priority))
+
+    def _worse_than(self, request: Request) -> list[Request]:
+        """Running requests of a worse priority that may be preempted for it, the first to be so first."""
+        best = request.params.priority
+        found = [r for r in reversed(self.running) if r.params.priority > best and r.overdue_since is None]
+        return sorted(found, key=lambda r: -r.params.priority)
+
+    def _preempt(self, request: Request) -> None:
+        """Back to waiting, with the output and without the pages."""
+        request.num_lost, request.num_computed = request.num_computed, 0
+        request.num_preempted += 1
+        self.end(request)
+        self.waiting.enter_again(request, self._step)
+        self._preempted_now.add(request.key)
+
+    # ---- admission
+
+    def _admit(self) -> None:
+        """Let waiting requests in, in their order: one that does not fit holds back those behind it, so that none
+        starves. One whose next page a running request is computing lets others pass."""
+        for _ in range(self.limits.max_num_seqs):  # so that a step's time does not grow with the queue
+            request = self.waiting.first
+            if request is None or request.key in self._preempted_now:
+                return
+            victims = self._worse_than(request)
+            has_seat = len(self.running) < self.limits.max_num_seqs
+            if not victims and not (has_seat and self.pages.num_free):
+                return
+            names = self._name_known(request)
+            shared = self.pages.share(names)
+            if len(shared) < len(names) and names[len(shared)] in self._coming:
+                self.pages.free(shared)
+                self._park(request, names[len(shared) :])
+                continue
+            needed = self.pages.pages_for(request.num_known)
+            if request.is_protected:
+                needed = self._most_pages(request)
+            if not self._make_room(needed - len(shared), victims):
+                self.pages.free(shared)
+                return
+            self._start(request, shared, needed - len(shared))
+            self._coming.update((name, []) for name in names[len(shared) :] if name not in self._coming)
+
+    def _make_room(self, num_pages: int, victims: list[Request]) -> bool:
+        """Whether there are a seat and so many pages, and one more for each running request that can still grow;
+        preempts the first of ``victims`` that this takes, or none if all of them do not help."""
+        seats = self.limits.max_num_seqs - len(self.running)
+        room = self.pages.num_free - num_pages - sum(_can_grow(r) for r in self.running)
+        count = 0
+        while seats <= 0 or room < 0:
+            if count == len(victims):
+                return False
+            seats += 1
+            room += self.pages.count_unshared(victims[count].pages) + _can_grow(victims[count])
+            count += 1
+        for victim in victims[:count]:
+            self._preempt(victim)
+        self.num_preempted_for_priority += count
+        return True
+
+    def _start(self, request: Request, shared: list[int], num_new: int) -> None:
+        self.waiting.leave(request, self._step)
+        request.page_ids = np.zeros(self._most_pages(request), dtype=np.int32)
+        request.page_ids[: len(shared)] = shared
+        request.pages, request.num_published = list(shared), len(shared)
+        self._take(request, num_new)
+        request.num_computed = len(shared) * self.pages.page_size
+        if request.num_preempted:
+            self.num_recomputed += max(request.num_lost - request.num_computed, 0)
+        else:
+            self.num_shared += request.num_computed
+            self.num_prompt += len(request.prompt)
+        self.running.append(request)
+
+    def _most_pages(self, request: Request) -> int:
+        return self.pages.pages_for(len(request.prompt) + request.params.max_tokens)
+
+    # ---- shared pages
+
+    def _name_known(self, request: Request) -> list[bytes]:
+        """Names of the known tokens' full pages but for the one with the last token, which is computed in any case:
+        what follows it is what the request asks for."""
+        if self._names is None:
+            return []
+        names, size = request.page_names, self.pages.page_size
+        full = request.num_known // size
+        if len(names) < full:
+            self._names.extend(names, request.known_tokens(len(names) * size, full * size))
+        return names[: (request.num_known - 1) // size]
+
+    def _park(self, request: Request, names: list[bytes]) -> None:
+        """Let others pass until the last of the pages that are coming one after the other is there, or will not be."""
+        last = next((i for i, name in enumerate(names) if name not in self._coming), len(names)) - 1
+        self._coming[names[last]].append(request)
+        self.waiting.park(request)
+
+    def _no_longer_coming(self, name: bytes) -> None:
+        for request in self._coming.pop(name, ()):
+            self.waiting.wake(request)
+
+    def _give_back(self, request: Request) -> None:
+        for name in request.page_names[request.num_published :]:
+            self._no_longer_coming(name)
+        self.pages.free(request.pages)
+        request.pages = []
+
+
+def _can_grow(request: Request) -> bool:
+    return len(request.pages) < len(request.page_ids)

@@ -1,0 +1,55 @@
+"""A made-up model for the scheduler's tests, and requests for it."""
+
+import numpy as np
+
+from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.request import Request
+from euryale.scheduler.scheduler import Limits, SegmentResult
+from euryale.scheduler.tree import default_tree
+
+LIMITS = Limits(
+    max_model_len=60,
+    max_num_seqs=4,
+    max_num_batched_tokens=12,
+    vocab_size=50,
+    num_pages=20,
+    page_size=4,
+    end_ids=frozenset([2]),
+)
+TREE = default_tree(3, 9)
+
+
+def request(key: int, length: int, first: int = 7, **params) -> Request:
+    """A prompt of ``first`` once and then of sevens."""
+    prompt = np.full(length, 7, dtype=np.int32)
+    prompt[0] = first
+    return Request(key=key, prompt=prompt, params=SamplingParams(**params))
+
+
+def results(plan, rng, token=9) -> list[SegmentResult]:
+    """A made-up model: accepts a random path of each tree."""
+    out = []
+    for segment in plan.segments:
+        if not segment.samples:
+            continue
+        path, node = [], 0
+        while True:
+            children = [i + 1 for i, p in enumerate(segment.parents) if p == node]
+            if not children or rng.random() < 0.4:
+                break
+            node = int(rng.choice(children))
+            path.append(node)
+        root = segment.num_certain - 1
+        tokens = [int(segment.tokens[root + n]) for n in path] + [token]
+        guesses = rng.integers(10, 50, size=(3, TREE.num_candidates)).astype(np.int32)
+        candidates = guesses if segment.wants_candidates else None
+        out.append(SegmentResult(tokens=tokens, accepted_nodes=path, candidates=candidates))
+    return out
+
+
+def deepest(segment) -> int:
+    """The depth of the segment's tree."""
+    depths = [0]
+    for parent in segment.parents:
+        depths.append(depths[parent] + 1)
+    return max(depths)

@@ -1,0 +1,224 @@
+"""The scheduler under random arrivals, cancels and steps, against a made-up model: whatever happens, the rules hold.
+
+``pytest --hypothesis-profile nightly`` makes it twenty times as long.
+"""
+
+import dataclasses
+from collections import Counter
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from made_up_model import LIMITS, TREE, deepest, request, results
+
+from euryale.scheduler.request import FinishReason, Request
+from euryale.scheduler.scheduler import Scheduler
+
+FEW = dataclasses.replace(LIMITS, num_pages=16)  # two large requests do not fit together
+SIZE, BOUND = FEW.page_size, 12
+
+
+class Batches(RuleBasedStateMachine):
+    """What the machine itself keeps is counted anew from what it sees: waits, order, contents of pages."""
+
+    seen: ClassVar[Counter] = Counter()  # over all runs
+
+    def __init__(self):
+        super().__init__()
+        self.scheduler = Scheduler(FEW, TREE, starvation_bound=BOUND)
+        self.admission = self.scheduler.admission
+        self.rng = np.random.default_rng(0)
+        self.all, self.ended, self.said = {}, {}, {}
+        self.contents = {}  # slot -> the token whose K/V it holds
+        self.waits, self.overdue = Counter(), {}  # steps waited; the plan before which the bound was reached
+
+    @rule(
+        length=st.integers(1, 30),
+        first=st.integers(7, 8),
+        max_tokens=st.integers(1, 30),
+        speculation=st.booleans(),
+        priority=st.integers(-1, 1),
+    )
+    def add(self, length, first, max_tokens, speculation, priority):
+        key = len(self.all)
+        new = request(key, length, first, max_tokens=max_tokens, speculation=speculation, priority=priority)
+        self.scheduler.add(new)
+        self.all[key], self.said[key] = new, []
+        self.seen["operations"] += 1
+
+    @precondition(lambda self: len(self.all) > len(self.ended))
+    @rule(data=st.data())
+    def cancel(self, data):
+        key = data.draw(st.sampled_from(sorted(self.all)))
+        self.seen["cancelled preempted"] += self.admission.waiting.find(key) is not None and self.all[key].num_preempted
+        found = self.scheduler.cancel(key)
+        assert (found is None) == (key in self.ended)
+        if found:
+            self.ended[key] = FinishReason.CANCELLED
+        self.seen["operations"] += 1
+
+    @rule(token=st.sampled_from([9, 9, 9, 9, 9, 2]))
+    def step(self, token):
+        self.take_step(token)
+        self.seen["operations"] += 1
+
+    def take_step(self, token):
+        for waiting in self.admission.waiting:
+            if self.waits[waiting.key] == BOUND:
+                self.overdue.setdefault(waiting.key, self.scheduler.step)
+        before = Before(self.admission)
+        plan = self.scheduler.plan(1, 0)
+        self.check_who_runs(before)
+        self.waits.update(r.key for r in self.admission.waiting)
+        assert plan.num_rows <= FEW.max_num_batched_tokens
+        assert len(plan.segments) > 0 or not self.scheduler.has_work, "nobody makes progress"
+        found = results(plan, self.rng, token)
+        self.write(plan, found)
+        for output in self.scheduler.advance(plan, found):
+            key = output.request.key
+            assert key not in self.ended
+            self.said[key] += output.tokens
+            if output.finish_reason:
+                self.ended[key] = output.finish_reason
+
+    # ---- who runs
+
+    def check_who_runs(self, before):
+        running, waiting = self.admission.running, list(self.admission.waiting)
+        admitted = [r for r in running if r not in before.running]
+        preempted = [r for r in waiting if r.num_preempted > before.times[r.key]]
+        assert set(before.running) - set(preempted) <= set(running)
+        assert len(running) <= FEW.max_num_seqs
+        for r in [*running, *waiting]:
+            assert (r.overdue_since is not None) == (r.key in self.overdue), "the bound is counted wrongly"
+        self.check_preempted(before, admitted, preempted)
+        for late in admitted:
+            for passed in waiting:
+                if passed not in preempted and self.turn(passed) < self.turn(late):
+                    assert before.keeps_waiting(passed, running), "passed for no reason"
+        self.seen["admitted overdue"] += any(r.key in self.overdue for r in admitted)
+        self.seen["found pages"] += any(r.num_computed > 0 for r in admitted)
+
+    def turn(self, r: Request):
+        return (0, self.overdue[r.key], r.key) if r.key in self.overdue else (1, r.params.priority, r.key)
+
+    def check_preempted(self, before, admitted, preempted):
+        for_pages = self.admission.num_preempted_for_pages - before.counts[0]
+        assert len(preempted) == for_pages + self.admission.num_preempted_for_priority - before.counts[1]
+        self.seen["preempted for pages"] += for_pages
+        self.seen["preempted for priority"] += len(preempted) - for_pages
+        for victim in preempted:
+            assert not before.protected[victim.key], "preempted again though overdue"
+            assert victim.num_preempted == before.times[victim.key] + 1
+            assert victim.pages == []
+            assert victim.num_computed == 0
+            self.seen["preempted overdue"] += victim.key in self.overdue
+            for other in before.running:
+                if (
+                    other not in preempted
+                    and not before.protected[other.key]
+                    and (for_pages or other.key not in self.overdue)
+                ):
+                    assert before.worth(victim, self.overdue) > before.worth(other, self.overdue)
+        if for_pages:
+            assert not admitted, "let in though pages are short"
+            assert before.lacks_pages, "preempted though there are pages: by speculation?"
+        elif preempted:
+            best = min(r.params.priority for r in admitted)
+            assert all(r.params.priority > best and r.key not in self.overdue for r in preempted)
+
+    # ---- pages
+
+    def write(self, plan, found):
+        """What a step reads is what the request's earlier tokens wrote; what it commits, it writes to its own pages."""
+        found = iter(found)
+        for made, segment in zip(self.scheduler._planned, plan.segments, strict=True):
+            assert all(0 <= p <= i for i, p in enumerate(segment.parents)), "not closed under ancestors"
+            slots = [page * SIZE + at for page in segment.pages.tolist() for at in range(SIZE)]
+            seen = [self.contents[slot] for slot in slots[: segment.context]]
+            assert seen == made.known_tokens(0, segment.context).tolist()
+            kept = segment.tokens[: segment.num_certain].tolist()
+            if segment.samples:
+                kept += next(found).tokens[:-1]
+            assert deepest(segment) <= max(made.remaining - 1, 0)
+            room = slots[segment.context :]
+            assert segment.num_certain + deepest(segment) <= len(room), "a path that is committed needs pages"
+            for slot, token in zip(room, kept, strict=False):
+                assert self.admission.pages._holders[slot // SIZE] == 1, "written to a page that others read"
+                self.contents[slot] = token
+
+    @invariant()
+    def pages_are_conserved(self):
+        pool = self.admission.pages
+        held = Counter(p for r in self.admission.running for p in r.pages)
+        assert all(pool._holders[page] == count for page, count in held.items())
+        assert len(held) + pool.num_free == FEW.num_pages
+        assert not any(r.pages for r in self.admission.waiting)
+        for r in self.admission.running:
+            assert 0 <= r.num_computed < r.num_known
+            assert r.page_ids[: len(r.pages)].tolist() == r.pages
+            longest = len(r.prompt) + r.params.max_tokens if r.is_protected else r.num_known
+            assert len(r.pages) <= pool.pages_for(longest), "speculation holds a page between steps"
+            assert not r.is_protected or len(r.pages) == pool.pages_for(longest)
+
+    def teardown(self):
+        for _ in range(5000):
+            if not self.scheduler.has_work:
+                break
+            self.take_step(9)
+        assert not self.scheduler.has_work, "a request starved"
+        assert self.admission.pages.num_free == FEW.num_pages
+        assert not self.admission._coming
+        assert set(self.ended) == set(self.all)
+        for key, made in self.all.items():
+            assert made.output == self.said[key]
+            assert len(made.output) <= made.params.max_tokens
+            assert made.finish_reason == self.ended[key]
+            assert sum(made.accepted) == len(made.output)
+            assert made.num_waited == self.waits[key]
+            if not made.params.speculation:
+                assert max(made.accepted, default=1) == 1
+
+
+class Before:
+    """What there was before a step was planned."""
+
+    def __init__(self, admission):
+        pool = admission.pages
+        self.running = list(admission.running)
+        self.counts = admission.num_preempted_for_pages, admission.num_preempted_for_priority
+        here = [*self.running, *admission.waiting]
+        self.protected, self.times = {r.key: r.is_protected for r in here}, {r.key: r.num_preempted for r in here}
+        self.computed = {r.key: r.num_computed for r in self.running}
+        held = {page for r in self.running for page in r.pages}
+        lacking = sum(max(pool.pages_for(r.num_known) - len(r.pages), 0) for r in self.running)
+        self.lacks_pages = len(held) + lacking > FEW.num_pages
+
+    def worth(self, r: Request, overdue):
+        """The lowest is preempted last."""
+        let_in = self.running.index(r) if r in self.running else len(self.running)
+        return r.key not in overdue, r.params.priority, let_in
+
+    def keeps_waiting(self, passed: Request, running):
+        """Whether somebody computes the page that the request would begin with."""
+        for r in {*self.running, *running}:
+            end = (self.computed.get(r.key, r.num_computed) // SIZE + 1) * SIZE
+            if end < passed.num_known and r.known_tokens(0, end).tolist() == passed.known_tokens(0, end).tolist():
+                return True
+        return False
+
+
+@pytest.mark.timeout(3600)  # of the nightly profile
+def test_whatever_happens_the_rules_hold():
+    Batches.seen.clear()
+    run_state_machine_as_test(Batches, settings=settings(stateful_step_count=60, deadline=None))
+    # All of this did happen.
+    seen = Batches.seen
+    assert seen["operations"] >= 50 * settings.default.max_examples >= 5000
+    for name in ("preempted for pages", "preempted for priority", "found pages", "admitted overdue"):
+        assert seen[name] > 50, name
+    assert seen["preempted overdue"] > 0
+    assert seen["cancelled preempted"] > 0
