@@ -64,7 +64,7 @@ class Budget:
         now, costs = self.last, self.costs
         worth = now.requests + np.concatenate([[0.0], np.cumsum(survival, dtype=np.float64)])
         seconds = costs.speculating(now.requests, now.others + np.arange(len(worth)), now.context)
-        rates = worth / seconds
+        rates = np.where(_is_edge(now.requests + now.others + np.arange(len(worth))), worth / seconds, 0.0)
         best = int(rates.argmax())
         self._weigh(math.log(rates[best] * now.seconds / now.requests))
         now.guesses, now.offered = best, len(survival)
@@ -94,3 +94,12 @@ class Budget:
 
     def _rest(self) -> None:
         self._is_on, self._resting, self._load = False, self._pause, self.last.requests
+
+
+def _is_edge(rows: np.ndarray) -> np.ndarray:
+    """Whether a step may have so many rows, bool: eight sizes in each doubling, so that recordings of steps serve again;
+    the smallest in any case."""
+    coarse = np.maximum(1, 2 ** np.floor(np.log2(rows / 8))).astype(np.int64)
+    found = rows % coarse == 0
+    found[0] = True
+    return found
