@@ -21,7 +21,7 @@ from euryale.runtime.model import SHARDING, Decoder
 from euryale.runtime.step import StepRunner
 from euryale.runtime.weights import Weights
 from euryale.scheduler.admission import Limits
-from euryale.scheduler.tree import TreeShape
+from euryale.scheduler.tree import TreeChoice, TreeShape
 
 PAGE, ROWS = 16, 512  # tokens of a page, rows of a step
 # hidden, layers, heads, kv heads, intermediate, vocabulary
@@ -113,5 +113,5 @@ def make_engine(name: str, dtype: torch.dtype, tree: TreeShape | None, max_len: 
         page_size=PAGE,
     )
     model = model_config(name, dtype, max_len)
-    loaded = Loaded(runner=runner, limits=limits, tree=tree, model=model, fingerprint="random weights")
+    loaded = Loaded(runner=runner, limits=limits, trees=tree and TreeChoice(shape=tree), text=None, model=model, fingerprint="random weights")
     return Engine(EngineConfig(model=name, **options), group, loaded)

@@ -1,8 +1,13 @@
 """Fixtures of all tests. Importing ``support`` lets the tests run from a bare checkout."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What engines keep of their steps' cost: for this run of the tests, so that one model is profiled once.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="euryale-tests-")
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from support import Ranks
 
 from euryale.parallel.group import single
 
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 settings.register_profile("nightly", max_examples=2000)
 
 

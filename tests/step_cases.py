@@ -90,8 +90,10 @@ def assert_same(runner: StepRunner, twin: StepRunner, plan: StepPlan, limit: flo
     assert [r.tokens for r in got] == [r.tokens for r in expected]
     assert [r.accepted_nodes for r in got] == [r.accepted_nodes for r in expected]
     for a, b in zip(got, expected, strict=True):
-        assert (a.candidates is None) == (b.candidates is None)
-        assert a.candidates is None or np.array_equal(a.candidates, b.candidates)
+        assert (a.guesses is None) == (b.guesses is None)
+        if a.guesses:
+            assert np.array_equal(a.guesses.ids, b.guesses.ids)
+            assert np.array_equal(a.guesses.logits, b.guesses.logits)
     assert runner.digest == twin.digest
     assert float((runner.cache.pages - twin.cache.pages).abs().max()) <= limit
     return sum(len(r.accepted_nodes) for r in got)

@@ -25,7 +25,7 @@ def models(tmp_path_factory):
 
 
 def run(ranks, size, directory, heads, asked, **changes):
-    settings = {"max_num_seqs": 8, "max_num_batched_tokens": 40, "dtype": "float32"} | changes
+    settings = {"max_num_seqs": 8, "max_num_batched_tokens": 40, "dtype": "float32", "tree": "static"} | changes
     config = EngineConfig(model=str(directory), medusa=str(heads), **settings)
     params = SamplingParams(max_tokens=LENGTH, ignore_eos=True)
     arrivals = 2 if config.loop == "overlapped" else 0  # requests come in while a step is under way
@@ -44,6 +44,8 @@ def test_greedy_tokens_are_those_of_transformers(models, ranks, family, size):
 CHANGES = [
     {"tree": "off"},
     {"tree": "chain"},
+    {"tree": "dynamic"},
+    {"tree": "dynamic:6", "max_num_seqs": 3},
     {"max_num_seqs": 1},
     {"max_num_seqs": 3},
     {"eager": True},

@@ -12,6 +12,7 @@ from transformers.generation.logits_process import (
 )
 
 from euryale.kernels.sample.noise import gumbel, stream_key
+from euryale.kernels.top_k import values_and_ids
 from euryale.parallel import vocabulary
 from euryale.parallel.group import single
 from euryale.parallel.vocabulary import VocabShard
@@ -105,7 +106,7 @@ def top_k_on(group, logits: torch.Tensor, k: int):
     shard = shard_of(group, logits.shape[1])
     padded = torch.nn.functional.pad(logits, (0, shard.length * group.size - logits.shape[1]))
     local = shard.hide_padding(padded[:, shard.offset : shard.offset + shard.length].clone())
-    values, ids = vocabulary.top_k(shard, local, k)
+    values, ids = values_and_ids(vocabulary.top_k(shard, local, k))
     return values.tolist(), ids.tolist(), vocabulary.argmax(shard, local).tolist()
 
 

@@ -2,9 +2,11 @@
 
 import numpy as np
 
+from euryale.scheduler.drafts import StaticTrees
 from euryale.scheduler.params import SamplingParams
-from euryale.scheduler.request import Request
-from euryale.scheduler.scheduler import Limits, SegmentResult
+from euryale.scheduler.request import Guesses, Request
+from euryale.scheduler.admission import Limits
+from euryale.scheduler.scheduler import SegmentResult
 from euryale.scheduler.tree import default_tree
 
 LIMITS = Limits(
@@ -16,7 +18,8 @@ LIMITS = Limits(
     page_size=4,
     end_ids=frozenset([2]),
 )
-TREE = default_tree(3, 9)
+TREE = StaticTrees(default_tree(3, 9))
+CANDIDATES = 8  # of each head
 
 
 def request(key: int, length: int, first: int = 7, **params) -> Request:
@@ -41,9 +44,11 @@ def results(plan, rng, token=9) -> list[SegmentResult]:
             path.append(node)
         root = segment.num_certain - 1
         tokens = [int(segment.tokens[root + n]) for n in path] + [token]
-        guesses = rng.integers(10, 50, size=(3, TREE.num_candidates)).astype(np.int32)
-        candidates = guesses if segment.wants_candidates else None
-        out.append(SegmentResult(tokens=tokens, accepted_nodes=path, candidates=candidates))
+        guesses = None
+        if segment.wants_candidates:
+            logits = np.sort(rng.normal(size=(3, CANDIDATES)), axis=1)[:, ::-1].astype(np.float32)
+            guesses = Guesses(rng.integers(10, 50, size=(3, CANDIDATES)).astype(np.int32), np.ascontiguousarray(logits))
+        out.append(SegmentResult(tokens=tokens, accepted_nodes=path, guesses=guesses))
     return out
 
 
