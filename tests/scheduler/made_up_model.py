@@ -3,7 +3,7 @@
 import numpy as np
 
 from euryale.scheduler.params import SamplingParams
-from euryale.scheduler.request import Request
+from euryale.scheduler.request import Guesses, Request
 from euryale.scheduler.scheduler import Limits, SegmentResult
 from euryale.scheduler.tree import default_tree
 
@@ -42,8 +42,8 @@ def results(plan, rng, token=9) -> list[SegmentResult]:
         root = segment.num_certain - 1
         tokens = [int(segment.tokens[root + n]) for n in path] + [token]
         guesses = rng.integers(10, 50, size=(3, TREE.num_candidates)).astype(np.int32)
-        candidates = guesses if segment.wants_candidates else None
-        out.append(SegmentResult(tokens=tokens, accepted_nodes=path, candidates=candidates))
+        found = Guesses(guesses, np.zeros(guesses.shape, dtype=np.float32)) if segment.wants_candidates else None
+        out.append(SegmentResult(tokens=tokens, accepted_nodes=path, guesses=found))
     return out
 
 

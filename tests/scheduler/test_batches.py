@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from made_up_model import LIMITS, TREE, deepest, request, results
 
+from euryale.scheduler.drafts import StaticTrees
 from euryale.scheduler.request import FinishReason, Request
 from euryale.scheduler.scheduler import Scheduler
 
@@ -28,7 +29,7 @@ class Batches(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.scheduler = Scheduler(FEW, TREE, starvation_bound=BOUND)
+        self.scheduler = Scheduler(FEW, StaticTrees(TREE), starvation_bound=BOUND)
         self.admission = self.scheduler.admission
         self.rng = np.random.default_rng(0)
         self.all, self.ended, self.said = {}, {}, {}
