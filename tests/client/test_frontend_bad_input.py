@@ -50,6 +50,7 @@ GENERATE = {"type": "generate", "v": 1}
         ({"prompt": "a", "params": {"stop_token_ids": [100_000]}}, "stop_token_ids contains token id 100000"),
         ({"prompt": "a", "params": {"stop_token_ids": [5] * 1000}}, "at most 256"),
         ({"prompt": "a", "params": {"speculation": 1}}, "speculation must be"),
+        ({"prompt": "a", "params": {"priority": 2**31}}, "priority must be between"),
         ({"prompt": "a", "params": {"acceptance": "x" * 100_000}}, "acceptance must be one of"),
     ],
 )

@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from euryale.scheduler.drafts import StaticTrees
+from euryale.scheduler.admission import Limits
 from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.request import Guesses, Request
-from euryale.scheduler.admission import Limits
 from euryale.scheduler.scheduler import SegmentResult
 from euryale.scheduler.tree import default_tree
 
@@ -18,7 +17,7 @@ LIMITS = Limits(
     page_size=4,
     end_ids=frozenset([2]),
 )
-TREE = StaticTrees(default_tree(3, 9))
+TREE = default_tree(3, 9)
 CANDIDATES = 8  # of each head
 
 

@@ -6,6 +6,7 @@ from unittest.mock import patch
 import numpy as np
 from made_up_model import LIMITS, TREE, deepest, request, results
 
+from euryale.scheduler.drafts import StaticTrees
 from euryale.scheduler.request import Request
 from euryale.scheduler.scheduler import Scheduler
 from euryale.scheduler.stats import EngineStats
@@ -57,7 +58,7 @@ def test_of_two_requests_that_need_most_of_the_pages_each_comes_to_its_end():
 def test_drafts_give_way_before_anybody_is_preempted():
     """Of seven pages two requests need six, and the drafts of the first would like to have the seventh for good."""
     limits = dataclasses.replace(LIMITS, num_pages=7, max_num_batched_tokens=40)
-    scheduler = Scheduler(limits, TREE)
+    scheduler = Scheduler(limits, StaticTrees(TREE))
     for key, length in ((0, 11), (1, 9)):
         scheduler.add(request(key, length, first=key + 10, max_tokens=12))
     step(scheduler)

@@ -12,7 +12,13 @@ from euryale.scheduler import link
 from euryale.scheduler.params import SamplingParams
 
 PARAMS = SamplingParams(
-    max_tokens=7, temperature=0.5, seed=2**64 - 1, stop=("a", "é"), stop_token_ids=(1, 2), speculation=False
+    max_tokens=7,
+    temperature=0.5,
+    seed=2**64 - 1,
+    stop=("a", "é"),
+    stop_token_ids=(1, 2),
+    speculation=False,
+    priority=-3,
 )
 TO_ENGINE = [
     link.Attach(endpoint="tcp://127.0.0.1:1"),

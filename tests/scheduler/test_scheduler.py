@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from made_up_model import LIMITS, TREE, request, results
 
+from euryale.scheduler.drafts import StaticTrees
 from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.prefix import PageNames
 from euryale.scheduler.request import FinishReason, Request
@@ -37,7 +38,7 @@ def test_an_end_token_inside_an_accepted_path_ends_the_answer():
     ],
 )
 def test_what_can_never_run_is_refused(prompt, params, message):
-    scheduler = Scheduler(LIMITS, TREE)
+    scheduler = Scheduler(LIMITS, StaticTrees(TREE))
     bad = Request(key=0, prompt=np.asarray(prompt, dtype=np.int32), params=SamplingParams(**params))
     with pytest.raises(ValueError, match=message):
         scheduler.add(bad)
@@ -45,14 +46,14 @@ def test_what_can_never_run_is_refused(prompt, params, message):
 
 
 def test_a_request_larger_than_the_cache_is_refused():
-    scheduler = Scheduler(dataclasses.replace(LIMITS, num_pages=5), TREE)
+    scheduler = Scheduler(dataclasses.replace(LIMITS, num_pages=5), StaticTrees(TREE))
     with pytest.raises(ValueError, match="need 6 KV pages and there are 5"):
         scheduler.add(request(0, 20, max_tokens=1))
 
 
 def test_trees_do_not_starve_prompts():
     """With trees that could fill every step, a long prompt still gets half of the rows."""
-    scheduler, rng = Scheduler(LIMITS, TREE), np.random.default_rng(0)
+    scheduler, rng = Scheduler(LIMITS, StaticTrees(TREE)), np.random.default_rng(0)
     scheduler.add(request(0, 1, max_tokens=30))
     plan = scheduler.plan(1, 0)
     scheduler.advance(plan, results(plan, rng))
