@@ -46,7 +46,7 @@ class Limits:
 class Admission:
     """The requests, ``waiting`` and ``running`` (in the order in which they were let in), and the ``pages``.
 
-    Before a step is planned call ``begin_step``, then ``room_for_drafts`` of each tree; after it ``settle`` for each
+    Before a step is planned call ``begin_step``, then ``hold_for_drafts`` for each tree; after it ``settle`` for each
     request that it advanced, or ``end``."""
 
     def __init__(self, limits: Limits, share_prefixes: bool, starvation_bound: int) -> None:
@@ -117,14 +117,19 @@ class Admission:
             self._admit()
         self._step += 1
 
-    def room_for_drafts(self, request: Request, depth: int) -> int:
-        """How many tokens, ``depth`` at most, can be committed after the known ones: pages for them are taken if there
-        are any, and go back with ``settle`` if they were not needed."""
-        size, known = self.pages.page_size, request.num_known
-        if len(request.pages) * size < known + depth:
-            lacking = self.pages.pages_for(known + depth) - len(request.pages)
-            self._take(request, min(lacking, self.pages.num_free))
-        return min(depth, len(request.pages) * size - known)
+    def room_for_drafts(self, requests: list[Request]) -> list[int]:
+        """How many tokens could be committed after the known ones of each running request: in its own pages, and in its
+        share of those that can be had, the first requests' one page more."""
+        share, more = divmod(self.pages.num_free, max(1, len(requests)))
+        size = self.pages.page_size
+        return [(len(r.pages) + share + (i < more)) * size - r.num_known for i, r in enumerate(requests)]
+
+    def hold_for_drafts(self, request: Request, depth: int) -> None:
+        """Take pages for ``depth`` tokens after the known ones, which there is room for; ``settle`` gives those back
+        that were not needed."""
+        lacking = self.pages.pages_for(request.num_known + depth) - len(request.pages)
+        if lacking > 0:
+            self._take(request, lacking)
 
     def settle(self, request: Request) -> None:
         """Make the running request's full pages known that are computed by now, and take back what its drafts did not

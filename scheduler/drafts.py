@@ -23,6 +23,14 @@ class Draft:
     tokens: np.ndarray
     parents: np.ndarray
 
+    @property
+    def depth(self) -> int:
+        """Of the deepest guess."""
+        depths = [0]
+        for parent in self.parents.tolist():
+            depths.append(depths[parent] + 1)
+        return max(depths)
+
 
 NO_DRAFT = Draft(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32))
 

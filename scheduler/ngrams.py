@@ -20,8 +20,8 @@ DOMAINS = 3  # that a request looks into: its own tokens, recent traffic, calibr
 TEXT = 0  # the domain of the calibration text
 FILE = "ngrams.safetensors"
 
-# The text's rows hold its likeliest successors with their shares in 65535ths; those of other domains the latest
-# successors, as often as they came, the oldest of which is the next to go.
+# The text's rows hold the ``total`` likeliest successors with their shares in 65535ths; those of other domains the latest
+# of ``total`` successors, as often as they came, the eldest of which is the next to go.
 ROW = np.dtype(
     [("fingerprint", "u4"), ("total", "u4"), ("successors", "i4", SUCCESSORS), ("shares", "u2", SUCCESSORS)]
 )
@@ -86,7 +86,7 @@ class NgramTable:
         for i in by_count[np.unique(rows[by_count], return_index=True)[1]]:  # the most frequent of each row
             likeliest = begins[i] + np.argsort(-counts[begins[i] : ends[i]], kind="stable")[:SUCCESSORS]
             row = table.rows[rows[i]]
-            row["fingerprint"], row["total"] = contexts[i].astype(np.uint32), totals[i]
+            row["fingerprint"], row["total"] = contexts[i].astype(np.uint32), len(likeliest)
             row["successors"][: len(likeliest)] = tokens[likeliest]
             row["shares"][: len(likeliest)] = counts[likeliest] * 65535 // totals[i]
         return table

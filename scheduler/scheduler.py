@@ -141,9 +141,13 @@ class Scheduler:
         if self.drafter and decoding:
             # A guess deeper than the tokens still allowed cannot be used: the bonus token takes the last place. Nor can
             # one that no page can be had for.
-            depths = [min(self.drafter.depth, r.remaining - 1) * r.params.speculation for r in decoding]
-            depths = [d and self.admission.room_for_drafts(r, d) for r, d in zip(decoding, depths, strict=True)]
+            depths = [
+                min(self.drafter.depth, r.remaining - 1, pages) if r.params.speculation else 0
+                for r, pages in zip(decoding, self.admission.room_for_drafts(decoding), strict=True)
+            ]
             drafts = self.drafter.draft(decoding, depths, room, others)
+            for request, draft in zip(decoding, drafts, strict=True):
+                self.admission.hold_for_drafts(request, draft.depth)
         roots = [r.known_tokens(r.num_computed, r.num_known) for r in decoding]
         return [self._segment(*parts) for parts in zip(decoding, roots, drafts, strict=True)]
 

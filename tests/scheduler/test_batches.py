@@ -231,7 +231,7 @@ def test_whatever_happens_the_rules_hold():
     Batches.seen.clear()
     most = settings.default.max_examples
     # Always the same operations, so that what they meet is no matter of luck, but for the nightly ones.
-    options = settings(stateful_step_count=60, deadline=None, derandomize=most <= 100)
+    options = settings(stateful_step_count=75, deadline=None, derandomize=most <= 100)
     run_state_machine_as_test(Batches, settings=options)
     seen = Batches.seen
     assert seen["operations"] >= 50 * most >= 5000

@@ -1,0 +1,109 @@
+"""How many guesses pay: against brute force, over time, and what steps are thought to cost."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from euryale.scheduler.budget import Budget
+from euryale.scheduler.costs import Profile, StepCosts
+
+
+def profile(**changes) -> Profile:
+    """A step of 1 ms, of which a quarter again for heads and 0.1 ms a row."""
+    fields = {
+        "requests": [1, 8],
+        "plain": [1e-3, 2e-3],
+        "extra": [0, 10],
+        "speculating": [[1.25e-3, 2.25e-3], [2.5e-3, 3.5e-3]],
+    }
+    return Profile(**fields | changes)
+
+
+@given(
+    requests=st.integers(1, 8),
+    others=st.integers(0, 5),
+    survival=st.lists(st.floats(0.001, 0.98), max_size=12),
+    steps=st.booleans(),
+)
+def test_the_choice_is_that_of_brute_force(requests, others, survival, steps):
+    costs = StepCosts(profile(steps=steps))
+    survival = sorted(survival, reverse=True)
+    budget = Budget(costs, most=100)
+    assert budget.begin(requests, others)
+    rates = {}
+    for n in range(len(survival) + 1):
+        rows = requests + others + n
+        if n == 0 or rows < 16 or rows % 2 == 0:  # sizes that steps may have, up to 31 rows
+            seconds = costs.speculating(requests, np.array([others + n]))[0]
+            rates[n] = (requests + sum(survival[:n])) / seconds
+    chosen = budget.choose(np.asarray(survival, dtype=np.float32))
+    assert chosen in rates
+    assert rates[chosen] == pytest.approx(max(rates.values()), rel=1e-6)
+    assert budget.last.expected == pytest.approx(sum(survival[:chosen]), rel=1e-5, abs=1e-9)
+
+
+def test_heads_rest_where_guesses_do_not_pay_and_are_asked_again_now_and_then():
+    budget = Budget(StepCosts(profile()), most=10)
+    useless, steps_on = np.full(4, 0.01, dtype=np.float32), []
+    for step in range(400):
+        if budget.begin(1, 0):
+            assert budget.choose(useless) == 0
+            steps_on.append(step)
+        budget.wants_heads()
+    assert steps_on[:3] == [0, 17, 50], "the first step, then after pauses of 16 and 32"
+    assert len(steps_on) < 8
+    while not budget.begin(1, 0):
+        pass
+    assert budget.choose(np.full(4, 0.9, dtype=np.float32)) == 4
+    assert budget.wants_heads()
+    assert budget.begin(1, 0)
+
+
+def test_another_load_is_another_question():
+    budget = Budget(StepCosts(profile()), most=10)
+    budget.begin(8, 0)
+    budget.choose(np.full(4, 0.01, dtype=np.float32))
+    assert not budget.wants_heads()
+    assert not budget.begin(8, 0)
+    assert not budget.begin(4, 0)
+    assert budget.wants_heads()
+    assert budget.begin(4, 0)
+
+
+def test_costs_are_interpolated_and_monotone():
+    costs = StepCosts(profile())
+    assert costs.plain(1) == pytest.approx(1e-3)
+    assert 1e-3 < costs.plain(3) < 2e-3
+    assert costs.plain(100) == pytest.approx(2e-3)
+    np.testing.assert_allclose(costs.speculating(1, np.array([0, 5, 10, 20])), [1.25e-3, 1.75e-3, 2.25e-3, 3.25e-3])
+    np.testing.assert_allclose(costs.prefilling(1, np.array([0, 10])), [1e-3, 2e-3])
+    noisy = StepCosts(profile(speculating=[[1.5e-3, 1.1e-3], [1.0e-3, 3e-3]]))
+    for requests in (1, 3, 8):
+        assert np.all(np.diff(noisy.speculating(requests, np.arange(12))) >= 0)
+        assert noisy.speculating(requests, np.array([0]))[0] >= noisy.plain(requests)
+    stepped = StepCosts(profile(steps=True))
+    assert len(set(stepped.speculating(1, np.arange(1, 11)).tolist())) == 1
+    assert stepped.plain(2) == pytest.approx(2e-3), "padded to eight requests"
+    far = StepCosts(profile(per_token=1e-6))
+    assert far.plain(1, context=500) == pytest.approx(1.5e-3)
+
+
+def test_costs_learn_from_steps():
+    costs = StepCosts(profile())
+    for _ in range(200):
+        costs.learn(costs.plain(1), 2e-3, 1, 0, False)  # everything takes twice as long
+    assert costs.plain(1) == pytest.approx(2e-3, rel=0.05)
+    assert costs.speculating(1, np.array([10]))[0] == pytest.approx(2 * 2.25e-3, rel=0.2)
+    before = costs.plain(1)
+    costs.learn(before, 100 * before, 1, 0, False)  # a disturbed step
+    assert costs.plain(1) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"plain": [1e-3]}, {"extra": [1, 10]}, {"requests": [8, 1]}, {"plain": [1e-3, 0.0]}, {"speculating": [[1e-3, 1e-3]]}],
+)
+def test_a_profile_that_is_none_is_refused(changes):
+    with pytest.raises(ValueError, match="profile"):
+        profile(**changes)
