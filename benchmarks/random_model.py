@@ -113,5 +113,13 @@ def make_engine(name: str, dtype: torch.dtype, tree: TreeShape | None, max_len: 
         page_size=PAGE,
     )
     model = model_config(name, dtype, max_len)
-    loaded = Loaded(runner=runner, limits=limits, trees=tree and TreeChoice(shape=tree), text=None, model=model, fingerprint="random weights")
+    loaded = Loaded(
+        runner=runner,
+        limits=limits,
+        trees=tree and TreeChoice(shape=tree),
+        text=None,
+        survival=None,
+        model=model,
+        fingerprint="random weights",
+    )
     return Engine(EngineConfig(model=name, **options), group, loaded)

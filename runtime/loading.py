@@ -1,6 +1,7 @@
 """From an EngineConfig to a rank's step runner, with every check that a bad checkpoint should meet before a
 request does."""
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from euryale.runtime.weights import Weights
 from euryale.scheduler.admission import Limits
 from euryale.scheduler.ngrams import FILE as NGRAMS
 from euryale.scheduler.ngrams import NgramTable
+from euryale.scheduler.survival import Survival
 from euryale.scheduler.tree import TreeChoice, choose_trees
 
 logger = logging.getLogger("euryale.loading")
@@ -30,12 +32,13 @@ GRAPH_MEMORY = 4 << 20  # bytes of a recorded decoder's buffers; what needs more
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
     """All that an engine needs of a model. ``trees`` None: no speculation; ``text``: what calibration text says follows
-    what, None if the heads came without."""
+    what, and ``survival``: what calibration learned of guesses; None if the heads came without."""
 
     runner: StepRunner
     limits: Limits
     trees: TreeChoice | None
     text: NgramTable | None
+    survival: Survival | None
     model: ModelConfig
     fingerprint: str
 
@@ -51,7 +54,7 @@ def load(config: EngineConfig, group: Group) -> Loaded:
         logger.exception("loading failed")
         error = repr(problem)
     group.agree(error)
-    decoder, heads, tree, model, layout, marks = parts
+    decoder, heads, tree, model, layout, marks, known = parts
     max_len = config.max_model_len or model.max_positions
     num_pages = count_pages(config, model, layout.num_kv_heads, max_len, group)
     rows = config.max_num_batched_tokens
@@ -67,11 +70,10 @@ def load(config: EngineConfig, group: Group) -> Loaded:
     )
     graphs = None if config.eager else make_graphs(cache, model, rows, group)
     runner = StepRunner(decoder, heads if tree else None, cache, tree.num_candidates if tree else 0, graphs)
-    text = None
-    if tree and tree.shape is None and config.draft_from_text:
-        directory = Path(config.medusa or config.model)
-        text = NgramTable.load_text(directory) if (directory / NGRAMS).is_file() else None
-    return Loaded(runner=runner, limits=limits, trees=tree, text=text, model=model, fingerprint=marks)
+    text, survival = known
+    return Loaded(
+        runner=runner, limits=limits, trees=tree, text=text, survival=survival, model=model, fingerprint=marks
+    )
 
 
 def _load_parts(config: EngineConfig, group: Group):
@@ -99,7 +101,8 @@ def _load_parts(config: EngineConfig, group: Group):
     heads = None
     if tensors:
         heads = MedusaHeads(tensors, weights, decoder.lm_head, decoder.shard)
-    return decoder, heads, tree, model, layout, _fingerprint(config, checkpoint, model, tree)
+    known = _calibration(config, tensors.num_heads) if tree and tree.shape is None else (None, None)
+    return decoder, heads, tree, model, layout, _fingerprint(config, checkpoint, model, tree), known
 
 
 def make_graphs(cache: KVCache, config: ModelConfig, engine_rows: int, group: Group) -> StepGraphs | None:
@@ -129,10 +132,20 @@ def _choose_trees(config: EngineConfig, num_heads: int, vocab_size: int) -> Tree
     return trees
 
 
+def _calibration(config: EngineConfig, num_heads: int) -> tuple[NgramTable | None, Survival | None]:
+    """What calibration left beside the heads for dynamic trees, as far as there is anything."""
+    directory = Path(config.medusa or config.model)
+    text = NgramTable.load_text(directory) if (directory / NGRAMS).is_file() else None
+    path = directory / "calibration.json"
+    try:
+        content = json.loads(path.read_text()).get("survival") if path.is_file() else None
+        return text, Survival.from_json(content, num_heads) if content else None
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be used ({error}): calibrate the heads again or remove it") from error
+
+
 def _fingerprint(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, tree: TreeChoice | None) -> str:
     """Names all that answers depend on: weights, heads, tree, tokenizer and settings files, dtype, quantization."""
     small = [p for p in sorted(Path(config.model).iterdir()) if p.suffix in (".json", ".jinja", ".model")]
     heads = sorted(Path(config.medusa).glob("medusa_lm_head.*")) if config.medusa else []
-    return fingerprint(
-        [*small, *checkpoint.files(), *heads], f"{model.dtype} {config.quantization} {tree}"
-    )
+    return fingerprint([*small, *checkpoint.files(), *heads], f"{model.dtype} {config.quantization} {tree}")

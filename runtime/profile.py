@@ -32,8 +32,8 @@ _EXTRA = (0, 1, 3, 5, 7, 11, 15, 23, 31, 63, 127, 255, 511, 1023, 2047, 4095)
 
 
 def measure(run: Callable[[list[Segment]], None], limits: Limits, has_heads: bool, steps: bool) -> Profile:
-    """Time ``run``, which runs one step of such segments on all ranks. ``steps``: steps are padded to buckets. ``limits``
-    say which sizes there are."""
+    """Time ``run``, which runs one step of such segments on all ranks. ``steps``: steps are padded to buckets.
+    ``limits`` say which sizes there are."""
     requests = [n for n in _REQUESTS if n <= limits.max_num_seqs] or [1]
     most = limits.max_num_batched_tokens
     extra = [n for n in _EXTRA if n + 1 <= most]
@@ -116,5 +116,3 @@ def _filled(times: list[float | None], extra: list[int]) -> list[float]:
     last = known[-1]
     slope = max(0.0, (times[last] - times[known[0]]) / max(extra[last] - extra[known[0]], 1))
     return [times[i] if i <= last else times[last] + slope * (extra[i] - extra[last]) for i in range(len(times))]
-
-

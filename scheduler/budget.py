@@ -1,8 +1,8 @@
 """How many guesses a step verifies: as many as bring the most tokens per second, none if that is none.
 
-A step with n guesses is worth its requests (each gets a token in any case) plus the guesses expected to be accepted, over
-what the step costs. Where guessing does not pay for some steps in a row the heads are not asked any more, and asked again
-from time to time, since only they can tell when it pays again.
+A step with n guesses is worth its requests (each gets a token in any case) plus the guesses expected to be accepted,
+over what the step costs. Where guessing does not pay for some steps in a row the heads are not asked any more, and
+asked again from time to time, since only they can tell when it pays again.
 """
 
 import math
@@ -97,8 +97,8 @@ class Budget:
 
 
 def _is_edge(rows: np.ndarray) -> np.ndarray:
-    """Whether a step may have so many rows, bool: eight sizes in each doubling, so that recordings of steps serve again;
-    the smallest in any case."""
+    """Whether a step may have so many rows, bool: eight sizes in each doubling, so that recordings of steps serve
+    again; the smallest in any case."""
     coarse = np.maximum(1, 2 ** np.floor(np.log2(rows / 8))).astype(np.int64)
     found = rows % coarse == 0
     found[0] = True

@@ -1,9 +1,9 @@
 """What a step costs: seconds by requests, rows and context, profiled at start and corrected by every step since.
 
-A step without guesses costs what its number of requests says. Every further row, a guess or a prompt's, adds to that, the
-first of them the heads' work too. Between measured sizes costs are interpolated, in the logarithm of the requests and
-linearly in rows; with ``steps`` they are those of the next measured number of rows, as steps that are padded to buckets
-cost. More rows never cost less.
+A step without guesses costs what its number of requests says. Every further row, a guess or a prompt's, adds to that,
+the first of them the heads' work too. Between measured sizes costs are interpolated, in the logarithm of the requests
+and linearly in rows; with ``steps`` they are those of the next measured number of rows, as steps that are padded to
+buckets cost. More rows never cost less.
 """
 
 from bisect import bisect_left
@@ -17,9 +17,9 @@ _DISTURBED = 8.0  # a step that took so much longer than predicted says nothing 
 
 @dataclass(frozen=True)
 class Profile:
-    """Measured seconds. ``requests`` int [P] and ``plain`` float [P]: steps of so many requests without guesses or heads;
-    ``extra`` int [E] and ``speculating`` float [P, E]: with heads and so many further rows (the first: 0); ``per_token``:
-    for each token of context; ``steps``: costs rise in steps."""
+    """Measured seconds. ``requests`` int [P] and ``plain`` float [P]: steps of so many requests without guesses or
+    heads; ``extra`` int [E] and ``speculating`` float [P, E]: with heads and so many further rows (the first: 0);
+    ``per_token``: for each token of context; ``steps``: costs rise in steps."""
 
     requests: list[int]
     plain: list[float]

@@ -1,6 +1,7 @@
 """Which guesses each request puts to the test in a step: a static tree's, or the step's own best."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -106,11 +107,13 @@ class DynamicTrees:
         each: int,
         budget: Budget | None = None,
         text: NgramTable | None = None,
+        survival: Survival | None = None,
         sources: Sources | None = None,
     ) -> None:
-        """``each``: most guesses of one request; ``budget`` None: always that many; ``sources`` None: all."""
+        """``each``: most guesses of one request; ``budget`` None: always that many; ``survival``: to begin with;
+        ``sources`` None: all."""
         self._each, self._budget, self._sources = each, budget, sources or Sources()
-        self.forest = Forest((self._sources.text and text) or NgramTable(), Survival(num_heads))
+        self.forest = Forest((self._sources.text and text) or NgramTable(), survival or Survival(num_heads))
         self._planned: list[Request] = []
         self._nodes = self._starts = np.zeros(0, dtype=np.int64)
 
@@ -129,7 +132,12 @@ class DynamicTrees:
         most = max(0, min(room, count * self._each))
         total = 0
         if count:
-            total = self.forest.grow(_roots(self._planned, [depths[i] for i in drafting], self._sources), most, self._each, _LEAST) - count
+            total = (
+                self.forest.grow(
+                    _roots(self._planned, [depths[i] for i in drafting], self._sources), most, self._each, _LEAST
+                )
+                - count
+            )
         if self._budget:
             total = self._budget.choose(self.forest.survival[count : count + total])
         found = self._split(count, total)
@@ -169,7 +177,7 @@ class DynamicTrees:
         number[self._nodes] = np.arange(total) - self._starts[owners] + 1
         tokens, parents = self.forest.token[self._nodes], number[self.forest.parent[self._nodes]]
         ends = self._starts.tolist()
-        return [Draft(tokens[a:b], parents[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+        return [Draft(tokens[a:b], parents[a:b]) for a, b in pairwise(ends)]
 
     def _remember(self, requests: list[Request]) -> None:
         """Learn what follows what in the requests' new tokens, and of requests that ended for others."""

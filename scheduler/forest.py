@@ -1,9 +1,9 @@
 """Candidate trees made anew for every step: the nodes that are likeliest to be accepted, over the whole batch.
 
 The expected number of accepted guesses is the sum over nodes of the probability that all guesses on the way to the node
-are right. A child's never exceeds its parent's, so the likeliest nodes of all requests are the best trees, and closed under
-ancestors (Medusa paper, section 2.3.3, for one static tree; here with the step's own probabilities). They are found best
-first, by ``forest_reference.py`` or, some hundred times as fast, by ``forest.cpp``.
+are right. A child's never exceeds its parent's, so the likeliest nodes of all requests are the best trees, and closed
+under ancestors (Medusa paper, section 2.3.3, for one static tree; here with the step's own probabilities). They are
+found best first, by ``forest_reference.py`` or, some hundred times as fast, by ``forest.cpp``.
 
 Shape suffixes: B requests, K heads, R ranks, N nodes.
 """
@@ -28,14 +28,14 @@ MAX_RANKS = 32
 GUESS = np.dtype([("token", "i4"), ("cell", "i4"), ("survival", "f4"), ("probability", "f4"), ("own", "f4")])
 _REQUESTS = ("last", "ids", "logits", "depths", "classes", "factors", "values", "domains")
 _ESTIMATES = ("weights", "ratios", "hits", "stated", "proven", "trust")
-_NODES = {name: np.int32 for name in ("request", "parent", "token", "depth")}
-_NODES |= {"survival": np.float32, "expected": np.float32} | {n: np.int32 for n in ("evidence", "first", "count")}
+_NODES = dict.fromkeys(("request", "parent", "token", "depth"), np.int32)
+_NODES |= dict.fromkeys(("survival", "expected"), np.float32) | dict.fromkeys(("evidence", "first", "count"), np.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Roots:
-    """Where trees may grow. ``last`` int32 [B, ORDERS]: a request's last tokens, the latest first (-1: none);
-    ``ids`` int32 and ``logits`` float32 [B, K, R]: what its heads name, likeliest first (ids -1: its heads did not run);
+    """Where trees may grow. ``last`` int32 [B, ORDERS]: a request's last tokens, the latest first (-1: none); ``ids``
+    int32 and ``logits`` float32 [B, K, R]: what its heads name, likeliest first (ids -1: its heads did not run);
     ``depths`` int32 [B]: of the deepest useful guess; ``classes`` int32 [B]: of the estimates; ``factors`` float32 [B]:
     on probabilities; ``values`` float32 [B]: what a guess of this request is worth beside others'; ``domains`` int64
     [B, DOMAINS]: of its own tokens, of its traffic, and TEXT or another that nothing is known of."""
@@ -71,8 +71,9 @@ class _Forest(ctypes.Structure):
 
 class Forest:
     """Grows the trees of one step after the other. Of the last step's: the arrays ``request``, ``parent`` (-1: none),
-    ``token``, ``depth``, int32 [N], ``survival`` float32 [N], the probability that all guesses on the way are right, and
-    ``expected`` float32 [N], the probability that one of the node's children is. The first B nodes are the roots."""
+    ``token``, ``depth``, int32 [N], ``survival`` float32 [N], the probability that all guesses on the way are right,
+    and ``expected`` float32 [N], the probability that one of the node's children is. The first B nodes are the
+    roots."""
 
     def __init__(self, table: NgramTable, survival: Survival) -> None:
         self.table, self.estimates = table, survival
@@ -88,7 +89,8 @@ class Forest:
 
     def grow(self, roots: Roots, most: int, each: int, least: float) -> int:
         """Make the ``most`` likeliest nodes of all trees together, at most ``each`` of one request, none whose survival
-        times its request's value is below ``least``; likeliest first. Returns how many nodes there are, roots included."""
+        times its request's value is below ``least``; likeliest first. Returns how many nodes there are, roots
+        included."""
         self.roots = roots
         count, heads, ranks = roots.ids.shape
         assert ranks <= MAX_RANKS, f"{ranks} ranks"

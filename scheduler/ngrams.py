@@ -1,9 +1,9 @@
 """What followed the same tokens before: a table of n-grams that says which tokens are likely after a given few.
 
-A *context* is the last one to ORDERS tokens, within a *domain*: the calibration text, the tokens of one request, or those
-of several requests that may learn from each other. The table is bounded: contexts are hashed to rows, and one that needs a
-row takes it from whoever had it. A 32-bit fingerprint keeps strangers apart. The text's contexts have rows of their own,
-which nobody takes.
+A *context* is the last one to ORDERS tokens, within a *domain*: the calibration text, the tokens of one request, or
+those of several requests that may learn from each other. The table is bounded: contexts are hashed to rows, and one
+that needs a row takes it from whoever had it. A 32-bit fingerprint keeps strangers apart. The text's contexts have rows
+of their own, which nobody takes.
 
 Shape suffixes: N contexts, O orders.
 """
@@ -20,11 +20,9 @@ DOMAINS = 3  # that a request looks into: its own tokens, recent traffic, calibr
 TEXT = 0  # the domain of the calibration text
 FILE = "ngrams.safetensors"
 
-# The text's rows hold the ``total`` likeliest successors with their shares in 65535ths; those of other domains the latest
-# of ``total`` successors, as often as they came, the eldest of which is the next to go.
-ROW = np.dtype(
-    [("fingerprint", "u4"), ("total", "u4"), ("successors", "i4", SUCCESSORS), ("shares", "u2", SUCCESSORS)]
-)
+# The text's rows hold the ``total`` likeliest successors with their shares in 65535ths; those of other domains the
+# latest of ``total`` successors, as often as they came, the eldest of which is the next to go.
+ROW = np.dtype([("fingerprint", "u4"), ("total", "u4"), ("successors", "i4", SUCCESSORS), ("shares", "u2", SUCCESSORS)])
 LIVE_BITS = 18  # 2 ** 18 rows of 32 bytes
 _TEXT_BITS = 16
 # Odd multipliers of 64-bit multiplicative hashing: fractional bits of the square roots of small primes.
@@ -61,7 +59,11 @@ class NgramTable:
     def rows_of(self, keys: np.ndarray, is_text: bool) -> np.ndarray:
         """Where the contexts of these names are, or would be: int64."""
         if is_text:
-            return (keys >> np.uint64(64 - self.text_bits)).astype(np.int64) if self.text_bits else np.zeros(len(keys), int)
+            return (
+                (keys >> np.uint64(64 - self.text_bits)).astype(np.int64)
+                if self.text_bits
+                else np.zeros(len(keys), int)
+            )
         return (keys >> np.uint64(64 - self.live_bits)).astype(np.int64) + (1 << self.text_bits)
 
     @classmethod
@@ -105,5 +107,7 @@ class NgramTable:
             for name in ROW.names:
                 table.rows[name][: 1 << table.text_bits] = arrays[name]
         except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise ValueError(f"{directory / FILE} is no table of n-grams ({error}): calibrate the heads again") from error
+            raise ValueError(
+                f"{directory / FILE} is no table of n-grams ({error}): calibrate the heads again"
+            ) from error
         return table

@@ -1,8 +1,7 @@
 """How likely a guess is right: learned from every guess that was put to the test.
 
-Estimates are kept per *class* of requests, as a guess that is right for greedy decoding may be wrong for sampling. All of
-them forget: each remembers about its last ``WINDOW`` cases, so that it follows when the workload changes.
-"""
+Estimates are kept per *class* of requests, as a guess that is right for greedy decoding may be wrong for sampling. All
+of them forget: each remembers about its last ``WINDOW`` cases, so that it follows when the workload changes."""
 
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ RANK_CLASSES = 4  # the head's likeliest token, its second, its others, and toke
 BINS = 24  # of probability, two for each factor of two below 1
 WINDOW = 200.0
 _BELIEF = 4.0  # cases that a starting value counts for
+_LEARNED = ("hits", "stated", "proven", "trust")
 _KEEP = 0.93  # of what is known of a request, at each of its steps
 
 # Share of cases in which what followed the context before is the better guide than heads and text, by evidence (the
@@ -35,9 +35,9 @@ def class_of(params: SamplingParams) -> int:
 class Survival:
     """The estimates of one model.
 
-    ``ratios`` float32 [classes, depths, RANK_CLASSES, BINS]: right guesses for each one stated (``hits`` over ``stated``,
-    float64), where the depths below all heads are one. ``weights`` float32 [classes, evidences]: of the request's own
-    context beside heads and text (``proven`` over ``trust``, float64)."""
+    ``ratios`` float32 [classes, depths, RANK_CLASSES, BINS]: right guesses for each one stated (``hits`` over
+    ``stated``, float64), where the depths below all heads are one. ``weights`` float32 [classes, evidences]: of the
+    request's own context beside heads and text (``proven`` over ``trust``, float64)."""
 
     def __init__(self, num_heads: int) -> None:
         self.num_depths, self.rank_classes, self.bins = num_heads + 1, RANK_CLASSES, BINS
@@ -49,6 +49,26 @@ class Survival:
         self.weights = np.tile(np.array(_STARTING_WEIGHTS, dtype=np.float32), (NUM_CLASSES, 1))
         self.trust = np.full((NUM_CLASSES, self.evidences), 4 * _BELIEF)
         self.proven = self.weights * self.trust
+
+    def to_json(self) -> dict:
+        """What was learned of greedy requests."""
+        return {name: getattr(self, name)[0].round(3).tolist() for name in _LEARNED}
+
+    @classmethod
+    def from_json(cls, content: dict, num_heads: int) -> "Survival":
+        """Estimates that begin with ``to_json``'s; what holds for greedy requests is the first guess for others.
+        ValueError if they are of another number of heads."""
+        made = cls(num_heads)
+        for name in _LEARNED:
+            found, own = np.asarray(content.get(name, ()), dtype=np.float64), getattr(made, name)
+            if found.shape != own.shape[1:] or not np.all(found >= 0):
+                raise ValueError(f"its survival.{name} does not fit {num_heads} heads")
+            own[0] = found
+        made.hits[1:] = _BELIEF * (made.hits[0] / np.maximum(made.stated[0], 1e-9))
+        made.proven[1:] = made.trust[1:] * (made.proven[0] / np.maximum(made.trust[0], 1e-9))
+        made.ratios[:] = made.hits / np.maximum(made.stated, 1e-9)
+        made.weights[:] = made.proven / np.maximum(made.trust, 1e-9)
+        return made
 
 
 @dataclass

@@ -26,6 +26,7 @@ RESULT = (
     "chat_template.jinja",
     "tree.json",
     "calibration.json",
+    "ngrams.safetensors",
     "tree.png",
     "accuracy.png",
 )

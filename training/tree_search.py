@@ -24,13 +24,11 @@ class Continuations:
     """What the heads would have said along the backbone's own greedy answers.
 
     ``ranks_SPK`` int64: rank of the token that came ``k + 2`` later; ``valid_SP`` bool: whether all K of these
-    tokens belong to the answer; ``guesses_SPKR`` float32: probability of each head's R likeliest tokens. Position 0
-    is the prompt's last token.
+    tokens belong to the answer. Position 0 is the prompt's last token.
     """
 
     ranks_SPK: np.ndarray
     valid_SP: np.ndarray
-    guesses_SPKR: np.ndarray
 
     def flat(self) -> np.ndarray:
         """Ranks at the valid positions, [N, K]."""
@@ -38,7 +36,7 @@ class Continuations:
 
     def some(self, answers_S: np.ndarray) -> "Continuations":
         """Those of the chosen answers alone."""
-        return Continuations(self.ranks_SPK[answers_S], self.valid_SP[answers_S], self.guesses_SPKR[answers_S])
+        return Continuations(self.ranks_SPK[answers_S], self.valid_SP[answers_S])
 
 
 def accuracy_by_rank(ranks_NK: np.ndarray) -> np.ndarray:

@@ -102,7 +102,13 @@ def test_costs_learn_from_steps():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"plain": [1e-3]}, {"extra": [1, 10]}, {"requests": [8, 1]}, {"plain": [1e-3, 0.0]}, {"speculating": [[1e-3, 1e-3]]}],
+    [
+        {"plain": [1e-3]},
+        {"extra": [1, 10]},
+        {"requests": [8, 1]},
+        {"plain": [1e-3, 0.0]},
+        {"speculating": [[1e-3, 1e-3]]},
+    ],
 )
 def test_a_profile_that_is_none_is_refused(changes):
     with pytest.raises(ValueError, match="profile"):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from euryale.scheduler import forest as forests
 from euryale.scheduler.forest import Forest, Roots
 from euryale.scheduler.ngrams import FILE, ORDERS, SUCCESSORS, TEXT, NgramTable, windows
-from euryale.scheduler.survival import BINS, NUM_CLASSES, Momentum, Survival, class_of
 from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.survival import BINS, NUM_CLASSES, Momentum, Survival, class_of
 
 VOCAB, HEADS, RANKS = 12, 2, 4
 
@@ -42,7 +42,13 @@ def roots(rng, count: int, has_heads: bool) -> Roots:
 
 
 @settings(deadline=None)
-@given(seed=st.integers(0, 2**32), count=st.integers(1, 5), most=st.integers(0, 40), each=st.integers(1, 20), has=st.booleans())
+@given(
+    seed=st.integers(0, 2**32),
+    count=st.integers(1, 5),
+    most=st.integers(0, 40),
+    each=st.integers(1, 20),
+    has=st.booleans(),
+)
 def test_the_compiled_forest_is_the_references(seed, count, most, each, has):
     rng, (native, reference) = np.random.default_rng(seed), pair()
     for _ in range(3):
@@ -148,7 +154,9 @@ def test_estimates_follow_what_comes_true():
             forest.grow(made, 4, 4, 1e-3)
             guess = forest.guesses[forest.first[0]]
             right = rng.random() < true_share
-            forest.learn(np.zeros(1, dtype=np.int32), np.asarray([guess["token"] if right else VOCAB + 1], dtype=np.int32))
+            forest.learn(
+                np.zeros(1, dtype=np.int32), np.asarray([guess["token"] if right else VOCAB + 1], dtype=np.int32)
+            )
         forest.grow(made, 4, 4, 1e-3)
         stated = forest.guesses[forest.first[0]]
         assert stated["survival"] == pytest.approx(true_share, abs=0.12)

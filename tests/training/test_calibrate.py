@@ -9,13 +9,17 @@ from support import answer
 
 from euryale.parallel.group import single
 from euryale.runtime.config import EngineConfig
+from euryale.scheduler.drafts import DynamicTrees
+from euryale.scheduler.ngrams import NgramTable
 from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.survival import Survival
 from euryale.scheduler.tree import load_tree
 from euryale.training import backbone, calibrate, medusa1
 from euryale.training.data import Document, load_documents
 from euryale.training.heads import Heads
 from euryale.training.options import CalibrateOptions, Medusa1Options
 from euryale.training.packing import pack
+from euryale.training.replay import replay
 from euryale.training.tree_search import NUM_RANKS
 
 HIDDEN, VOCAB, NUM_HEADS = 32, 384, 3
@@ -60,19 +64,22 @@ def test_ranks_are_places_among_the_sorted_guesses(model_dir, text_file, heads_d
     windows = pack(
         [Document(row, np.ones(len(row), bool)) for row in rows], 40, 0
     )  # both in one window, unseen by the other
-    (ranks_LK,), (guesses_LKR,) = calibrate.rank_windows(model, windows, single())
-    found = [(ranks_LK[a:b], guesses_LKR[a:b]) for a, b in ((0, 20), (20, 33))]
+    along = [part[0] for part in calibrate.rank_windows(model, windows, single())]
+    found = [[part[a:b] for part in along] for a, b in ((0, 20), (20, 33))]
     plain = backbone.load_backbone(model_dir, torch.float32)
     heads = Heads.load(heads_dir, model_dir, VOCAB, HIDDEN)
-    for row, (ranks, guesses) in zip(rows, found, strict=True):
+    for row, (ranks, ids, guesses) in zip(rows, found, strict=True):
         assert ranks.shape == (len(row), NUM_HEADS)
-        assert guesses.shape == (len(row), NUM_HEADS, NUM_RANKS)
+        assert ids.shape == guesses.shape == (len(row), NUM_HEADS, NUM_RANKS)
         with torch.no_grad():
             hidden = plain.model(torch.from_numpy(row.astype(np.int64))[None]).last_hidden_state[0]
             for k, head in enumerate(heads):
                 logits = head(hidden)
                 torch.testing.assert_close(
-                    torch.from_numpy(guesses[:, k]), logits.softmax(-1).sort(-1, descending=True).values[:, :NUM_RANKS]
+                    torch.from_numpy(guesses[:, k]), logits.sort(-1, descending=True).values[:, :NUM_RANKS]
+                )
+                torch.testing.assert_close(
+                    logits.gather(1, torch.from_numpy(ids[:, k])), torch.from_numpy(guesses[:, k])
                 )
                 for t in range(len(row) - 2 - k):
                     place = logits[t].argsort(descending=True).tolist().index(int(row[t + 2 + k]))
@@ -86,11 +93,12 @@ def test_files_beside_the_heads(calibrated):
     written = json.loads((out / "calibration.json").read_text())
     assert written["tree"]["paths"] == tree.paths() == result["tree"]["paths"]
     assert [len(row) for row in written["accuracy"]] == [NUM_RANKS] * NUM_HEADS
-    assert np.asarray(written["survival"]["probability"]).shape == (
-        NUM_HEADS,
-        NUM_RANKS,
-        len(written["survival"]["edges"]) + 1,
-    )
+    learned = Survival.from_json(written["survival"], NUM_HEADS)
+    assert not np.array_equal(learned.ratios, Survival(NUM_HEADS).ratios)
+    with pytest.raises(ValueError, match=r"survival.hits does not fit 2 heads"):
+        Survival.from_json(written["survival"], NUM_HEADS - 1)
+    assert NgramTable.load_text(out).rows["total"].any()
+    assert [row["nodes"] for row in written["dynamic"]] == list(calibrate.DYNAMIC_SIZES)
     assert all(1 <= row["tokens_per_step"] <= 1 + NUM_HEADS for row in written["trees"])
     assert [row["nodes"] for row in written["compared"]] == [5]  # the guess of a fourth head is cut off
     assert written["compared"][0]["nodes_before_cut"] == 6
@@ -107,7 +115,7 @@ def test_the_engine_gains_what_the_walk_says(calibrated, model_dir, text_file, h
     documents = load_documents(args, VOCAB)[1]
     prompts = calibrate.answers.choose_prompts(documents, 8, 12, 256)
     written = calibrate.own_answers(args, prompts, single())
-    own = calibrate.measure_answers(args, model, written, single())
+    own, _ = calibrate.measure_answers(args, model, written, single())
     paths = load_tree(out / "tree.json", NUM_HEADS).paths()
     walked = calibrate.tree_search.accepted_lengths(own.ranks_SPK, paths)
     starts = calibrate.tree_search.visited(own, paths)
@@ -118,6 +126,27 @@ def test_the_engine_gains_what_the_walk_says(calibrated, model_dir, text_file, h
         wanted = (1 + walked[s][starts[s]]).tolist()
         assert accepted[1 : 1 + len(wanted)] == wanted  # the first step ends the prompt, the last ones the answer
     assert walked[starts].sum() > 10  # these heads were taught by this backbone: there is something to compare
+
+
+def test_the_engine_takes_the_steps_of_the_replay(model_dir, text_file, heads_dir, tmp_path):
+    """Real decoding with dynamic trees of a fixed size takes the very steps of recorded answers decoded again, request
+    for request."""
+    args = options(model_dir, text_file, heads_dir, tmp_path)
+    model = calibrate.make_model(args, single())
+    asked = calibrate.answers.choose_prompts(load_documents(args, VOCAB)[1], 8, 12, 256)
+    written = calibrate.own_answers(args, asked, single())
+    _, recorded = calibrate.measure_answers(args, model, written, single())
+    drafter, taken = DynamicTrees(NUM_HEADS, 6), []
+    for record in recorded:
+        taken.append(replay(drafter, [record], 6))
+    config = EngineConfig(
+        model=model_dir, medusa=heads_dir, tree="dynamic:6", dtype="float32", max_num_seqs=1, draft_from_text=False
+    )
+    found = answer(single(), config, [(p, SamplingParams(max_tokens=16)) for p in asked])
+    assert [row["tokens"] for row in written] == found["outputs"]
+    means = [np.mean(accepted[1:-1]) if accepted[1:-1] else np.nan for accepted in found["accepted"]]
+    np.testing.assert_allclose(taken, means)
+    assert np.nanmax(means) > 1.5
 
 
 def test_two_ranks_measure_the_same(calibrated, ranks, model_dir, text_file, heads_dir, tmp_path):
@@ -136,7 +165,7 @@ def test_answers_end_at_the_end_of_text(model_dir, text_file, heads_dir, tmp_pat
     args = options(model_dir, text_file, heads_dir, tmp_path)
     model = calibrate.make_model(args, single())
     written = [{"prompt_tokens": [5, 6, 7], "tokens": list(range(10, 10 + n))} for n in (16, 7, 2)]
-    measured = calibrate.measure_answers(args, model, written, single())
+    measured, _ = calibrate.measure_answers(args, model, written, single())
     # Position 0 guesses new tokens 1, 2, 3; of 7 tokens the last three are guessed at position 3.
     assert measured.valid_SP.sum(axis=1).tolist() == [13, 4, 0]
     assert measured.ranks_SPK.shape == (3, 16, NUM_HEADS)

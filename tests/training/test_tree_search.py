@@ -7,13 +7,8 @@ import numpy as np
 import pytest
 
 from euryale.scheduler.tree import TreeShape, load_tree, search_tree
-from euryale.training import survival, tree_search
+from euryale.training import tree_search
 from euryale.training.tree_search import NUM_RANKS, Continuations
-
-
-def continuations(ranks: np.ndarray, valid: np.ndarray) -> Continuations:
-    """Heads that say nothing of how sure they are."""
-    return Continuations(ranks, valid, np.full((*ranks.shape, NUM_RANKS), 1 / NUM_RANKS, dtype=np.float32))
 
 
 def made_up_ranks(count: int = 4000) -> np.ndarray:
@@ -55,7 +50,7 @@ def test_tokens_per_step_walks_the_answers():
     valid = np.ones((1, 7), dtype=bool)
     valid[0, 6] = False
     # Steps: position 0 accepts 2 of [0], [0, 0]; position 3 accepts 1; position 5 none; 6 is beyond the end.
-    measured = continuations(ranks, valid)
+    measured = Continuations(ranks, valid)
     assert tree_search.tokens_per_step(measured, [[0], [0, 0]]) == pytest.approx((3 + 2 + 1) / 3)
     assert tree_search.tokens_per_step(measured, []) == 1
     assert tree_search.accepted_lengths(ranks, [[0], [1], [1, 0]])[0].tolist() == [1, 0, 0, 1, 2, 0, 1]
@@ -66,7 +61,7 @@ def test_walked_tree_is_no_worse_where_steps_start():
     rng = np.random.default_rng(0)
     hard = np.arange(60) % 4 == 0
     ranks = np.where(hard[None, :, None], rng.integers(1, 4, (50, 60, 3)), 0)
-    measured = continuations(ranks, np.ones((50, 60), dtype=bool))
+    measured = Continuations(ranks, np.ones((50, 60), dtype=bool))
     everywhere = tree_search.search_joint_tree(measured.flat(), 4)
     walked = tree_search.search_walked_tree(measured, 4)
     assert len(walked) == 4
@@ -106,41 +101,7 @@ def test_no_other_tree_expects_more_of_the_published_accuracies(size):
 
 def test_survival_of_a_trees_guesses_adds_up_to_its_length():
     rng = np.random.default_rng(0)
-    measured = continuations(np.minimum(rng.geometric(0.5, (40, 60, 3)) - 1, NUM_RANKS), np.ones((40, 60), dtype=bool))
+    measured = Continuations(np.minimum(rng.geometric(0.5, (40, 60, 3)) - 1, NUM_RANKS), np.ones((40, 60), dtype=bool))
     paths = tree_search.search_walked_tree(measured, 8)
     shares = tree_search.survival(measured, paths)
     assert 1 + sum(shares) == pytest.approx(tree_search.tokens_per_step(measured, paths))
-
-
-def test_survival_table_recovers_what_it_was_drawn_from():
-    """Guesses right as often as their head says, but the second head twice too sure of itself."""
-    rng = np.random.default_rng(0)
-    shape = (200, 100)
-    said = rng.dirichlet([2.0, 1.0] + [0.5] * 9, size=(*shape, 2))  # the last share is every other token's
-    said[..., :-1] = -np.sort(-said[..., :-1], axis=-1)
-    true = said.copy()
-    true[..., 1, :-1] /= 2
-    true[..., 1, -1] = 1 - true[..., 1, :-1].sum(-1)
-    drawn = (rng.random((*shape, 2, 1)) > true.cumsum(-1)).sum(-1).clip(max=NUM_RANKS)
-    found = survival.fit(Continuations(drawn, np.ones(shape, dtype=bool), said[..., :-1].astype(np.float32)))
-    reached = drawn[..., 0] < NUM_RANKS
-    assert found.count_KRE[0].sum(axis=1).tolist() == [20000] * NUM_RANKS
-    assert found.count_KRE[1].sum(axis=1).tolist() == [reached.sum()] * NUM_RANKS
-    for head, rank in itertools.product(range(2), range(3)):
-        kept = reached if head else np.ones(shape, dtype=bool)
-        bins = np.digitize(said[..., head, rank][kept].astype(np.float32), survival.EDGES)
-        for e in range(len(survival.EDGES) + 1):
-            count = found.count_KRE[head, rank, e]
-            if count > 500:  # a share of 500 draws has a standard deviation of at most 0.022
-                mean = true[..., head, rank][kept][bins == e].mean()
-                assert found.probability_KRE[head, rank, e] == pytest.approx(mean, abs=0.09), (head, rank, e)
-
-
-def test_bins_nobody_saw_say_what_the_head_says():
-    nothing = Continuations(
-        np.zeros((0, 4, 2), int), np.zeros((0, 4), bool), np.zeros((0, 4, 2, NUM_RANKS), np.float32)
-    )
-    table = survival.fit(nothing).probability_KRE
-    assert (table[0, 0] == table[1, 5]).all()
-    assert (np.diff(table[0, 0]) > 0).all()
-    assert ((np.asarray(survival.EDGES) > table[0, 0, :-1]) & (np.asarray(survival.EDGES) < table[0, 0, 1:])).all()
