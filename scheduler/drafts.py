@@ -132,12 +132,8 @@ class DynamicTrees:
         most = max(0, min(room, count * self._each))
         total = 0
         if count:
-            total = (
-                self.forest.grow(
-                    _roots(self._planned, [depths[i] for i in drafting], self._sources), most, self._each, _LEAST
-                )
-                - count
-            )
+            roots = _roots(self._planned, [depths[i] for i in drafting], self._sources)
+            total = self.forest.grow(roots, most, self._each, _LEAST) - count
         if self._budget:
             total = self._budget.choose(self.forest.survival[count : count + total])
         found = self._split(count, total)

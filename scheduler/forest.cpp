@@ -24,7 +24,9 @@ Row* row_of(const Table& table, uint64_t sum, int order, int64_t domain, uint32_
     return table.rows + (table.text_bits ? key >> (64 - table.text_bits) : 0);
 }
 
-uint64_t place_sum(uint64_t sum, int order, int32_t token) { return sum + (uint64_t)(int64_t)(token + 1) * OF_PLACE[order]; }
+uint64_t place_sum(uint64_t sum, int order, int32_t token) {
+    return sum + (uint64_t)(int64_t)(token + 1) * OF_PLACE[order];
+}
 
 // What followed a context: successors, shares, and what that is worth.
 struct Known {
@@ -65,7 +67,8 @@ struct Candidate {
     double key;
     int32_t parent, guess;  // `guess` below the node `parent`
     bool operator<(const Candidate& other) const {
-        return key != other.key ? key < other.key : parent != other.parent ? parent > other.parent : guess > other.guess;
+        if (key != other.key) return key < other.key;
+        return parent != other.parent ? parent > other.parent : guess > other.guess;
     }
 };
 

@@ -3,11 +3,11 @@
 A head guesses its depth without knowing what was chosen above it. What followed the same tokens before repairs that.
 The probability of a guess below a node is made of two opinions:
 
-* its head's probability among the tokens that the head names, times a power of the *prior*: how often it followed the
-  tokens of its path in recent traffic and calibration text (a product of experts, over all guesses named by anybody);
+* its head's probability among the tokens that the head names, times a power of the *prior*: how often it followed
+  the tokens of its path in recent traffic and calibration text (a product of experts, over all guesses named by
+  anybody);
 * how often it followed them in the request's own prompt and answer, as the last few cases have it, with a weight
-learned
-  by the length of the context and the number of cases.
+  learned by the length of the context and the number of cases.
 
 What is stated so is multiplied by what experience says of such statements (``survival``) and by the request's own
 factor. Below the deepest head, trees go on with what followed before.
