@@ -1,0 +1,126 @@
+"""What arriving prompts do to others: a long one among running streams, and many that begin alike.
+
+``python -m euryale.benchmarks.arrivals long-prompt`` lets a prompt of 4,000 tokens arrive while eight streams run, with and
+without ``--max-itl``, and reports the streams' inter-token latency and the prompt's time to first token.
+``... shared-prefix`` sends 32 prompts with the same 1,000 tokens in front, with and without the prefix cache, and counts
+the prompt rows computed. Both with random weights.
+"""
+
+import argparse
+import json
+import time
+
+import numpy as np
+import torch
+
+from euryale.benchmarks import arguments
+from euryale.benchmarks.arguments import number
+from euryale.benchmarks.machine import describe
+from euryale.benchmarks.random_model import SHAPES, make_engine
+from euryale.parallel.group import single
+from euryale.runtime.config import DTYPES
+from euryale.runtime.engine import Engine
+from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.request import Request
+
+
+def prompt_of(rng: np.random.Generator, length: int) -> np.ndarray:
+    return rng.integers(3, 1000, length).astype(np.int32)
+
+
+def make(args: argparse.Namespace, seats: int, **options) -> Engine:
+    dtype, rows = DTYPES[args.dtype], args.rows
+    return make_engine(
+        args.model, dtype, None, args.prompt + 256, single(), seats=seats, rows=rows, cost_cache=False, **options
+    )
+
+
+def long_prompt(args: argparse.Namespace, max_itl: float) -> dict:
+    """One run: seconds between the streams' tokens from the prompt's arrival to its first token, and before."""
+    engine, rng = make(args, args.streams + 1, max_itl=max_itl, device="cpu"), np.random.default_rng(0)
+    params = SamplingParams(max_tokens=args.prompt // 2, ignore_eos=True)
+    streams = [Request(key=i, prompt=prompt_of(rng, 32), params=params) for i in range(args.streams)]
+    for stream in streams:
+        engine.scheduler.add(stream)
+    last, gaps = {}, {False: [], True: []}
+    late = Request(key=args.streams, prompt=prompt_of(rng, args.prompt), params=SamplingParams(max_tokens=8))
+
+    def step(is_loaded: bool) -> None:
+        for output in engine.step():
+            now, key = time.perf_counter(), output.request.key
+            if key in last and output.tokens and key != late.key:
+                gaps[is_loaded].append((now - last[key]) / len(output.tokens))
+            last[key] = now
+
+    for _ in range(30):
+        step(False)
+    gaps[False].clear()
+    for _ in range(30):
+        step(False)
+    engine.scheduler.add(late)
+    started = time.perf_counter()
+    while not late.output:
+        step(True)
+    found = {"max_itl_ms": max_itl, "ttft_ms": 1e3 * (time.perf_counter() - started), "steps": len(gaps[True])}
+    for name, values in (("alone", gaps[False]), ("loaded", gaps[True])):
+        found |= {f"{name}_p{p}_ms": 1e3 * float(np.percentile(values, p)) for p in (50, 99)}
+    return found
+
+
+def shared_prefix(args: argparse.Namespace, caching: bool) -> dict:
+    """One run: prompt rows computed, and seconds until all have their first token."""
+    args.prompt = args.shared + args.own
+    engine, rng = make(args, 32, enable_prefix_caching=caching, device="cpu"), np.random.default_rng(0)
+    shared, rows = prompt_of(rng, args.shared), 0
+    requests = [
+        Request(
+            key=key,
+            prompt=np.concatenate([shared, prompt_of(rng, args.own)]),
+            params=SamplingParams(max_tokens=8, ignore_eos=True),
+        )
+        for key in range(args.requests)
+    ]
+    inner = engine.scheduler.plan
+    plans = []
+    engine.scheduler.plan = lambda *a: plans.append(inner(*a)) or plans[-1]
+    for request in requests:
+        engine.scheduler.add(request)
+    started = time.perf_counter()
+    while not all(r.output for r in requests):
+        engine.step()
+    seconds = time.perf_counter() - started
+    rows = sum(s.num_certain for plan in plans for s in plan.segments if s.position == 0)
+    return {"prefix_caching": caching, "prompt_rows": rows, "seconds": seconds}
+
+
+def parser_of_arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("long-prompt", "shared-prefix"))
+    parser.add_argument("--model", choices=SHAPES, default="demo-6m")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--rows", type=number(64), default=512, help="of a step")
+    parser.add_argument("--prompt", type=number(64), default=4000)
+    parser.add_argument("--streams", type=number(1), default=8)
+    parser.add_argument("--bounds", type=float, nargs="+", default=[0.0, 40.0, 20.0], help="--max-itl of each run, in ms")
+    parser.add_argument("--requests", type=number(1), default=32)
+    parser.add_argument("--shared", type=number(1), default=1000)
+    parser.add_argument("--own", type=number(1), default=24)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    with torch.inference_mode():
+        if args.what == "long-prompt":
+            rows = [long_prompt(args, bound) for bound in args.bounds]
+        else:
+            rows = [shared_prefix(args, caching) for caching in (False, True)]
+    print(describe())
+    names = list(rows[0])
+    print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
+    for row in rows:
+        print("| " + " | ".join(f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    arguments.run(parser_of_arguments(), main)

@@ -1,0 +1,158 @@
+"""Tokens per second by the number of concurrent requests, of every kind of tree over decoding without any.
+
+``python -m euryale.benchmarks.load --model DIR --medusa DIR --published TREE.json --out DIR`` decodes held-out code at
+each concurrency with every kind in turn, round by round. A ratio is taken within a round; its interval is that of the
+median, by the bootstrap over rounds. Dynamic trees do not learn from traffic here, as every round asks the same prompts.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from euryale.benchmarks import arguments
+from euryale.benchmarks.arguments import number
+from euryale.benchmarks.machine import describe
+from euryale.benchmarks.peers import run_engine
+from euryale.benchmarks.prompts import code_prompts, gsm8k_prompts
+from euryale.parallel.group import single
+from euryale.runtime.config import EngineConfig
+from euryale.runtime.engine import Engine
+from euryale.runtime.tokenizer import load_tokenizer
+
+PLAIN, DYNAMIC = "plain", "dynamic"
+
+
+def kinds(args: argparse.Namespace, directory: Path) -> dict[str, str]:
+    """Name -> --tree; the searched tree is calibration's best of as many guesses as asked for."""
+    calibration = json.loads(Path(args.medusa or args.model, "calibration.json").read_text())
+    searched = [row["paths"] for row in calibration["trees"] if row["nodes"] == args.searched]
+    if not searched:
+        raise ValueError(f"the calibration has no tree of {args.searched} guesses: see tree_search.TREE_SIZES")
+    path = directory / "searched.json"
+    path.write_text(json.dumps(searched[0]))
+    found = {PLAIN: "off", "chain": "chain", f"searched ({args.searched})": f"static:{path}", DYNAMIC: "dynamic"}
+    if args.published:
+        found["published"] = f"static:{args.published}"
+    return found
+
+
+def interval(ratios: list[float], draws: int = 2000) -> tuple[float, float, float]:
+    """The median of ratios, and the 95 % interval of it by the bootstrap."""
+    rng = np.random.default_rng(0)
+    drawn = np.median(rng.choice(ratios, (draws, len(ratios))), axis=1)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(np.median(ratios)), float(low), float(high)
+
+
+def measure(args: argparse.Namespace, engines: dict[str, Engine], prompts: list[list[int]], load: int) -> dict:
+    """Rows of one concurrency: tokens per second and per step, and how each compares with plain decoding and with the
+    best of the others."""
+    asked = [prompts[i % len(prompts)] for i in range(load)]
+    speeds: dict[str, list[float]] = {name: [] for name in engines}
+    steps: dict[str, float] = {}
+    for turn in range(args.rounds + 1):
+        for name, engine in engines.items():
+            found = run_engine(engine, asked, args.max_tokens, load)
+            if turn:  # the first warms up
+                speeds[name].append(load * args.max_tokens / found.seconds)
+                steps[name] = load * args.max_tokens / found.steps
+    others = {name: np.median(s) for name, s in speeds.items() if name != DYNAMIC}
+    best = max(others, key=others.get)
+    rows = {}
+    for name, found in speeds.items():
+        ratios = [a / b for a, b in zip(found, speeds[PLAIN], strict=True)]
+        rows[name] = {"tokens_per_second": float(np.median(found)), "tokens_per_step": steps[name]}
+        rows[name]["over_plain"] = interval(ratios)
+    rows[DYNAMIC]["over_best"] = interval([a / b for a, b in zip(speeds[DYNAMIC], speeds[best], strict=True)])
+    rows[DYNAMIC]["best"] = best
+    return rows
+
+
+def show(report: dict) -> None:
+    """The report as Markdown."""
+    names = list(next(iter(report["loads"].values())))
+    print("\n| requests | " + " | ".join(names) + " | dynamic over plain | over the best other |")
+    print("|---" * (len(names) + 3) + "|")
+    for load, rows in report["loads"].items():
+        cells = [f"{rows[n]['tokens_per_second']:,.0f} ({rows[n]['tokens_per_step']:.2f})" for n in names]
+        ratios = ["{:.2f} ({:.2f}-{:.2f})".format(*rows[DYNAMIC][w]) for w in ("over_plain", "over_best")]
+        print(f"| {load} | " + " | ".join(cells) + f" | {ratios[0]} | {ratios[1]}, {rows[DYNAMIC]['best']} |")
+
+
+def draw(report: dict, path: Path) -> None:
+    """Speed over plain decoding against the number of requests."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    loads = list(report["loads"])
+    for name in next(iter(report["loads"].values())):
+        middle, low, high = zip(*(report["loads"][load][name]["over_plain"] for load in loads), strict=True)
+        axes.plot(loads, middle, marker="o", label=name)
+        axes.fill_between(loads, low, high, alpha=0.15)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(loads, [str(load) for load in loads])
+    axes.set_xlabel("concurrent requests")
+    axes.set_ylabel("tokens per second over plain decoding")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def parser_of_arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--medusa", default="")
+    parser.add_argument("--published", type=Path, help="a published tree no deeper than there are heads")
+    parser.add_argument("--searched", type=number(1), default=16, help="guesses of the searched tree")
+    parser.add_argument("--gsm8k", type=Path, help="measure on GSM8K questions instead of held-out code")
+    parser.add_argument("--loads", type=number(1), nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--max-tokens", type=number(1), default=128)
+    parser.add_argument("--rounds", type=number(2), default=7)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=number(1), default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--out", type=Path, help="directory of load.png")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    torch.set_num_threads(args.threads)
+    texts = gsm8k_prompts(args.gsm8k, 64) if args.gsm8k else code_prompts(64)
+    tokenizer = load_tokenizer(args.model)
+    prompts = [tokenizer.encode(text) for text in texts]
+    report = {"machine": describe(), "dtype": args.dtype, "threads": args.threads, "rounds": args.rounds, "loads": {}}
+    with tempfile.TemporaryDirectory() as directory:
+        engines = {
+            name: Engine(
+                EngineConfig(
+                    model=args.model,
+                    medusa=args.medusa,
+                    dtype=args.dtype,
+                    tree=tree,
+                    max_num_seqs=max(args.loads),
+                    enable_prefix_caching=False,
+                    draft_from_traffic=False,
+                    cost_cache=False,
+                    device="cpu",
+                ),
+                single(),
+            )
+            for name, tree in kinds(args, Path(directory)).items()
+        }
+    for load in args.loads:
+        report["loads"][load] = measure(args, engines, prompts, load)
+        print(load, {n: round(r["tokens_per_second"]) for n, r in report["loads"][load].items()}, flush=True)
+    show(report)
+    if args.out:
+        draw(report, args.out / "load.png")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    arguments.run(parser_of_arguments(), main)
