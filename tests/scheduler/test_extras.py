@@ -7,6 +7,7 @@ from made_up_model import LIMITS, TREE, results
 from test_scheduler import LARGE
 
 from euryale.client.logprobs import Logprobs
+from euryale.scheduler.drafts import StaticTrees
 from euryale.scheduler.extras import History
 from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.request import Request
@@ -59,7 +60,7 @@ def test_a_history_counts_the_answer():
 
 def test_every_token_of_a_prompt_is_told_once():
     """Over chunks, and again over a prompt that is computed twice."""
-    scheduler, rng = Scheduler(LIMITS, TREE), np.random.default_rng(0)
+    scheduler, rng = Scheduler(LIMITS, StaticTrees(TREE)), np.random.default_rng(0)
     asking = request(40, prompt_logprobs=2, logprobs=0, max_tokens=9)
     scheduler.add(asking)
     scheduler.add(request(11, key=1, max_tokens=5))
