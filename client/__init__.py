@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from euryale.client.answer import Completion, Sample
 from euryale.client.errors import (
     Cancelled,
     Draining,
@@ -15,8 +16,9 @@ from euryale.client.errors import (
     TooLarge,
     UnsupportedVersion,
 )
-from euryale.client.protocol import Delta, HealthReply, ServerInfo, Usage
-from euryale.client.session import Completion
+from euryale.client.logprobs import Logprobs, TokenLogprob
+from euryale.client.params import GenerateParams
+from euryale.client.protocol import Delta, HealthReply, SampleEnd, ServerInfo, Usage
 from euryale.client.sync import Client, Generation
 
 if TYPE_CHECKING:
@@ -31,15 +33,20 @@ __all__ = [
     "Delta",
     "Draining",
     "EuryaleError",
+    "GenerateParams",
     "Generation",
     "GroupLost",
     "HealthReply",
     "InvalidRequest",
+    "Logprobs",
     "Overloaded",
     "ProtocolError",
+    "Sample",
+    "SampleEnd",
     "ServerInfo",
     "ServerLost",
     "TimedOut",
+    "TokenLogprob",
     "TooLarge",
     "UnsupportedVersion",
     "Usage",

@@ -3,16 +3,18 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import zmq
 import zmq.asyncio
 
 from euryale.client import protocol
+from euryale.client.answer import Answer, Completion
 from euryale.client.connection import close_sockets, is_connected, open_sockets
 from euryale.client.errors import EuryaleError, ProtocolError, ServerLost, TimedOut
+from euryale.client.params import GenerateParams
 from euryale.client.protocol import Delta, HealthReply, ServerInfo
-from euryale.client.session import Answer, Completion, Exchange, Session, build_generate, lost_error
+from euryale.client.session import Exchange, Session, build_generate, lost_error
 
 
 class AsyncClient:
@@ -43,14 +45,20 @@ class AsyncClient:
         return info
 
     def generate(
-        self, prompt: str | None = None, *, prompt_tokens: Any = None, messages: Any = None, **params: Any
+        self,
+        prompt: str | None = None,
+        *,
+        prompt_tokens: Any = None,
+        messages: Any = None,
+        **params: Unpack[GenerateParams],
     ) -> "AsyncGeneration":
         """Starts a generation; see ``Client.generate``. Returns at once: the request is sent in the background."""
-        exchange, frames = self._session.start(build_generate(prompt, prompt_tokens, messages, params))
+        message = build_generate(prompt, prompt_tokens, messages, params)
+        exchange, frames = self._session.start(message)
         task = asyncio.get_running_loop().create_task(self._send_or_fail(exchange, frames))
         self._senders.add(task)
         task.add_done_callback(self._senders.discard)
-        return AsyncGeneration(self, exchange)
+        return AsyncGeneration(self, exchange, message)
 
     async def cancel(self, generation: "AsyncGeneration") -> bool:
         """Ends a generation; False if it had ended already. Reading it raises Cancelled after its last delta."""
@@ -193,8 +201,8 @@ class AsyncGeneration:
     Leaving a loop over it early, closing it, or dropping it cancels the request.
     """
 
-    def __init__(self, client: AsyncClient, exchange: Exchange) -> None:
-        self.answer = Answer(exchange)
+    def __init__(self, client: AsyncClient, exchange: Exchange, message: protocol.Generate) -> None:
+        self.answer = Answer(exchange, message)
         self._client = client
 
     async def __aiter__(self) -> AsyncIterator[Delta]:

@@ -1,8 +1,10 @@
 """The messages between a client and the front end, and the limits both sides keep; docs/protocol.md in code."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from euryale.client.logprobs import Logprobs, pack_logprobs, unpack_logprobs
 from euryale.client.wire import Ints, Kind, Tokens, expect, message
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:5555"
@@ -47,6 +49,37 @@ def _unpack_usage(value: Any) -> Usage:
 
 
 UsageField = Annotated[Usage, Kind("usage", _unpack_usage, lambda usage: dict(vars(usage)))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleEnd:
+    """How one of several samples ended: as ``Done`` says it of a single one."""
+
+    finish_reason: str
+    output_tokens: int
+    decode_steps: int
+    stop: str | int | None = None
+
+
+def _pack_ends(ends: Sequence[SampleEnd]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in vars(end).items() if value is not None} for end in ends]
+
+
+def _unpack_ends(value: Any) -> tuple[SampleEnd, ...]:
+    kinds = {"finish_reason": str, "output_tokens": int, "decode_steps": int}
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise ValueError("must be a list of maps")
+    if not all(type(item.get(name)) is kind for item in value for name, kind in kinds.items()):
+        raise ValueError(f"must be a list of maps with {', '.join(kinds)}")
+    if not all(type(item.get("stop")) in (str, int, type(None)) for item in value):
+        raise ValueError("must be a list of maps with a stop that is a string or an integer, if there is one")
+    return tuple(SampleEnd(**{name: item.get(name) for name in (*kinds, "stop")}) for item in value)
+
+
+Ends = Annotated[tuple[SampleEnd, ...], Kind("list of ends", _unpack_ends, _pack_ends)]
+# Left out where it is 0, as in every answer to a request for one sample.
+SampleIndex = Annotated[int, Kind("int", expect(int), lambda index: index or None)]
+LogprobsField = Annotated[Logprobs, Kind("logprobs", unpack_logprobs, pack_logprobs)]
 
 
 # ---- client to server
@@ -130,24 +163,34 @@ class Delta:
     """New tokens of an answer. ``index`` is the first one's position in the answer.
 
     ``accepted`` lists how many tokens each decoding step gave. ``text`` may lag behind the tokens: a character
-    needs all its bytes, and what could be the beginning of a stop string is held back.
+    needs all its bytes, and what could be the beginning of a stop string is held back. ``sample`` tells the answers to
+    a request for several apart. ``logprobs`` of the tokens and, in the first delta, ``prompt_logprobs`` of the prompt's
+    tokens but the first: None unless asked for.
     """
 
     index: int
     tokens: Tokens
     text: str
     accepted: Ints
+    sample: SampleIndex = 0
+    logprobs: LogprobsField | None = None
+    prompt_logprobs: LogprobsField | None = None
 
 
 @message("done")
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """Last reply of a generate. ``text`` is what was held back; ``stop`` the stop string or token that ended it."""
+    """Last reply of a generate. ``text`` is what was held back; ``stop`` the stop string or token that ended it.
+
+    Of several samples ``samples`` has the ends, and the deltas all the text; ``finish_reason`` and ``stop`` are then
+    the first one's, unless the request was cancelled, and ``usage`` sums up.
+    """
 
     finish_reason: str
     text: str
     usage: UsageField
     stop: StopCause | None = None
+    samples: Ends | None = None
 
 
 @message("error")

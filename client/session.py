@@ -7,8 +7,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from euryale.client import protocol, wire
@@ -16,12 +15,10 @@ from euryale.client.errors import (
     Cancelled,
     EuryaleError,
     InvalidRequest,
-    ProtocolError,
     ServerLost,
     TooLarge,
     error_from_code,
 )
-from euryale.client.protocol import Accepted, Delta, Done, Usage
 
 logger = logging.getLogger("euryale.client")
 
@@ -139,76 +136,11 @@ class Session:
                 yield frames
 
 
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """A whole answer, or what arrived of it.
-
-    ``finish_reason`` is stop, length or cancelled, None while it runs; ``stop`` the stop string or token id that
-    ended it; ``accepted`` the number of tokens that each decoding step gave; ``usage`` None until the end.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: str | None
-    stop: str | int | None
-    usage: Usage | None
-    accepted: tuple[int, ...]
-    prompt_tokens: tuple[int, ...]
-    seed: int | None
-    fingerprint: str | None
-
-
-class Answer:
-    """Collects the replies of one generate request."""
-
-    def __init__(self, exchange: Exchange) -> None:
-        self.exchange = exchange
-        self.accepted: Accepted | None = None
-        self.done: Done | None = None
-        self.closed = False
-        self._tokens: list[int] = []
-        self._steps: list[int] = []
-        self._texts: list[str] = []
-
-    def take(self, reply: Any) -> Delta | None:
-        """Notes a reply; a delta for the caller, or None if there is nothing to show.
-
-        Raises Cancelled if the answer ended by cancellation, ProtocolError if the reply is out of order.
-        """
-        if isinstance(reply, Accepted) and self.accepted is None:
-            self.accepted = reply
-            return None
-        if isinstance(reply, Delta) and self.accepted is not None and reply.index == len(self._tokens):
-            self._tokens += reply.tokens
-            self._steps += reply.accepted
-            self._texts.append(reply.text)
-            return reply
-        if isinstance(reply, Done) and self.accepted is not None:
-            self.done = reply
-            self._texts.append(reply.text)
-            if reply.finish_reason == "cancelled":
-                raise Cancelled("the request was cancelled", completion=self.completion())
-            return Delta(index=len(self._tokens), tokens=(), text=reply.text, accepted=()) if reply.text else None
-        raise ProtocolError(f"the server sent {reply.type} out of order")
-
-    def completion(self) -> Completion:
-        """What is known by now."""
-        done, accepted = self.done, self.accepted
-        return Completion(
-            text="".join(self._texts),
-            tokens=tuple(self._tokens),
-            finish_reason=done and done.finish_reason,
-            stop=done and done.stop,
-            usage=done and done.usage,
-            accepted=tuple(self._steps),
-            prompt_tokens=accepted.prompt_tokens if accepted else (),
-            seed=accepted and accepted.seed,
-            fingerprint=accepted and accepted.fingerprint,
-        )
-
-
-def build_generate(prompt: str | None, prompt_tokens: Any, messages: Any, params: dict[str, Any]) -> protocol.Generate:
-    """The generate message of a call. A request without a seed gets a random one, so that it can be repeated.
+def build_generate(
+    prompt: str | None, prompt_tokens: Any, messages: Any, params: Mapping[str, Any]
+) -> protocol.Generate:
+    """The generate message of a call; ``params`` as GenerateParams. A request without a seed gets a random one, so that
+    it can be repeated.
 
     Raises InvalidRequest for anything that cannot be written down; what the values mean is the server's to judge.
     """
@@ -219,6 +151,8 @@ def build_generate(prompt: str | None, prompt_tokens: Any, messages: Any, params
         raise InvalidRequest(f"prompt must be a string, not {type(prompt).__name__}; token ids go to prompt_tokens")
     params = {name: value for name, value in params.items() if value is not None}
     params.setdefault("seed", int.from_bytes(os.urandom(8), "big"))
+    if isinstance(bias := params.get("logit_bias"), Mapping):
+        params["logit_bias"] = {str(token): value for token, value in bias.items()}  # keys are strings on the wire
     try:
         tokens = None if prompt_tokens is None else wire.unpack_tokens(wire.pack_tokens(prompt_tokens))
         chat = None if messages is None else tuple(dict(item) for item in messages)

@@ -2,15 +2,17 @@
 
 import time
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import zmq
 
 from euryale.client import protocol
+from euryale.client.answer import Answer, Completion
 from euryale.client.connection import close_sockets, is_connected, open_sockets
 from euryale.client.errors import ProtocolError, ServerLost, TimedOut
+from euryale.client.params import GenerateParams
 from euryale.client.protocol import Delta, HealthReply, ServerInfo
-from euryale.client.session import Answer, Completion, Exchange, Session, build_generate, lost_error
+from euryale.client.session import Exchange, Session, build_generate, lost_error
 
 
 class Client:
@@ -50,14 +52,22 @@ class Client:
         return info
 
     def generate(
-        self, prompt: str | None = None, *, prompt_tokens: Any = None, messages: Any = None, **params: Any
+        self,
+        prompt: str | None = None,
+        *,
+        prompt_tokens: Any = None,
+        messages: Any = None,
+        **params: Unpack[GenerateParams],
     ) -> "Generation":
         """Starts a generation from a text, from token ids, or from chat messages ({role, content} maps).
 
-        ``params`` are sampling parameters (max_tokens, temperature, stop, ...; docs/protocol.md). Raises
-        InvalidRequest or TooLarge for what cannot be sent; what the server objects to is raised on reading.
+        ``params`` are sampling parameters (max_tokens, temperature, stop, ...; docs/protocol.md). With ``n`` several
+        answers are written at the same time: a delta's ``sample`` says whose it is, and ``result()`` has all of them in
+        ``samples``. Raises InvalidRequest or TooLarge for what cannot be sent; what the server objects to is raised on
+        reading.
         """
-        return Generation(self, self._send(build_generate(prompt, prompt_tokens, messages, params)))
+        message = build_generate(prompt, prompt_tokens, messages, params)
+        return Generation(self, self._send(message), message)
 
     def cancel(self, generation: "Generation") -> bool:
         """Ends a generation; False if it had ended already. Reading it raises Cancelled after its last delta."""
@@ -179,8 +189,8 @@ class Generation:
     Leaving a loop over it early, closing it, or dropping it cancels the request.
     """
 
-    def __init__(self, client: Client, exchange: Exchange) -> None:
-        self.answer = Answer(exchange)
+    def __init__(self, client: Client, exchange: Exchange, message: protocol.Generate) -> None:
+        self.answer = Answer(exchange, message)
         self._client = client
 
     def __iter__(self) -> Iterator[Delta]:

@@ -28,7 +28,8 @@ class WireError(ValueError):
 
 @dataclass(frozen=True)
 class Kind:
-    """A field's type on the wire: ``unpack`` checks and converts (ValueError if it does not fit), ``pack`` inverts."""
+    """A field's type on the wire: ``unpack`` checks and converts (ValueError if it does not fit), ``pack`` inverts;
+    what it packs as None is left out."""
 
     name: str
     unpack: Callable[[Any], Any]
@@ -111,7 +112,9 @@ def encode(value: Any) -> bytes:
     for name, (kind, _) in value.schema.items():
         item = getattr(value, name)
         if item is not None:
-            body[name] = kind.pack(item)
+            packed = kind.pack(item)
+            if packed is not None:
+                body[name] = packed
     try:
         return msgpack.packb(body)
     except (TypeError, OverflowError, ValueError) as error:

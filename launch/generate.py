@@ -25,15 +25,22 @@ from euryale.runtime.tokenizer import load_tokenizer
 from euryale.runtime.worker import leave, run_worker
 from euryale.scheduler.params import ACCEPTANCE_RULES, SamplingParams
 
+# The sampling parameters that are flags as they are; docs/protocol.md says what they mean.
+NUMBERS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "presence_penalty", "frequency_penalty")
+NUMBERS += ("repetition_penalty", "min_tokens", "logprobs", "prompt_logprobs")
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--prompts", type=Path, required=True, help='JSONL of {"id", "prompt" or "prompt_tokens"}')
     parser.add_argument("--out", type=Path, required=True, help="JSONL of answers, in input order")
     parser.add_argument("--no-speculation", action="store_true", help="one token a step; same as --tree off")
-    for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed"):
+    for name in NUMBERS:
         default = getattr(SamplingParams, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+        kind = int if default is None else type(default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default)
+    # torchrun would take --n for a flag of its own.
+    parser.add_argument("--samples", type=int, dest="n", default=1, help="independent answers to each prompt")
     parser.add_argument("--acceptance", choices=ACCEPTANCE_RULES, default=SamplingParams.acceptance)
     parser.add_argument("--ignore-eos", action="store_true", help="go on after end-of-sequence tokens")
     add_flags(parser, EngineConfig)
@@ -48,8 +55,7 @@ def main() -> int:
         return dataclasses.replace(engine, tree="off") if args.no_speculation else engine
 
     def lead(engine) -> None:
-        names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "acceptance", "ignore_eos")
-        params = SamplingParams(**{name: getattr(args, name) for name in names})
+        params = SamplingParams(**{name: getattr(args, name) for name in (*NUMBERS, "n", "acceptance", "ignore_eos")})
         interrupted = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):  # stop between two steps, when no other rank is waiting
             signal.signal(number, lambda *_: interrupted.set())

@@ -19,13 +19,20 @@ _GREEDY = SamplingParams()
 @dataclass(frozen=True)
 class StepKind:
     """What a plan asks for. ``is_decode``: every segment samples and has one certain row, so that every row is decided.
-    ``is_sampled``: some request draws; ``is_plain``: none wants more than exact acceptance without filters.
-    ``wants_candidates``: some request guesses on."""
+    ``is_sampled``: some request draws; ``is_filtered``: one that draws leaves out some tokens or accepts by the typical
+    rule; ``has_extras``: some request changes logits or wants to be told of them. ``wants_candidates``: some request
+    guesses on."""
 
     is_decode: bool
     is_sampled: bool
-    is_plain: bool
+    is_filtered: bool
+    has_extras: bool
     wants_candidates: bool
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether none wants more than exact acceptance without filters, of the logits as they are."""
+        return not self.is_filtered and not self.has_extras
 
     @classmethod
     def of(cls, plan: StepPlan) -> "StepKind":
@@ -33,7 +40,8 @@ class StepKind:
         return cls(
             is_decode=all(s.samples and s.num_certain == 1 for s in plan.segments),
             is_sampled=bool(drawing),
-            is_plain=not any(p.is_filtered or p.acceptance == "typical" for p in drawing),
+            is_filtered=any(p.is_filtered or p.acceptance == "typical" for p in drawing),
+            has_extras=any(s.extras is not None for s in plan.segments),
             wants_candidates=any(s.wants_candidates for s in plan.segments),
         )
 
@@ -72,7 +80,8 @@ class StepBatch:
         self.decided_at, self.wanted = tensors.get("decided_at"), tensors.get("wanted")
         self.rules = None
         if self.kind.is_sampled:
-            self.rules = RowParams(is_plain=self.kind.is_plain, **{name: tensors[name] for name in RowParams.ARRAYS})
+            columns = {name: tensors[name] for name in RowParams.ARRAYS}
+            self.rules = RowParams(is_plain=not self.kind.is_filtered, **columns)
 
     def refill(self, plan: StepPlan) -> bool:
         """Take another plan of the same kind, rows and segments, in the same memory; False if it does not fit."""
@@ -84,6 +93,13 @@ class StepBatch:
     def sampling(self) -> list[int]:
         """Which segments sample."""
         return [i for i, segment in enumerate(self.segments) if segment.samples]
+
+    def decided_rows(self, segment: int) -> slice:
+        """Where the tree of a sampling segment, root first, lies among the decided rows."""
+        start, stop = self.geometry.row_starts[segment : segment + 2]
+        start += self.segments[segment].num_certain - 1
+        first = start if self.host_decided_at is None else int(self.host_decided_at[start])
+        return slice(first, first + stop - start)
 
     def _take(self, plan: StepPlan) -> dict[str, np.ndarray]:
         self.segments: list[Segment] = plan.segments
@@ -126,7 +142,7 @@ class StepBatch:
         for i in self.sampling:
             segment = self.segments[i]
             for row in range(starts[i] + segment.num_certain - 1, starts[i + 1]):
-                rows.append((segment.params, segment.position + int(depths[row])))
+                rows.append((segment.params, segment.sample, segment.position + int(depths[row])))
         if self.kind.is_decode:
-            rows += [(_GREEDY, 0)] * (len(depths) - len(rows))
+            rows += [(_GREEDY, 0, 0)] * (len(depths) - len(rows))
         arrays |= row_arrays(rows)

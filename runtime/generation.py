@@ -33,7 +33,8 @@ def default_params(directory: str) -> dict:
     content = _read(directory)
     if not content.get("do_sample"):
         return {}
-    named = {"temperature": 1.0} | {k: content[k] for k in ("temperature", "top_k", "top_p", "min_p") if k in content}
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    named = {"temperature": 1.0} | {k: content[k] for k in names if k in content}
     named = {k: v for k, v in named.items() if v is not None}
     SamplingParams(**named)  # ValueError here rather than at the first request
     return named

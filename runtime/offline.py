@@ -5,13 +5,14 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 from tqdm import tqdm
 
+from euryale.client.logprobs import Logprobs
 from euryale.runtime.engine import Engine
 from euryale.scheduler.detokenizer import Detokenizer
 from euryale.scheduler.params import SamplingParams
@@ -20,10 +21,10 @@ from euryale.scheduler.request import Request
 
 @dataclass
 class Job:
-    """One line of the input: its ``request``, or the ``error`` that kept it from becoming one."""
+    """One line of the input: its ``requests``, one for each sample, or the ``error`` that kept it from becoming any."""
 
     id: object
-    request: Request | None = None
+    requests: list[Request] = field(default_factory=list)
     error: str | None = None
 
 
@@ -48,12 +49,12 @@ def _job(key: int, line: str, tokenizer, params: SamplingParams) -> Job:
     if not isinstance(row, dict):
         return Job(None, error=f"line {key + 1} must be an object with a prompt")
     try:
-        return Job(row.get("id"), request=_request(key, row, tokenizer, params))
+        return Job(row.get("id"), _requests(key, row, tokenizer, params))
     except ValueError as error:
         return Job(row.get("id"), error=str(error))
 
 
-def _request(key: int, row: dict, tokenizer, params: SamplingParams) -> Request:
+def _requests(key: int, row: dict, tokenizer, params: SamplingParams) -> list[Request]:
     if unknown := set(row) - {"id", "prompt", "prompt_tokens", "max_tokens"}:
         raise ValueError(f"unknown field {sorted(unknown)[0]!r}: a line has id, prompt or prompt_tokens, max_tokens")
     if ("prompt" in row) == ("prompt_tokens" in row):
@@ -71,7 +72,12 @@ def _request(key: int, row: dict, tokenizer, params: SamplingParams) -> Request:
             raise ValueError("prompt_tokens must be a list of token ids")
     if "max_tokens" in row:
         params = dataclasses.replace(params, max_tokens=row["max_tokens"])
-    return Request(key=key, prompt=np.asarray(tokens, dtype=np.int32), params=params)
+    prompt = np.asarray(tokens, dtype=np.int32)
+    first = dataclasses.replace(params, prompt_logprobs=None)  # the same for all samples: the first one's are enough
+    return [
+        Request(key=key * params.n + sample, prompt=prompt, params=first if sample else params, sample=sample)
+        for sample in range(params.n)
+    ]
 
 
 def generate(
@@ -86,21 +92,25 @@ def generate(
     are done; ``with_prompts`` with the prompt's tokens too. Returns the summary; loading is not part of ``seconds``.
     KeyboardInterrupt, between two steps, when ``is_interrupted``."""
     for job in jobs:
-        if job.request is not None:
-            try:
-                engine.scheduler.add(job.request)
-            except ValueError as error:
-                job.error, job.request = str(error), None
-    requests = [job.request for job in jobs if job.request is not None]
+        try:
+            for request in job.requests:  # what keeps one sample out keeps out the first
+                engine.scheduler.add(request)
+        except ValueError as error:
+            job.error, job.requests = str(error), []
+    requests = [request for job in jobs for request in job.requests]
+    told: dict[int, list[Logprobs]] = {request.key: [] for request in requests if request.params.logprobs is not None}
     waiting, started = deque(jobs), time.perf_counter()
     with tqdm(total=len(requests), desc="generating", unit="prompt") as bar:
         while engine.scheduler.has_work:
             if is_interrupted():
                 raise KeyboardInterrupt
-            outputs = engine.step(lambda: _write_finished(out, waiting, tokenizer, with_prompts))
+            outputs = engine.step(lambda: _write_finished(out, waiting, tokenizer, told, with_prompts))
+            for output in outputs:
+                if output.logprobs is not None:
+                    told[output.request.key].append(output.logprobs)
             bar.update(sum(o.finish_reason is not None for o in outputs))
     seconds = time.perf_counter() - started
-    _write_finished(out, waiting, tokenizer, with_prompts)
+    _write_finished(out, waiting, tokenizer, told, with_prompts)
     steps = sum(len(r.accepted) for r in requests)
     tokens = sum(len(r.output) for r in requests)
     return {
@@ -116,20 +126,41 @@ def generate(
     }
 
 
-def _write_finished(out: TextIO, waiting: deque[Job], tokenizer, with_prompts: bool) -> None:
+def _write_finished(
+    out: TextIO, waiting: deque[Job], tokenizer, told: dict[int, list[Logprobs]], with_prompts: bool
+) -> None:
     """Write the answers at the head of the queue that are complete."""
-    while waiting and (waiting[0].request is None or waiting[0].request.finish_reason):
+    while waiting and all(request.finish_reason for request in waiting[0].requests):
         job = waiting.popleft()
         row: dict = {"id": job.id, "text": "", "tokens": [], "finish_reason": None, "accepted": []}
-        if job.request is not None:
-            text = Detokenizer(tokenizer, job.request.prompt.tolist())
-            row["text"] = text.push(job.request.output) + text.finish()
-            row["tokens"] = job.request.output
-            row["finish_reason"] = job.request.finish_reason
-            row["accepted"] = job.request.accepted
+        if job.requests:
+            samples = [_answer(request, tokenizer, told) for request in job.requests]
+            first = job.requests[0]
+            row |= samples[0]
+            if len(samples) > 1:
+                row["samples"] = samples
+            if first.params.prompt_logprobs is not None:
+                row["prompt_logprobs"] = _readable(first.prompt_logprobs)
             if with_prompts:
-                row["prompt_tokens"] = job.request.prompt.tolist()
+                row["prompt_tokens"] = first.prompt.tolist()
         else:
             row["error"] = job.error
         out.write(json.dumps(row) + "\n")
         out.flush()  # a killed run keeps what was answered
+
+
+def _answer(request: Request, tokenizer, told: dict[int, list[Logprobs]]) -> dict:
+    text = Detokenizer(tokenizer, request.prompt.tolist())
+    answer = {
+        "text": text.push(request.output) + text.finish(),
+        "tokens": request.output,
+        "finish_reason": request.finish_reason,
+        "accepted": request.accepted,
+    }
+    if request.key in told:
+        answer["logprobs"] = _readable(Logprobs.join(told[request.key]))
+    return answer
+
+
+def _readable(logprobs: Logprobs) -> list[dict]:
+    return [token._asdict() for token in logprobs]

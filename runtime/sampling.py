@@ -43,12 +43,12 @@ class RowParams:
         return (self.temperature > 0) & ((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0))
 
 
-def row_arrays(rows: list[tuple[SamplingParams, int]]) -> dict[str, np.ndarray]:
-    """The tensors of RowParams, as the host makes them from parameters and position of each row."""
-    params = [p for p, _ in rows]
+def row_arrays(rows: list[tuple[SamplingParams, int, int]]) -> dict[str, np.ndarray]:
+    """The tensors of RowParams, as the host makes them from parameters, sample and position of each row."""
+    params = [p for p, _, _ in rows]
     return {
         "temperature": np.asarray([p.temperature for p in params], dtype=np.float32),
-        "keys": np.asarray([stream_key(p.seed, 0, at) if p.temperature else 0 for p, at in rows], dtype=np.int64),
+        "keys": np.asarray([stream_key(p.seed, *at) if p.temperature else 0 for p, *at in rows], dtype=np.int64),
         "top_k": np.asarray([p.top_k for p in params], dtype=np.int64),
         "top_p": np.asarray([p.top_p for p in params], dtype=np.float32),
         "min_p": np.asarray([p.min_p for p in params], dtype=np.float32),

@@ -151,7 +151,7 @@ class Server:
     def _add(self, message: links.Add) -> None:
         prompt = np.asarray(message.prompt, dtype=np.int32)
         try:
-            self.scheduler.add(Request(key=message.key, prompt=prompt, params=message.params))
+            self.scheduler.add(Request(key=message.key, prompt=prompt, params=message.params, sample=message.sample))
         except ValueError as error:
             self.link.send(links.Rejected(key=message.key, code="invalid_request", message=str(error)))
 
@@ -183,4 +183,4 @@ class Server:
 
 def _output(output) -> Output:
     reason = str(output.finish_reason) if output.finish_reason else None
-    return Output(output.request.key, output.tokens, reason)
+    return Output(output.request.key, output.tokens, reason, output.logprobs, output.prompt_logprobs)

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from euryale.runtime.acceptance import decide
+from euryale.runtime.adjustments import adjust
 from euryale.runtime.batch import StepBatch
 from euryale.runtime.kv_cache import KVCache
+from euryale.runtime.logprobs import Reports
 from euryale.runtime.medusa import MedusaHeads
 from euryale.runtime.model import Decoder
 from euryale.runtime.step_graphs import StepGraphs
@@ -22,11 +24,13 @@ from euryale.scheduler.scheduler import SegmentResult
 @dataclass(frozen=True)
 class Outcome:
     """What a step found, on the device: ``next_tokens`` int32 [N] after the decided rows, ``last`` int32 [B], the row
-    where each segment's walk ended, ``candidates`` int32 [2, K, W, k] after it (see ``MedusaHeads``), or None."""
+    where each segment's walk ended, ``candidates`` int32 [2, K, W, k] after it (see ``MedusaHeads``), or None. Nothing
+    but ``reports``, if no segment samples."""
 
-    next_tokens: torch.Tensor
-    last: torch.Tensor
-    candidates: torch.Tensor | None
+    next_tokens: torch.Tensor | None = None
+    last: torch.Tensor | None = None
+    candidates: torch.Tensor | None = None
+    reports: Reports | None = None
 
     def to_host(self) -> list[np.ndarray]:
         """The three as arrays, in one copy; waits for the device."""
@@ -65,11 +69,13 @@ class StepRunner:
         return batch, self._conclude(batch, hidden_RD)
 
     def finish(self, started: tuple[StepBatch, Outcome | None] | None) -> list[SegmentResult]:
-        """One result per sampling segment, in the plan's order, the same on every rank."""
+        """One result per segment that has one, in the plan's order, the same on every rank."""
         if started is None or started[1] is None:
             return []
         self.decoder.shard.group.wait_for_device()
-        return self._results(*started)
+        batch, outcome = started
+        results = self._results(batch, outcome) if batch.sampling else []
+        return outcome.reports.add_to(batch, results) if outcome.reports else results
 
     def run(self, plan: StepPlan) -> list[SegmentResult]:
         """Execute the plan and wait for its results."""
@@ -84,18 +90,23 @@ class StepRunner:
         return outcome.next_tokens, outcome.last, outcome.candidates
 
     def _conclude(self, batch: StepBatch, hidden_RD: torch.Tensor) -> Outcome | None:
-        """What follows the last layer; None if no segment samples."""
+        """What follows the last layer; None if nothing is asked for but its K/V."""
         if not batch.sampling:
             self.cache.commit(batch.geometry.slots)
-            return None
+            reports = Reports.prepare(self.decoder, hidden_RD, None, batch) if batch.kind.has_extras else None
+            return reports and Outcome(reports=reports)
         decided_ND = hidden_RD if batch.decided is None else hidden_RD[batch.decided]
-        accepted = decide(self.decoder.shard, self.decoder.logits(decided_ND), batch)
+        logits_NV, reports = self.decoder.logits(decided_ND), None
+        if batch.kind.has_extras:
+            reports = Reports.prepare(self.decoder, hidden_RD, logits_NV, batch)
+            logits_NV = adjust(self.decoder.shard, logits_NV, batch)
+        accepted = decide(self.decoder.shard, logits_NV, batch)
         self.cache.commit(accepted.kept)
         candidates = None
         if self.heads is not None and batch.kind.wants_candidates:
             after = accepted.last if batch.wanted is None else accepted.last[batch.wanted]
             candidates = self.heads.candidates(hidden_RD, after, self.num_candidates)
-        return Outcome(accepted.next_tokens, accepted.last, candidates)
+        return Outcome(accepted.next_tokens, accepted.last, candidates, reports)
 
     def _results(self, batch: StepBatch, outcome: Outcome) -> list[SegmentResult]:
         next_tokens, last, candidates = outcome.to_host()

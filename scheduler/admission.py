@@ -259,8 +259,9 @@ class Admission:
 
     def _name_known(self, request: Request) -> list[bytes]:
         """Names of the known tokens' full pages but for the one with the last token, which is computed in any case:
-        what follows it is what the request asks for."""
-        if self._names is None:
+        what follows it is what the request asks for. None where the prompt's rows are to be reported on: they all have
+        to be computed."""
+        if self._names is None or request.wants_prompt_logprobs:
             return []
         names, size = request.page_names, self.pages.page_size
         full = request.num_known // size

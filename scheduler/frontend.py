@@ -223,14 +223,26 @@ class FrontEnd:
         self._num_received += 1
         if self._drain_requested:
             raise RequestError("draining", "the server is stopping and takes no new requests")
-        if len(self._requests) >= self._config.max_queue:
-            text = f"the server has {len(self._requests)} requests in flight, as many as it may"
-            raise RequestError("overloaded", text, retry_after=self._requests.retry_after())
+        self._check_room(1)  # before anything is spent on it
         prompt = read_prompt(message, self._tokenizer, self._limits)
         params = read_params(message.params, len(prompt), self._limits)
+        if params.n > self._config.max_queue:
+            most = self._config.max_queue
+            raise RequestError(
+                "invalid_request", f"n {params.n} is more than this server works on: ask for {most} or less"
+            )
+        self._check_room(params.n)
         accepted = protocol.Accepted(prompt_tokens=prompt, seed=params.seed, fingerprint=self._info["fingerprint"])
         self._port.send(client, request_id, accepted)
         self._requests.add(client, request_id, prompt, params)
+
+    def _check_room(self, num_samples: int) -> None:
+        num_held = len(self._requests)
+        if num_held + num_samples > self._config.max_queue:
+            text = f"the server has {num_held} requests in flight, as many as it may"
+            if num_held < self._config.max_queue:
+                text = f"the server has {num_held} requests in flight and no room for {num_samples} samples more"
+            raise RequestError("overloaded", text, retry_after=self._requests.retry_after())
 
     def _cancel(self, client: bytes, request_id: bytes, message: protocol.Cancel) -> None:
         request = self._requests.find(client, message.target)

@@ -8,8 +8,8 @@ from typing import Any
 
 from euryale.client import protocol
 from euryale.scheduler import link as engine
+from euryale.scheduler.frontend_answer import OpenRequest, OpenSample
 from euryale.scheduler.frontend_port import ClientPort
-from euryale.scheduler.frontend_request import OpenRequest
 from euryale.scheduler.params import SamplingParams
 
 
@@ -17,16 +17,16 @@ class InFlight:
     """Every request from its acceptance to the engine's last word on it.
 
     A client has its final message at once when a stop string matches or it cancels, while the engine still holds the
-    request for a step; so ``len()`` counts what the engine holds.
+    request for a step; so ``len()`` counts what the engine holds, every sample of a request.
     """
 
     def __init__(self, port: ClientPort, link: engine.FrontEndLink, tokenizer: Any) -> None:
         self._port = port
         self._link = link
         self._tokenizer = tokenizer
-        self._held: dict[int, OpenRequest] = {}  # by key
+        self._held: dict[int, tuple[OpenRequest, OpenSample]] = {}  # by key
         self._awaited: dict[bytes, dict[bytes, OpenRequest]] = {}  # by client and request id
-        self._unsent: dict[int, OpenRequest] = {}  # requests with tokens since their last delta
+        self._unsent: dict[int, tuple[OpenRequest, OpenSample]] = {}  # samples with tokens since their last delta
         self._num_keys = 0
         self._finish_times: deque[float] = deque(maxlen=32)
         names = ("finished", "cancelled", "failed")
@@ -46,47 +46,52 @@ class InFlight:
 
     def add(self, client: bytes, request_id: bytes, prompt: Sequence[int], params: SamplingParams) -> None:
         """Hands a request to the engine."""
-        self._num_keys += 1
+        keys = range(self._num_keys + 1, self._num_keys + params.n + 1)
+        self._num_keys += params.n
         request = OpenRequest(
-            key=self._num_keys,
+            keys=keys,
             client=client,
             request_id=request_id,
             prompt=prompt,
             params=params,
             tokenizer=self._tokenizer,
         )
-        self._held[request.key] = request
         self._awaited.setdefault(client, {})[request_id] = request
         self.counts["prompt_tokens"] += len(prompt)
-        self._tell_engine(engine.Add(key=request.key, prompt=prompt, params=params))
+        for sample in request.samples:
+            self._held[sample.key] = request, sample
+            self._tell_engine(engine.Add(key=sample.key, prompt=prompt, params=sample.params, sample=sample.index))
 
     def take(self, output: engine.Output) -> None:
-        """Notes what a step gave a request, and ends it if that was all."""
-        request = self._held.get(output.key)
-        if request is None:
+        """Notes what a step gave a sample, and ends its request if that was all."""
+        if output.key not in self._held:
             return
+        request, sample = self._held[output.key]
         if output.finish_reason is not None:
             del self._held[output.key]
             self._finish_times.append(time.monotonic())
-        if request.closed:
+        if request.closed or sample.end is not None:
             return  # ended by a stop string or a cancel; the engine had not heard of it yet
-        before = request.num_tokens
-        done = request.take(output.tokens, output.finish_reason)
-        self.counts["output_tokens"] += request.num_tokens - before
-        if done is None:
-            self._unsent[request.key] = request
-        else:
+        before = sample.num_tokens
+        sample.take(output)
+        self.counts["output_tokens"] += sample.num_tokens - before
+        if request.has_ended:
+            done = request.done()
             self._finish(request, done, "cancelled" if done.finish_reason == "cancelled" else "finished")
+            return
+        self._unsent[sample.key] = request, sample
+        if sample.end is not None:
+            self._release(sample)
 
     def flush(self) -> None:
-        """Sends the deltas of all that was taken since the last call: one per request, however many steps it covers."""
-        for request in self._unsent.values():
-            self._send_delta(request)
+        """Sends the deltas of all that was taken since the last call: one per sample, however many steps it covers."""
+        for request, sample in self._unsent.values():
+            self._send_delta(request, sample)
         self._unsent.clear()
 
     def reject(self, key: int, error: protocol.Error) -> None:
         """Ends a request that the engine gave up."""
-        request = self._held.pop(key, None)
+        request, _ = self._held.pop(key, (None, None))
         if request is not None and not request.closed:
             self._finish(request, error, "failed")
 
@@ -108,7 +113,7 @@ class InFlight:
     def lose(self, error: protocol.Error) -> None:
         """Ends all requests: the engine is gone."""
         held, self._held = self._held, {}
-        for request in held.values():
+        for request, _ in held.values():
             if not request.closed:
                 self._finish(request, error, "failed")
 
@@ -118,13 +123,14 @@ class InFlight:
         pace = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1.0
         return min(30.0, max(0.1, pace))
 
-    def _send_delta(self, request: OpenRequest) -> None:
-        delta = request.take_delta()
+    def _send_delta(self, request: OpenRequest, sample: OpenSample) -> None:
+        delta = sample.take_delta()
         if delta is not None:
             self._port.send(request.client, request.request_id, delta)
 
     def _finish(self, request: OpenRequest, final: Any, outcome: str) -> None:
-        self._send_delta(request)
+        for sample in request.samples:
+            self._send_delta(request, sample)
         self._port.send(request.client, request.request_id, final)
         self._close(request, outcome)
 
@@ -132,13 +138,18 @@ class InFlight:
         """Forgets a request on the client's side, and has the engine end it if it still holds it."""
         self.counts[f"requests_{outcome}"] += 1
         request.closed = True
-        self._unsent.pop(request.key, None)
         requests = self._awaited[request.client]
         del requests[request.request_id]
         if not requests:
             del self._awaited[request.client]
-        if request.key in self._held:
-            self._tell_engine(engine.Cancel(key=request.key))
+        for sample in request.samples:
+            self._unsent.pop(sample.key, None)
+            self._release(sample)
+
+    def _release(self, sample: OpenSample) -> None:
+        """Has the engine end a sample that it still holds and nobody waits for."""
+        if sample.key in self._held:
+            self._tell_engine(engine.Cancel(key=sample.key))
 
     def _tell_engine(self, message: Any) -> None:
         with contextlib.suppress(engine.LinkLost):  # the loop sees the same from the link's monitor, and ends all

@@ -1,12 +1,11 @@
-"""One request between the front end and its client: what is checked before, and what is made of its tokens after."""
+"""What is checked of a request before the engine hears of it."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from euryale.client import protocol
-from euryale.scheduler.detokenizer import Detokenizer, StopMatcher
 from euryale.scheduler.params import PARAMETER_NAMES, SamplingParams
 
 MAX_STOP_TOKENS = 256
@@ -85,6 +84,8 @@ def read_params(given: dict[str, Any], prompt_length: int, limits: Limits) -> Sa
     room = limits.max_tokens - prompt_length
     values = {**limits.defaults, **{name: value for name, value in given.items() if value is not None}}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    if isinstance(values.get("logit_bias"), dict):
+        values["logit_bias"] = tuple(_read_bias(values["logit_bias"]))
     if isinstance(values.get("stop"), str):
         values["stop"] = (values["stop"],)
     if given.get("max_tokens") is None:
@@ -103,88 +104,13 @@ def read_params(given: dict[str, Any], prompt_length: int, limits: Limits) -> Sa
     if len(params.stop_token_ids) > MAX_STOP_TOKENS:
         raise _refuse(f"stop_token_ids takes at most {MAX_STOP_TOKENS} ids, not {len(params.stop_token_ids)}")
     _check_tokens("stop_token_ids", params.stop_token_ids, limits)
+    _check_tokens("logit_bias", [token for token, _ in params.logit_bias], limits)
     return params
 
 
-class OpenRequest:
-    """A request the engine works on: turns its tokens into deltas and knows when its client has had its last one.
-
-    ``closed`` is set with the client's final message. The engine may still hold the request then.
-    """
-
-    def __init__(
-        self,
-        *,
-        key: int,
-        client: bytes,
-        request_id: bytes,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        tokenizer: Any,
-    ) -> None:
-        self.key = key
-        self.client = client
-        self.request_id = request_id
-        self.closed = False
-        self.num_tokens = 0
-        self._prompt_length = len(prompt)
-        self._num_steps = 0
-        self._stepwise = bool(params.stop)
-        self._detokenizer = Detokenizer(tokenizer, context=prompt)
-        self._matcher = StopMatcher(params.stop)
-        self._new_tokens: list[int] = []
-        self._new_steps: list[int] = []
-        self._new_text = ""
-
-    def take(self, tokens: Sequence[int], finish_reason: str | None) -> protocol.Done | None:
-        """Notes what a step gave. The final message, to be sent after ``take_delta``, if that ends the answer.
-
-        With stop strings tokens are read one by one, and those after the string are dropped: so the answer does not
-        depend on how many tokens a step happened to accept.
-        """
-        stop: str | int | None = None
-        count = 0
-        for piece in ([token] for token in tokens) if self._stepwise else ([tokens] if tokens else ()):
-            count += len(piece)
-            text, stop = self._matcher.push(self._detokenizer.push(piece))
-            self._new_text += text
-            if stop is not None:
-                break
-        if count:
-            self._new_tokens += tokens[:count]
-            self._new_steps.append(count)
-            self._num_steps += 1
-            self.num_tokens += count
-        if stop is not None:
-            return self._close("stop", "", stop)
-        if finish_reason is None:
-            return None
-        tail, stop = self._matcher.push(self._detokenizer.finish())
-        if stop is not None:
-            return self._close("stop", tail, stop)
-        tail += self._matcher.finish()
-        return self._close(finish_reason, tail, tokens[-1] if finish_reason == "stop" and tokens else None)
-
-    def cancel(self) -> protocol.Done:
-        """The final message of an answer that is cut off here."""
-        return self._close("cancelled", "", None)
-
-    def take_delta(self) -> protocol.Delta | None:
-        """What is new since the last call."""
-        if not self._new_tokens and not self._new_text:
-            return None
-        delta = protocol.Delta(
-            index=self.num_tokens - len(self._new_tokens),
-            tokens=tuple(self._new_tokens),
-            text=self._new_text,
-            accepted=tuple(self._new_steps),
-        )
-        self._new_tokens, self._new_steps, self._new_text = [], [], ""
-        return delta
-
-    def _close(self, finish_reason: str, tail: str, stop: str | int | None) -> protocol.Done:
-        self.closed = True
-        usage = protocol.Usage(
-            prompt_tokens=self._prompt_length, output_tokens=self.num_tokens, decode_steps=self._num_steps
-        )
-        return protocol.Done(finish_reason=finish_reason, text=tail, usage=usage, stop=stop)
+def _read_bias(given: dict[Any, Any]) -> Iterator[tuple[int, Any]]:
+    """Pairs of a token id and its bias; the ids of a msgpack map are strings."""
+    for key, bias in given.items():
+        if not isinstance(key, str) or not key.isascii() or not key.isdecimal() or len(key) > 10:
+            raise _refuse(f"logit_bias maps token ids, written as strings such as '42', to numbers; not {key!r:.40}")
+        yield int(key), bias

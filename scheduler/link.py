@@ -18,6 +18,7 @@ from typing import Annotated, Any, NamedTuple
 import zmq
 
 from euryale.client import wire
+from euryale.client.logprobs import Logprobs, pack_logprobs, unpack_logprobs
 from euryale.client.wire import Kind, Tokens, message
 from euryale.scheduler.params import SamplingParams
 
@@ -29,7 +30,8 @@ class LinkLost(ConnectionError):
 
 
 class Output(NamedTuple):
-    """What one step gave one request. ``finish_reason`` is None while it goes on.
+    """What one step gave one request. ``finish_reason`` is None while it goes on. ``logprobs`` of the tokens and, with
+    the first of them, ``prompt_logprobs``: None unless they were asked for.
 
     A cancelled request ends with no tokens and the reason "cancelled".
     """
@@ -37,18 +39,37 @@ class Output(NamedTuple):
     key: int
     tokens: Sequence[int]
     finish_reason: str | None
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
 
 
 def _unpack_params(value: dict[str, Any]) -> SamplingParams:
-    return SamplingParams(**value | {"stop": tuple(value["stop"]), "stop_token_ids": tuple(value["stop_token_ids"])})
+    lists = {name: tuple(value[name]) for name in ("stop", "stop_token_ids")}
+    return SamplingParams(**value | lists | {"logit_bias": tuple(tuple(pair) for pair in value["logit_bias"])})
 
 
 def _unpack_outputs(value: list[list[Any]]) -> tuple[Output, ...]:
-    return tuple(Output(key, wire.unpack_tokens(tokens), reason) for key, tokens, reason in value)
+    return tuple(
+        Output(
+            key,
+            wire.unpack_tokens(tokens),
+            reason,
+            *(None if part is None else unpack_logprobs(part) for part in reports),
+        )
+        for key, tokens, reason, *reports in value
+    )
 
 
-def _pack_outputs(outputs: Sequence[Output]) -> list[tuple[int, bytes, str | None]]:
-    return [(key, wire.pack_tokens(tokens), reason) for key, tokens, reason in outputs]
+def _pack_outputs(outputs: Sequence[Output]) -> list[list[Any]]:
+    return [
+        [key, wire.pack_tokens(tokens), reason, *_pack_reports(reports)] for key, tokens, reason, *reports in outputs
+    ]
+
+
+def _pack_reports(reports: list[Logprobs | None]) -> list[list[bytes] | None]:
+    """Most outputs have no reports and send nothing in their place."""
+    packed = [None if part is None else pack_logprobs(part) for part in reports]
+    return packed if any(packed) else []
 
 
 ParamsField = Annotated[SamplingParams, Kind("sampling parameters", _unpack_params, dataclasses.asdict)]
@@ -77,11 +98,13 @@ class Failed:
 @message("add")
 @dataclass(frozen=True, kw_only=True)
 class Add:
-    """A checked request. ``key`` is unique for the life of the front end."""
+    """A checked request. ``key`` is unique for the life of the front end; ``sample`` tells the answers to a request for
+    several apart, each of which is one to the engine."""
 
     key: int
     prompt: Tokens
     params: ParamsField
+    sample: int = 0
 
 
 @message("cancel")

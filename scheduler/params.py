@@ -6,12 +6,16 @@ This file does not know where parameters come from (wire, JSONL, Python) nor how
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 ACCEPTANCE_RULES = ("exact", "typical")
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 300  # entries, as OpenAI's interface allows; they travel with every step
+MAX_SAMPLES = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,15 @@ class SamplingParams:
     ``stop_token_ids`` end the answer and are part of its tokens, as the end-of-sequence token is; ``stop``
     strings end it and are not part of its text. ``speculation`` False decodes this request one token a step.
     ``priority``: requests with lower numbers are served earlier; it changes no token.
+
+    What follows changes or reports logits, at every node of a tree with the node's own path as history;
+    ``runtime/adjustments.py`` has the formulas and their order. ``presence_penalty`` and ``frequency_penalty`` weigh
+    the answer's tokens, ``repetition_penalty`` (1: off) the prompt's too; ``logit_bias`` are pairs of a token id and
+    what is added to its logit. Before ``min_tokens`` output tokens neither the end-of-sequence tokens nor
+    ``stop_token_ids`` are drawn. ``logprobs`` N (None: off) reports the log-probability of every output token and of
+    the N likeliest in its place, by the model's raw logits; ``prompt_logprobs`` likewise of the prompt's tokens. ``n``
+    answers are drawn independently; whoever hands requests to the scheduler makes one of each.
+
     Fractions are rounded to float32, as all ranks see them.
 
     Raises ValueError, with the way to mend it, if a value is out of range.
@@ -43,11 +56,20 @@ class SamplingParams:
     ignore_eos: bool = False
     speculation: bool = True
     priority: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("temperature", "top_p", "min_p", "epsilon", "delta"):
-            object.__setattr__(self, name, float(np.float32(getattr(self, name))))
+        for name in _FRACTIONS:
+            object.__setattr__(self, name, _float32(getattr(self, name)))
+        object.__setattr__(self, "logit_bias", tuple((token, _float32(bias)) for token, bias in self.logit_bias))
         _check_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _check_range("temperature", self.temperature, 0, 100)
         if 0 < self.temperature < 1e-3:
@@ -64,6 +86,30 @@ class SamplingParams:
         _check_range("priority", self.priority, -(2**31), 2**31 - 1)
         if len(self.stop) > MAX_STOP_STRINGS or any(not 0 < len(s) <= MAX_STOP_LENGTH for s in self.stop):
             raise ValueError(f"stop takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters")
+        _check_range("presence_penalty", self.presence_penalty, -2, 2)
+        _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100)
+        _check_bias(self.logit_bias)
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(
+                f"min_tokens must be between 0 and max_tokens ({self.max_tokens}), not {self.min_tokens}: lower it or "
+                "raise max_tokens"
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_range(name, getattr(self, name), 0, MAX_LOGPROBS)
+        _check_range("n", self.n, 1, MAX_SAMPLES)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the logits depend on the tokens so far."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @cached_property
+    def is_bare(self) -> bool:
+        """Whether tokens of the model's own distribution are all that is asked for, so that no history is kept."""
+        wants_more = self.has_penalties or self.logit_bias or self.min_tokens
+        return not wants_more and self.logprobs is None and self.prompt_logprobs is None
 
     @property
     def is_filtered(self) -> bool:
@@ -72,27 +118,57 @@ class SamplingParams:
 
 
 PARAMETER_NAMES = frozenset(f.name for f in dataclasses.fields(SamplingParams))
+_FRACTIONS = tuple(f.name for f in dataclasses.fields(SamplingParams) if isinstance(f.default, float))
+_LISTS = {  # what a tuple's items are, and how to say it
+    "stop": (lambda item: isinstance(item, str), "a list of strings"),
+    "stop_token_ids": (lambda item: _is_int(item), "a list of token ids"),
+    "logit_bias": (
+        lambda item: isinstance(item, tuple) and len(item) == 2 and _is_int(item[0]) and _is_finite(item[1]),
+        "a map from token ids to finite numbers",
+    ),
+}
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    # An integer beyond all floats would not be told from infinity by isfinite, but raise.
+    return (_is_int(value) and abs(value) < 2**64) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _float32(value: float) -> float:
+    return float(np.float32(value))
 
 
 def _check_types(params: SamplingParams) -> None:
     for field in dataclasses.fields(SamplingParams):
         value, default = getattr(params, field.name), field.default
-        if isinstance(default, bool) or isinstance(value, bool):
-            fits = isinstance(default, bool) and isinstance(value, bool)
+        if isinstance(default, bool):
+            fits, kind = isinstance(value, bool), "of type bool"
         elif isinstance(default, float):
-            fits = isinstance(value, int | float) and math.isfinite(value)
+            fits, kind = _is_finite(value), "a finite number"
         elif isinstance(default, tuple):
-            item = str if field.name == "stop" else int
-            fits = isinstance(value, tuple) and all(isinstance(v, item) and not isinstance(v, bool) for v in value)
+            is_item, kind = _LISTS[field.name]
+            fits = isinstance(value, tuple) and all(map(is_item, value))
+        elif isinstance(default, str):
+            fits, kind = isinstance(value, str), "of type str"
         else:
-            fits = isinstance(value, type(default))
+            fits, kind = _is_int(value) or value is default is None, "of type int"
         if not fits:
-            kind = "a finite number" if isinstance(default, float) else f"of type {type(default).__name__}"
-            if isinstance(default, tuple):
-                kind = "a list of strings" if field.name == "stop" else "a list of token ids"
-            raise ValueError(f"{field.name} must be {kind}, not {value!r}")
+            raise ValueError(f"{field.name} must be {kind}, not {repr(value)[:200]}")
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ValueError(f"{name} must be between {low} and {high}, not {value}")
+
+
+def _check_bias(pairs: tuple[tuple[int, float], ...]) -> None:
+    if len(pairs) > MAX_LOGIT_BIAS:
+        raise ValueError(f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens, not {len(pairs)}")
+    if len({token for token, _ in pairs}) < len(pairs):
+        raise ValueError("logit_bias names a token twice: give one number for each")
+    for _, bias in pairs:
+        _check_range("a number of logit_bias", bias, -100, 100)

@@ -4,8 +4,8 @@ Every request in a plan is a *segment* of rows: first its certain rows (prompt o
 computed, a chain), then its draft rows (a candidate tree whose root is the last certain row). A segment carries
 all a rank has to know of its request, so that ranks keep no state between steps but the KV cache.
 
-Buffer layout, in int32 words: a header, then per segment its fields, then row tokens, row parents, page ids. This
-file does not know how the buffer travels.
+Buffer layout, in int32 words: a header, then per segment its fields, then row tokens, row parents, page ids, extras.
+This file does not know how the buffer travels.
 """
 
 import enum
@@ -16,15 +16,17 @@ from functools import lru_cache
 
 import numpy as np
 
+from euryale.scheduler import extras as more
+from euryale.scheduler.extras import Extras
 from euryale.scheduler.params import ACCEPTANCE_RULES, SamplingParams
 
 MAGIC = 0x45555259  # "EURY"
-VERSION = 1
-# magic, version, checksum, length, kind, epoch, step, digest, segments, rows, pages
-_HEADER = struct.Struct("<11I")
-# certain rows, drafts, context, pages, samples, wants_candidates, position; temperature, top_k, top_p, min_p, seed,
-# acceptance, epsilon, delta
-_SEGMENT = struct.Struct("<7i" + "fiffQiff")
+VERSION = 2
+# magic, version, checksum, length, kind, epoch, step, digest, segments, rows, pages, words of extras
+_HEADER = struct.Struct("<12I")
+# certain rows, drafts, context, pages, words of extras, samples, wants_candidates, position, sample; temperature,
+# top_k, top_p, min_p, seed, acceptance, epsilon, delta
+_SEGMENT = struct.Struct("<9i" + "fiffQiff")
 _CHECKSUM = slice(8, 12)  # bytes of the buffer
 
 
@@ -45,7 +47,8 @@ class Segment:
     ``tokens`` int32 [num_certain + num_drafts]; ``parents`` int32 [num_drafts], the parent's node in the
     candidate tree (0: the root, i.e. the last certain row); ``pages`` int32, the request's pages in order;
     ``context`` tokens are committed already. ``samples``: the last certain row is the last known token, so the
-    step emits tokens for this request. ``position``: output tokens so far, the counter of the noise.
+    step emits tokens for this request. ``position``: output tokens so far, the counter of the noise; ``sample``: which
+    of the request's independent answers this is. ``extras``: what goes beyond ``params``, None for most requests.
     """
 
     tokens: np.ndarray
@@ -56,6 +59,13 @@ class Segment:
     wants_candidates: bool
     position: int
     params: SamplingParams
+    sample: int = 0
+    extras: Extras | None = None
+
+    @property
+    def has_result(self) -> bool:
+        """Whether the step finds anything for this request: tokens, or log-probabilities of its prompt."""
+        return self.samples or (self.extras is not None and len(self.extras.targets) > 0)
 
     @property
     def num_drafts(self) -> int:
@@ -85,12 +95,13 @@ def encode(plan: StepPlan) -> np.ndarray:
     """The plan as one int32 buffer."""
     segments = plan.segments
     fields = b"".join(_SEGMENT.pack(*_fields(s)) for s in segments)
+    extras = [more.pack(s.extras) for s in segments if s.extras is not None]
     body = [s.tokens for s in segments]
     # Certain rows have no parent in the tree.
     body += [part for s in segments for part in (np.full(s.num_certain, -1, dtype=np.int32), s.parents)]
-    body += [s.pages for s in segments]
+    body += [s.pages for s in segments] + extras
     payload = fields + (np.concatenate(body).astype(np.int32, copy=False).tobytes() if body else b"")
-    counts = (len(segments), plan.num_rows, sum(len(s.pages) for s in segments))
+    counts = (len(segments), plan.num_rows, sum(len(s.pages) for s in segments), sum(map(len, extras)))
     length = (_HEADER.size + len(payload)) // 4
     marks = (plan.epoch & 0xFFFFFFFF, plan.step & 0xFFFFFFFF, plan.digest & 0xFFFFFFFF)
     buffer = bytearray(_HEADER.pack(MAGIC, VERSION, 0, length, int(plan.kind), *marks, *counts) + payload)
@@ -111,13 +122,13 @@ def decode(buffer: np.ndarray, epoch: int) -> StepPlan:
         raise PlanError(f"the checksum of the plan of step {step} does not match")
     if its_epoch != epoch & 0xFFFFFFFF:
         raise PlanError(f"a plan of epoch {its_epoch} reached a rank of epoch {epoch}")
-    num_segments, num_rows, num_pages = counts
-    sizes = [(_HEADER.size + num_segments * _SEGMENT.size) // 4, num_rows, num_rows, num_pages]
+    num_segments, num_rows, num_pages, num_words = counts
+    sizes = [(_HEADER.size + num_segments * _SEGMENT.size) // 4, num_rows, num_rows, num_pages, num_words]
     if sum(sizes) != len(buffer):
         raise PlanError(f"the plan of step {step} does not add up: {sizes}, {len(buffer)} words")
-    head, tokens, parents, pages = np.split(buffer, np.cumsum(sizes)[:-1])
-    segments, row, page = [], 0, 0
-    for certain, drafts, context, num, samples, wants, position, *params in _SEGMENT.iter_unpack(
+    head, tokens, parents, pages, extras = np.split(buffer, np.cumsum(sizes)[:-1])
+    segments, row, page, word = [], 0, 0, 0
+    for certain, drafts, context, num, words, samples, wants, position, sample, *params in _SEGMENT.iter_unpack(
         head.tobytes()[_HEADER.size :]
     ):
         stop = row + certain + drafts
@@ -131,9 +142,11 @@ def decode(buffer: np.ndarray, epoch: int) -> StepPlan:
                 wants_candidates=bool(wants),
                 position=position,
                 params=_params(*params),
+                sample=sample,
+                extras=more.unpack(extras[word : word + words]) if words else None,
             )
         )
-        row, page = stop, page + num
+        row, page, word = stop, page + num, word + words
     return StepPlan(kind=PlanKind(kind), epoch=its_epoch, step=step, digest=digest, segments=segments)
 
 
@@ -144,9 +157,11 @@ def _fields(segment: Segment) -> tuple:
         segment.num_drafts,
         segment.context,
         len(segment.pages),
+        0 if segment.extras is None else more.num_words(segment.extras),
         segment.samples,
         segment.wants_candidates,
         segment.position,
+        segment.sample,
         params.temperature,
         params.top_k,
         params.top_p,

@@ -2,9 +2,12 @@
 
 import enum
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
+from euryale.client.logprobs import Logprobs
+from euryale.scheduler.extras import Extras, History, extras_of_rows, targets_of_rows
 from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.survival import Momentum
 
@@ -29,11 +32,13 @@ class Guesses:
 @dataclass(eq=False, kw_only=True)
 class Request:
     """``prompt`` int32 [length]. *Known* tokens are the prompt and the answer so far; *computed* tokens are those
-    whose K/V are committed to pages. Scheduling means letting computed catch up with known, drafts included."""
+    whose K/V are committed to pages. Scheduling means letting computed catch up with known, drafts included. ``sample``
+    tells independent answers to one prompt with one seed apart."""
 
     key: int
     prompt: np.ndarray
     params: SamplingParams
+    sample: int = 0
     output: list[int] = field(default_factory=list)
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
@@ -50,6 +55,7 @@ class Request:
     arrival: int = 0  # place among all requests that ever came
     num_waited: int = 0  # steps before it ran, and after every preemption
     overdue_since: int | None = None  # the step from which nobody may pass it
+    prompt_logprobs: Logprobs = field(default_factory=Logprobs)  # of the prompt's tokens but the first, as far as known
 
     @property
     def num_known(self) -> int:
@@ -68,6 +74,31 @@ class Request:
     def is_protected(self) -> bool:
         """Whether nobody may preempt it again; it holds all the pages it can need while it runs."""
         return self.num_preempted > 0 and self.overdue_since is not None
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether rows of the prompt have to be computed for what they say, not only for their K/V."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt) - 1
+
+    def extras(self, num_certain: int, samples: bool, end_ids: frozenset[int]) -> Extras | None:
+        """What a step with so many certain rows has to know beyond the parameters, None if that is nothing;
+        ``samples``: it draws tokens."""
+        fields: dict = extras_of_rows(self.params, self._history, self.output, end_ids) if samples else {}
+        if self.wants_prompt_logprobs:
+            fields |= targets_of_rows(self.prompt, self.num_computed, num_certain, len(self.prompt_logprobs))
+            fields["prompt_logprobs"] = self.params.prompt_logprobs
+        extras = Extras(**fields)
+        return extras if extras.changes_logits or extras.logprobs >= 0 or len(extras.targets) else None
+
+    def reports(self, logprobs: Logprobs | None, taken: list[int]) -> tuple[Logprobs | None, Logprobs | None]:
+        """What is told with the tokens just taken: their part of a step's ``logprobs``, and the prompt's with the first
+        of them; each None if it was not asked for."""
+        is_first = self.params.prompt_logprobs is not None and len(self.output) == len(taken)
+        return logprobs and logprobs[: len(taken)], self.prompt_logprobs if is_first else None
+
+    @cached_property
+    def _history(self) -> History:
+        return History(self.prompt if self.params.repetition_penalty != 1 else self.prompt[:0])
 
     def known_tokens(self, start: int, stop: int) -> np.ndarray:
         """Known tokens ``start`` to ``stop``, int32."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from euryale.client.logprobs import Logprobs
 from euryale.scheduler.admission import STARVATION_BOUND, Admission, Limits
 from euryale.scheduler.costs import StepCosts
 from euryale.scheduler.drafts import NO_DRAFT, Draft, Drafter, Tested
@@ -17,21 +18,27 @@ from euryale.scheduler.request import FinishReason, Guesses, Request
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentResult:
-    """What a step found for one sampling segment. ``tokens``: accepted drafts, then the bonus token.
-    ``accepted_nodes``: their tree nodes in order of depth. ``guesses``: None if the heads were not asked."""
+    """What a step found for one segment. ``tokens``: accepted drafts, then the bonus token. ``accepted_nodes``: their
+    tree nodes in order of depth. ``guesses``: None if the heads were not asked. ``logprobs``: of the tokens;
+    ``prompt_logprobs``: of the prompt's tokens that this step scored; each None if it was not asked for."""
 
     tokens: list[int]
     accepted_nodes: list[int]
-    guesses: Guesses | None
+    guesses: Guesses | None = None
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)
 class Output:
-    """New tokens of one request; ``finish_reason`` is None while it goes on."""
+    """New tokens of one request; ``finish_reason`` is None while it goes on. If asked for, ``logprobs`` of the tokens
+    and, with the first of them, ``prompt_logprobs``."""
 
     request: Request
     tokens: list[int]
     finish_reason: FinishReason | None
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
 
 
 class Scheduler:
@@ -92,15 +99,17 @@ class Scheduler:
         return StepPlan(epoch=epoch, step=self.step, digest=digest, segments=segments)
 
     def advance(self, plan: StepPlan, results: list[SegmentResult], seconds: float = 0.0) -> list[Output]:
-        """Apply the results of the plan's sampling segments, in order; returns what each request gained. ``seconds``:
-        how long the step took, 0 if nobody measured."""
+        """Apply the results of the plan's segments that have one, in order; returns what each request gained.
+        ``seconds``: how long the step took, 0 if nobody measured."""
         outputs, tested, found = [], [], iter(results)
         for request, segment in zip(self._planned, plan.segments, strict=True):
             request.num_computed += segment.num_certain
+            result = next(found) if segment.has_result else None
+            if result is not None and result.prompt_logprobs is not None:
+                request.prompt_logprobs += result.prompt_logprobs
             if not segment.samples:
                 self.admission.settle(request)
                 continue
-            result = next(found)
             taken = request.append(result.tokens, self.limits.end_ids)
             request.num_computed += len(result.accepted_nodes)
             if request.guesses is not None:
@@ -109,7 +118,7 @@ class Scheduler:
             request.guesses = result.guesses
             request.accepted.append(len(taken))
             self.admission.settle(request)
-            outputs.append(Output(request, taken, request.finish_reason))
+            outputs.append(Output(request, taken, request.finish_reason, *request.reports(result.logprobs, taken)))
             tested.append(Tested(request, result.tokens, result.accepted_nodes))
             if request.finish_reason:
                 self.admission.end(request)
@@ -165,4 +174,6 @@ class Scheduler:
             wants_candidates=self._wants_guesses and samples and request.params.speculation,
             position=len(request.output),
             params=request.params,
+            sample=request.sample,
+            extras=None if request.params.is_bare else request.extras(len(certain), samples, self.limits.end_ids),
         )

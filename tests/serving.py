@@ -53,12 +53,14 @@ def leftovers() -> set[str]:
     return memory | {str(p) for p in Path("/tmp").glob("euryale-*")}
 
 
-def wait_until_idle(client: Client) -> dict:
-    """The server's stats once nothing runs; all pages must be free then."""
+def wait_until_idle(client: Client, num_cancelled: int = 0) -> dict:
+    """The server's stats once nothing runs and so many requests were cancelled, which it may not know of yet when a
+    client has left; all pages must be free then."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         stats = client.stats()
-        if not stats["requests_running"] and not stats["requests_waiting"]:
+        is_idle = not stats["requests_running"] and not stats["requests_waiting"]
+        if is_idle and stats["engine_cancelled"] >= num_cancelled:
             break
         time.sleep(0.1)
     assert stats["pages_free"] == stats["pages_total"]

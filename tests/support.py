@@ -168,23 +168,30 @@ def row_params(rows: list[tuple]):
     from euryale.runtime.sampling import RowParams, row_arrays
 
     is_plain = not any(params.is_filtered for params, _ in rows)
-    return RowParams(is_plain=is_plain, **Tables(row_arrays(rows), torch.device("cpu")).tensors)
+    return RowParams(
+        is_plain=is_plain, **Tables(row_arrays([(p, 0, at) for p, at in rows]), torch.device("cpu")).tensors
+    )
 
 
 def answer(group, config, wanted: list[tuple], arrivals: int = 0) -> dict | None:
-    """Run requests (prompt, SamplingParams) through an engine of this group; the leader returns what came out.
+    """Run requests (prompt, SamplingParams, sample or nothing) through an engine of this group; the leader returns what
+    came out.
 
     ``arrivals``: steps between one request's arrival and the next (0: all at once).
     """
+    from euryale.client.logprobs import Logprobs
     from euryale.runtime.engine import Engine
     from euryale.scheduler.request import Request
+
+    asked = [(*one, 0) if len(one) == 2 else one for one in wanted]
 
     engine = Engine(config, group)
     if not group.is_leader:
         engine.follow()
         return None
-    requests = [Request(key=i, prompt=prompt, params=params) for i, (prompt, params) in enumerate(wanted)]
+    requests = [Request(key=i, prompt=p, params=params, sample=s) for i, (p, params, s) in enumerate(asked)]
     queue, steps = list(requests), 0
+    logprobs = [Logprobs() for _ in requests]
 
     def arrive() -> None:
         if queue and arrivals and steps % arrivals == 0:
@@ -193,7 +200,8 @@ def answer(group, config, wanted: list[tuple], arrivals: int = 0) -> dict | None
     while queue or engine.scheduler.has_work:
         while queue and not (arrivals and engine.scheduler.has_work):
             engine.scheduler.add(queue.pop(0))
-        engine.step(arrive)
+        for output in engine.step(arrive):
+            logprobs[output.request.key] += output.logprobs or Logprobs()
         steps += 1
     engine.stop()
     admission = engine.scheduler.admission
@@ -207,4 +215,6 @@ def answer(group, config, wanted: list[tuple], arrivals: int = 0) -> dict | None
         "shared": admission.num_shared,
         "recomputed": admission.num_recomputed,
         "preempted": [r.num_preempted for r in requests],
+        "prompt_logprobs": [r.prompt_logprobs for r in requests],
+        "logprobs": logprobs,
     }

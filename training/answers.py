@@ -64,7 +64,7 @@ def write_answers(
         engine.follow()
         return None
     tokenizer = load_tokenizer(config.model, engine.loaded.limits.vocab_size)
-    jobs = [Job(key, _request(key, prompt, params, engine)) for key, prompt in list(enumerate(prompts))[first:]]
+    jobs = [Job(key, [_request(key, prompt, params, engine)]) for key, prompt in list(enumerate(prompts))[first:]]
     try:
         return offline.generate(engine, jobs, tokenizer, out, lambda: False, with_prompts=True)
     except OSError as error:

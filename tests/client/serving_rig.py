@@ -4,6 +4,7 @@ Run as a script it is a whole server in a process of its own, to be killed.
 """
 
 import contextlib
+import struct
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ import zmq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from euryale.client import protocol, wire
+from euryale.client.logprobs import Logprobs
 from euryale.scheduler import link as engine
 from euryale.scheduler.frontend import FrontEnd
 from euryale.scheduler.frontend_config import FrontEndConfig
@@ -87,6 +89,20 @@ def saying(text: str, size: int = 1) -> Callable[[engine.Add], Script]:
     return lambda request: [tokens[i : i + size] for i in range(0, len(tokens), size)]
 
 
+def made_up(tokens: list[int], count: int | None) -> Logprobs | None:
+    """Log-probabilities of tokens, -t each, with themselves and the next ones as the ``count`` likeliest."""
+    if count is None:
+        return None
+    top = [token + place for token in tokens for place in range(count)]
+    return Logprobs(
+        _floats([-token for token in tokens]), wire.pack_tokens(top), _floats([-token / 2 for token in top])
+    )
+
+
+def _floats(values: list[float]) -> bytes:
+    return struct.pack(f"<{len(values)}f", *values)
+
+
 @dataclass
 class ScriptedEngine:
     """Plays the engine on its end of the link: one step per request in turn, as ``script`` says."""
@@ -96,6 +112,7 @@ class ScriptedEngine:
     adds: list[engine.Add] = field(default_factory=list)
     cancels: list[int] = field(default_factory=list)
     running: dict[int, deque[list[int]]] = field(default_factory=dict)
+    answered: frozenset[int] = frozenset()
     may_step: threading.Event = field(default_factory=threading.Event)
     outbox: deque[Any] = field(default_factory=deque)
     endpoint: str = ""
@@ -136,12 +153,18 @@ class ScriptedEngine:
                 return True
         return False
 
+    def _reports(self, key: int, tokens: list[int]) -> tuple[Logprobs | None, Logprobs | None]:
+        asked = next(add for add in self.adds if add.key == key)
+        is_first, self.answered = key not in self.answered, self.answered | {key}
+        prompt = made_up(asked.prompt[1:], asked.params.prompt_logprobs) if is_first else None
+        return made_up(tokens, asked.params.logprobs), prompt
+
     def _step(self) -> None:
         outputs = []
         for key, steps in list(self.running.items()):
             tokens = steps.popleft()
             finish = None if steps else "stop" if tokens[-1] == EOS else "length"
-            outputs.append(engine.Output(key, tokens, finish))
+            outputs.append(engine.Output(key, tokens, finish, *self._reports(key, tokens)))
             if finish:
                 del self.running[key]
         if outputs:

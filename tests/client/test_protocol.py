@@ -1,5 +1,6 @@
 """The wire format: what goes in comes out, and what is no message is refused before it costs anything."""
 
+import struct
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from euryale.client import errors, protocol, wire
+from euryale.client.logprobs import Logprobs, TokenLogprob
 
 # Deadlines measure the machine, not the code.
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -22,6 +24,17 @@ tokens = st.lists(token, max_size=20).map(tuple)
 scalar = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text()
 mapping = st.dictionaries(st.text(max_size=8), scalar, max_size=5)
 usage = st.builds(protocol.Usage, prompt_tokens=token, output_tokens=token, decode_steps=token)
+stop = st.none() | st.text() | st.integers(0, 1000)
+ends = st.builds(protocol.SampleEnd, finish_reason=st.text(), output_tokens=token, decode_steps=token, stop=stop)
+
+
+@st.composite
+def some_logprobs(draw):
+    count, width = draw(st.integers(0, 4)), draw(st.integers(0, 3))
+    return Logprobs(*(draw(st.binary(min_size=n, max_size=n)) for n in (4 * count, *[4 * count * width] * 2)))
+
+
+logprobs = some_logprobs()
 messages = st.one_of(
     st.builds(
         protocol.Generate,
@@ -33,13 +46,23 @@ messages = st.one_of(
     ),
     st.builds(protocol.Cancel, target=st.binary(max_size=64)),
     st.builds(protocol.Accepted, prompt_tokens=tokens, seed=st.integers(0, 2**64 - 1), fingerprint=st.text()),
-    st.builds(protocol.Delta, index=token, tokens=tokens, text=st.text(), accepted=tokens),
+    st.builds(
+        protocol.Delta,
+        index=token,
+        tokens=tokens,
+        text=st.text(),
+        accepted=tokens,
+        sample=st.integers(0, 200),
+        logprobs=st.none() | logprobs,
+        prompt_logprobs=st.none() | logprobs,
+    ),
     st.builds(
         protocol.Done,
         finish_reason=st.text(),
         text=st.text(),
         usage=usage,
-        stop=st.none() | st.text() | st.integers(0, 1000),
+        stop=stop,
+        samples=st.none() | st.lists(ends, max_size=3).map(tuple),
     ),
     st.builds(
         protocol.Error,
@@ -57,6 +80,47 @@ ALL = protocol.REQUESTS | protocol.REPLIES
 @given(messages)
 def test_round_trip(message):
     assert wire.decode(wire.encode(message), ALL, strict=True) == message
+
+
+def test_logprobs_are_a_sequence_of_tokens():
+    three = Logprobs(
+        struct.pack("<3f", -1, -2, -3), wire.pack_tokens(range(6)), struct.pack("<6f", *(-i / 2 for i in range(6)))
+    )
+    assert list(three) == [
+        TokenLogprob(-1, ((0, 0), (1, -0.5))),
+        TokenLogprob(-2, ((2, -1), (3, -1.5))),
+        TokenLogprob(-3, ((4, -2), (5, -2.5))),
+    ]
+    assert three[-1] == three[2]
+    assert three[:2] + three[2:] == three == Logprobs.join(three[i : i + 1] for i in range(3))
+    assert list(three[1:2]) == [three[1]]
+    assert len(three[3:]) == 0 == len(three[2:1])
+    with pytest.raises(IndexError):
+        _ = three[3]
+    with pytest.raises(ValueError, match="consecutive"):
+        _ = three[::2]
+    with pytest.raises(ValueError, match="do not join"):
+        _ = three + Logprobs(b"1234")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [b"1234", [b"1234", b""], [b"123", b"", b""], [b"", b"1234", b"1234"], [b"1234", b"1234", b""], [b"", b"", 5]],
+)
+def test_logprobs_that_do_not_fit_together_are_refused(parts):
+    delta = {"index": 0, "tokens": b"", "text": "", "accepted": [], "logprobs": parts}
+    with pytest.raises(wire.WireError, match="logprobs must"):
+        wire.decode(msgpack.packb({"type": "delta", "v": 1} | delta), ALL, strict=True)
+
+
+def test_replies_to_a_request_for_one_sample_are_what_they_were():
+    """Byte for byte: a client from before there were more cannot stumble."""
+    delta = {"index": 3, "tokens": b"\1\0\0\0", "text": "x", "accepted": [1]}
+    body = msgpack.packb({"type": "delta", "v": 1} | delta)
+    assert wire.encode(protocol.Delta(index=3, tokens=(1,), text="x", accepted=(1,))) == body
+    usage = {"prompt_tokens": 3, "output_tokens": 5, "decode_steps": 3}
+    body = msgpack.packb({"type": "done", "v": 1, "finish_reason": "length", "text": "", "usage": usage})
+    assert wire.encode(protocol.Done(finish_reason="length", text="", usage=protocol.Usage(**usage))) == body
 
 
 def refusal(body):

@@ -5,9 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import textbook
 from support import ROOT, family_config, head_tensors, make_model, oracle_greedy, prompts, save_heads
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from euryale.scheduler.params import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,28 @@ def test_answers_in_input_order_and_errors_in_their_place(model, tmp_path, size,
     assert summary["mean_accepted_length"] == pytest.approx(
         summary["output_tokens"] / summary["decode_steps"], abs=1e-3
     )
+
+
+def test_samples_and_log_probabilities(model, tmp_path):
+    asked = prompts(3)
+    lines = [json.dumps({"id": i, "prompt_tokens": prompt.tolist()}) for i, prompt in enumerate(asked)]
+    values = {"max_tokens": 9, "temperature": 0.8, "seed": 4, "frequency_penalty": 0.6, "repetition_penalty": 1.2}
+    values |= {"min_tokens": 2, "logprobs": 1, "prompt_logprobs": 0}
+    flags = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    rows, summary = generate(model, tmp_path, lines, 2, "--samples", "2", *flags)
+    assert [row["id"] for row in rows] == [0, 1, 2]
+    for row, prompt in zip(rows, asked, strict=True):
+        assert len(row["prompt_logprobs"]) == len(prompt) - 1
+        assert row["tokens"] == row["samples"][0]["tokens"]
+        for number, sample in enumerate(row["samples"]):
+            tokens, raw = textbook.decode(model[1], prompt, SamplingParams(**values), {2}, number)
+            assert sample["tokens"] == tokens
+            expected = raw.double().log_softmax(-1)[range(len(tokens)), tokens]
+            # Two float32 models agree to about 1e-5 in logits of this size.
+            assert [t["logprob"] for t in sample["logprobs"]] == pytest.approx(expected.tolist(), abs=1e-4)
+            assert all(len(t["top"]) == 1 for t in sample["logprobs"])
+    assert summary["requests"] == 3
+    assert summary["output_tokens"] == sum(len(sample["tokens"]) for row in rows for sample in row["samples"])
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,16 @@ import sys
 import time
 
 import msgpack
+import numpy as np
 import psutil
 import pytest
+import textbook
 import zmq
 from serving import served, wait_until_idle
 from support import ROOT, oracle_greedy, prompts
 
 from euryale.client import Client, GroupLost, InvalidRequest, ServerLost
+from euryale.scheduler.params import SamplingParams
 
 
 @pytest.mark.parametrize("loop", ["plain", "overlapped"])
@@ -37,13 +40,14 @@ def test_a_group_of_two_serves(model, loop):
         assert plain.tokens == tree.tokens == chat.tokens
         assert plain.text == tree.text
         check_stop_string(client, seeded, plain)
+        check_samples(client, model[1])
         check_bad_input(client, address)
         # Leaving the loop cancels; so does vanishing with requests in flight.
         for _ in client.generate("again", max_tokens=200, ignore_eos=True):
             break
         with Client(address) as vanishing:
             next(iter(vanishing.generate("gone", max_tokens=200, ignore_eos=True)))
-        stats = wait_until_idle(client)
+        stats = wait_until_idle(client, num_cancelled=2)
         assert stats["engine_cancelled"] >= 2
         assert client.health().status == "ok"
         client.drain()
@@ -57,6 +61,26 @@ def check_stop_string(client: Client, seeded: dict, plain) -> None:
     result = client.generate("hello", stop=[stop], **seeded).result()
     assert result.finish_reason == "stop"
     assert result.text == plain.text[: plain.text.index(stop)]
+
+
+def check_samples(client: Client, made) -> None:
+    """Several samples under penalties, with log-probabilities, beside a bare request, are token-by-token decoding."""
+    prompt = (prompts(8)[7] % 290 + 3).astype(np.int32)
+    asked = {"max_tokens": 20, "temperature": 0.8, "seed": 3, "min_tokens": 9, "logprobs": 2, "prompt_logprobs": 1}
+    asked |= {"repetition_penalty": 1.2, "presence_penalty": -0.5, "frequency_penalty": 0.3}
+    bias = {7: 4.0, 8: -50.0}
+    bare = client.generate(prompt_tokens=prompt.tolist(), max_tokens=20, ignore_eos=True)
+    result = client.generate(prompt_tokens=prompt.tolist(), n=3, logit_bias=bias, **asked).result()
+    assert list(bare.result().tokens) == oracle_greedy(made, prompt, 20)
+    params = SamplingParams(logit_bias=tuple(bias.items()), **asked)
+    for number, sample in enumerate(result.samples):
+        tokens, raw = textbook.decode(made, prompt, params, {2}, number)
+        assert list(sample.tokens) == tokens
+        expected = raw.double().log_softmax(-1)[range(len(tokens)), tokens]
+        # Two float32 models agree to about 1e-5 in logits of this size.
+        np.testing.assert_allclose([token.logprob for token in sample.logprobs], expected, atol=1e-4)
+    assert len({sample.tokens for sample in result.samples}) == 3
+    assert len(result.prompt_logprobs) == len(prompt) - 1
 
 
 def check_bad_input(client: Client, address: str) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from support import answer, family_config, head_tensors, make_model, prompts, save_heads
+from textbook import typical_by_hand
 
-from euryale.kernels.sample.noise import gumbel, stream_key
 from euryale.parallel.group import single
 from euryale.parallel.vocabulary import VocabShard
 from euryale.runtime.acceptance import decide
@@ -76,22 +76,6 @@ def test_typical_in_the_same_batch_leaves_exact_requests_alone(model, ranks):
         assert run(ranks, size, model, mixed, tree="static")["outputs"] == typical["outputs"]
 
 
-def typical_directly(logits, tokens, parents, params, position):
-    """The formula, node by node: returns the accepted nodes and the bonus token."""
-    p = (logits.double() / params.temperature).softmax(-1)
-    entropy = -(p * p.clamp(min=1e-300).log()).sum(-1)
-    good, path_logp, paths = {0: True}, {0: 0.0}, {0: []}
-    for node, parent in enumerate(parents, start=1):
-        child = p[parent, tokens[node]]
-        limit = min(params.epsilon, params.delta * float(torch.exp(-entropy[parent])))
-        good[node] = good[parent] and float(child) > limit
-        path_logp[node] = path_logp[parent] + float(child.log())
-        paths[node] = [*paths[parent], node]
-    best = max((n for n in good if good[n]), key=lambda n: (len(paths[n]), path_logp[n]))
-    noise = gumbel(torch.tensor(stream_key(params.seed, 0, position + len(paths[best]))), torch.arange(logits.shape[1]))
-    return paths[best], int((logits[best] / params.temperature + noise).argmax())
-
-
 def test_typical_is_the_formula():
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
@@ -118,7 +102,7 @@ def test_typical_is_the_formula():
         batch = StepBatch(StepPlan(segments=[segment]), 16, torch.device("cpu"))
         got = decide(VocabShard(single(), vocab, vocab), logits.clone(), batch)
         slots = batch.geometry.slots.tolist()
-        path, bonus = typical_directly(logits, tokens, parents.tolist(), params, trial)
+        path, bonus = typical_by_hand(logits, tokens, parents.tolist(), params, trial)
         assert got.kept.tolist() == [slot if n == 0 or n in path else -1 for n, slot in enumerate(slots)]
         assert int(got.next_tokens[got.last[0]]) == bonus
         lengths.append(len(path))

@@ -294,6 +294,8 @@ def test_generation_config(copy):
     path.write_text(json.dumps({"eos_token_id": [5, 9], "do_sample": True, "temperature": 0.6, "top_k": 20}))
     assert generation.end_ids(str(copy), config) == {5, 9}
     assert generation.default_params(str(copy)) == {"temperature": 0.6, "top_k": 20}
+    path.write_text(json.dumps({"do_sample": True, "repetition_penalty": 1.05}))
+    assert generation.default_params(str(copy)) == {"temperature": 1.0, "repetition_penalty": 1.05}
     path.write_text(json.dumps({"do_sample": False, "temperature": 0.6}))
     assert generation.default_params(str(copy)) == {}
     path.write_text("{")

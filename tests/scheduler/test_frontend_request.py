@@ -4,7 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from euryale.client.protocol import Usage
-from euryale.scheduler.frontend_request import Limits, OpenRequest, read_params
+from euryale.scheduler.frontend_answer import OpenRequest
+from euryale.scheduler.frontend_request import Limits, read_params
+from euryale.scheduler.link import Output
 from euryale.scheduler.params import SamplingParams
 
 TEXT = "abcabdabcd"
@@ -18,23 +20,28 @@ class Letters:
         return "".join(chr(token) for token in tokens)
 
 
+def opened(keys=(1,), **params) -> OpenRequest:
+    params = SamplingParams(n=len(keys), **params)
+    return OpenRequest(keys=keys, client=b"c", request_id=b"r", prompt=(97,), params=params, tokenizer=Letters())
+
+
 def run(steps, finish_reason, **params):
     """The concatenated deltas and the final message of a request that the engine answers with these steps."""
-    request = OpenRequest(
-        key=1, client=b"c", request_id=b"r", prompt=(97,), params=SamplingParams(**params), tokenizer=Letters()
-    )
+    request = opened(**params)
+    (sample,) = request.samples
     tokens, text, accepted, done = [], "", [], None
     for number, step in enumerate(steps):
-        done = request.take(step, finish_reason if number == len(steps) - 1 else None)
-        delta = request.take_delta()
+        sample.take(Output(1, step, finish_reason if number == len(steps) - 1 else None))
+        delta = sample.take_delta()
         if delta is not None:
             assert delta.index == len(tokens)
             tokens += delta.tokens
             text += delta.text
             accepted += delta.accepted
-        if done is not None:
+        if request.has_ended:
+            done = request.done()
             break
-    assert request.take_delta() is None
+    assert sample.take_delta() is None
     return tokens, text + (done.text if done else ""), accepted, done
 
 
@@ -68,12 +75,11 @@ def test_an_end_without_tokens():
 
 
 def test_several_steps_make_one_delta():
-    request = OpenRequest(
-        key=1, client=b"c", request_id=b"r", prompt=(97,), params=SamplingParams(), tokenizer=Letters()
-    )
-    assert request.take([97, 98], None) is None
-    assert request.take([99], None) is None
-    delta = request.take_delta()
+    (sample,) = opened().samples
+    sample.take(Output(1, [97, 98], None))
+    sample.take(Output(1, [99], None))
+    assert sample.end is None
+    delta = sample.take_delta()
     assert (delta.index, delta.tokens, delta.text, delta.accepted) == (0, (97, 98, 99), "abc", (2, 1))
 
 

@@ -5,10 +5,37 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from euryale.scheduler.extras import Extras
 from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.plan import PlanError, PlanKind, Segment, StepPlan, decode, encode
 
 int32s = st.integers(0, 2**31 - 1)
+
+
+def arrays(dtype, *shape):
+    count = int(np.prod(shape))
+    values = int32s if dtype == np.int32 else st.floats(-100, 100, width=32)
+    return st.lists(values, min_size=count, max_size=count).map(lambda x: np.asarray(x, dtype=dtype).reshape(shape))
+
+
+@st.composite
+def extras(draw):
+    seen, biased = draw(st.integers(0, 5)), draw(st.integers(0, 4))
+    single = st.floats(-100, 100, width=32)
+    return Extras(
+        repetition=draw(single),
+        frequency=draw(single),
+        presence=draw(single),
+        history=draw(arrays(np.int32, 2, seen)),
+        bias_ids=draw(arrays(np.int32, biased)),
+        bias=draw(arrays(np.float32, biased)),
+        min_tokens=draw(int32s),
+        ends=draw(arrays(np.int32, draw(st.integers(0, 3)))),
+        logprobs=draw(st.integers(-1, 20)),
+        prompt_logprobs=draw(st.integers(-1, 20)),
+        first_target=draw(int32s),
+        targets=draw(arrays(np.int32, draw(st.integers(0, 3)))),
+    )
 
 
 @st.composite
@@ -22,6 +49,8 @@ def segments(draw):
         samples=draw(st.booleans()),
         wants_candidates=draw(st.booleans()),
         position=draw(int32s),
+        sample=draw(int32s),
+        extras=draw(st.none() | extras()),
         params=SamplingParams(
             temperature=draw(st.just(0.0) | st.floats(0.001, 100)),
             top_k=draw(int32s),
@@ -45,7 +74,9 @@ def as_plain(plan: StepPlan):
             s.samples,
             s.wants_candidates,
             s.position,
+            s.sample,
             s.params,
+            s.extras and [x.tolist() if isinstance(x, np.ndarray) else x for x in vars(s.extras).values()],
         )
         for s in plan.segments
     ]

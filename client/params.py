@@ -1,0 +1,31 @@
+"""The sampling parameters of ``Client.generate``, for editors and type checkers; their meanings: docs/protocol.md."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypedDict
+
+
+class GenerateParams(TypedDict, total=False):
+    """All are optional; None counts as absent."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    min_tokens: int | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    logprobs: int | None
+    prompt_logprobs: int | None
+    n: int | None
+    acceptance: Literal["exact", "typical"] | None
+    epsilon: float | None
+    delta: float | None
+    speculation: bool | None
+    priority: int | None

@@ -1,0 +1,97 @@
+"""What plans say of requests with penalties or log-probabilities, and that those without say nothing."""
+
+import dataclasses
+
+import numpy as np
+from made_up_model import LIMITS, TREE, results
+from test_scheduler import LARGE
+
+from euryale.client.logprobs import Logprobs
+from euryale.scheduler.drafts import StaticTrees
+from euryale.scheduler.extras import History
+from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.request import Request
+from euryale.scheduler.scheduler import Scheduler, SegmentResult
+
+
+def request(length: int, key: int = 0, output: list[int] | None = None, **params) -> Request:
+    prompt = (np.arange(length) * 7 % 40 + 3).astype(np.int32)
+    return Request(key=key, prompt=prompt, params=SamplingParams(**params), output=output or [])
+
+
+def told(plan, found: list[SegmentResult]) -> list[SegmentResult]:
+    """The made-up results of a plan with log-probabilities where they are asked for."""
+    out, found = [], iter(found)
+    for segment in plan.segments:
+        if segment.has_result:
+            empty = SegmentResult(tokens=[], accepted_nodes=[])
+            result = next(found) if segment.samples else empty
+            targets = segment.extras.targets if segment.extras else ()
+            prompt = Logprobs(np.asarray(targets, dtype="<f4").tobytes()) if len(targets) else None
+            tokens = Logprobs(np.asarray(result.tokens, dtype="<f4").tobytes())
+            out.append(dataclasses.replace(result, logprobs=tokens, prompt_logprobs=prompt))
+    return out
+
+
+def test_those_who_ask_for_nothing_pay_nothing():
+    for params in ({}, {"temperature": 0.7, "top_p": 0.9, "stop_token_ids": (4,), "n": 3}):
+        assert request(5, **params).extras(5, True, frozenset([2])) is None
+    penalised = request(9, frequency_penalty=0.5)
+    assert penalised.extras(4, False, frozenset()) is None, "no token is drawn from a prompt's rows"
+    assert penalised.extras(9, True, frozenset()).frequency == 0.5
+    barred = request(5, min_tokens=3, output=[7, 7], stop_token_ids=(9,))
+    assert barred.extras(1, True, frozenset([2])).ends.tolist() == [2, 9]
+    barred.output.append(8)
+    assert barred.extras(1, True, frozenset([2])) is None, "nothing is barred any more"
+
+
+def test_a_history_counts_the_answer():
+    history, output = History(np.asarray([5, 6, 5], dtype=np.int32)), []
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        output += rng.integers(0, 9, rng.integers(0, 4)).tolist()
+        ids, counts = history.table(output)
+        assert sorted(ids) == sorted({5, 6, *output})
+        assert [output.count(token) for token in ids] == counts.tolist()
+    assert request(4, frequency_penalty=1, output=[3]).extras(1, True, frozenset()).history.tolist() == [[3], [1]]
+    seen = request(2, repetition_penalty=2, output=[3]).extras(1, True, frozenset()).history
+    assert dict(seen.T.tolist()) == {3: 1, 10: 0}
+
+
+def test_every_token_of_a_prompt_is_told_once():
+    """Over chunks, and again over a prompt that is computed twice."""
+    scheduler, rng = Scheduler(LIMITS, StaticTrees(TREE)), np.random.default_rng(0)
+    asking = request(40, prompt_logprobs=2, logprobs=0, max_tokens=9)
+    scheduler.add(asking)
+    scheduler.add(request(11, key=1, max_tokens=5))
+    outputs = []
+    for step in range(100):
+        if step == 2:
+            assert 0 < len(asking.prompt_logprobs) < 39
+            asking.num_computed = 0
+        if not scheduler.has_work:
+            break
+        plan = scheduler.plan(1, 0)
+        outputs += [o for o in scheduler.advance(plan, told(plan, results(plan, rng))) if o.request is asking]
+    assert [token.logprob for token in asking.prompt_logprobs] == asking.prompt[1:].tolist()
+    assert [output.prompt_logprobs is not None for output in outputs] == [True] + [False] * (len(outputs) - 1)
+    assert [token.logprob for o in outputs for token in o.logprobs] == asking.output
+    assert len(outputs[-1].logprobs) == len(outputs[-1].tokens)
+
+
+def test_who_wants_to_know_of_its_prompt_computes_all_of_it_for_the_others_too():
+    scheduler, rng = Scheduler(LARGE, None), np.random.default_rng(0)
+
+    def run(key: int, **params) -> int:
+        before = scheduler.admission.num_shared
+        scheduler.add(request(200, key=key, max_tokens=1, **params))
+        while scheduler.has_work:
+            plan = scheduler.plan(1, 0)
+            scheduler.advance(plan, told(plan, results(plan, rng)))
+        return scheduler.admission.num_shared - before
+
+    assert run(0, prompt_logprobs=0) == 0
+    assert run(1) == 199 // LARGE.page_size * LARGE.page_size
+    assert run(2, prompt_logprobs=5) == 0
+    assert run(3, logprobs=5, presence_penalty=1.0) > 0
+    assert scheduler.admission.pages.num_free == LARGE.num_pages
