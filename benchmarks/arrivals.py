@@ -1,10 +1,9 @@
 """What arriving prompts do to others: a long one among running streams, and many that begin alike.
 
-``python -m euryale.benchmarks.arrivals long-prompt`` lets a prompt of 4,000 tokens arrive while eight streams run, with and
-without ``--max-itl``, and reports the streams' inter-token latency and the prompt's time to first token.
-``... shared-prefix`` sends 32 prompts with the same 1,000 tokens in front, with and without the prefix cache, and counts
-the prompt rows computed. Both with random weights.
-"""
+``python -m euryale.benchmarks.arrivals long-prompt`` lets a prompt of 4,000 tokens arrive while eight streams run, with
+and without ``--max-itl``, and reports the streams' inter-token latency and the prompt's time to first token. ``...
+shared-prefix`` sends 32 prompts with the same 1,000 tokens in front, with and without the prefix cache, and counts the
+prompt rows computed. Both with random weights."""
 
 import argparse
 import json
@@ -29,16 +28,16 @@ def prompt_of(rng: np.random.Generator, length: int) -> np.ndarray:
 
 
 def make(args: argparse.Namespace, seats: int, **options) -> Engine:
-    dtype, rows = DTYPES[args.dtype], args.rows
+    longest = args.prompt + 2048
     return make_engine(
-        args.model, dtype, None, args.prompt + 256, single(), seats=seats, rows=rows, cost_cache=False, **options
+        args.model, DTYPES[args.dtype], None, longest, single(), seats=seats, device="cpu", cost_cache=False, **options
     )
 
 
 def long_prompt(args: argparse.Namespace, max_itl: float) -> dict:
     """One run: seconds between the streams' tokens from the prompt's arrival to its first token, and before."""
-    engine, rng = make(args, args.streams + 1, max_itl=max_itl, device="cpu"), np.random.default_rng(0)
-    params = SamplingParams(max_tokens=args.prompt // 2, ignore_eos=True)
+    engine, rng = make(args, args.streams + 1, max_itl=max_itl), np.random.default_rng(0)
+    params = SamplingParams(max_tokens=2000, ignore_eos=True)
     streams = [Request(key=i, prompt=prompt_of(rng, 32), params=params) for i in range(args.streams)]
     for stream in streams:
         engine.scheduler.add(stream)
@@ -70,7 +69,7 @@ def long_prompt(args: argparse.Namespace, max_itl: float) -> dict:
 def shared_prefix(args: argparse.Namespace, caching: bool) -> dict:
     """One run: prompt rows computed, and seconds until all have their first token."""
     args.prompt = args.shared + args.own
-    engine, rng = make(args, 32, enable_prefix_caching=caching, device="cpu"), np.random.default_rng(0)
+    engine, rng = make(args, 32, enable_prefix_caching=caching), np.random.default_rng(0)
     shared, rows = prompt_of(rng, args.shared), 0
     requests = [
         Request(
@@ -98,10 +97,11 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser.add_argument("what", choices=("long-prompt", "shared-prefix"))
     parser.add_argument("--model", choices=SHAPES, default="demo-6m")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
-    parser.add_argument("--rows", type=number(64), default=512, help="of a step")
     parser.add_argument("--prompt", type=number(64), default=4000)
     parser.add_argument("--streams", type=number(1), default=8)
-    parser.add_argument("--bounds", type=float, nargs="+", default=[0.0, 40.0, 20.0], help="--max-itl of each run, in ms")
+    parser.add_argument(
+        "--bounds", type=float, nargs="+", default=[0.0, 40.0, 20.0], help="--max-itl of each run, in ms"
+    )
     parser.add_argument("--requests", type=number(1), default=32)
     parser.add_argument("--shared", type=number(1), default=1000)
     parser.add_argument("--own", type=number(1), default=24)

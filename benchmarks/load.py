@@ -2,8 +2,8 @@
 
 ``python -m euryale.benchmarks.load --model DIR --medusa DIR --published TREE.json --out DIR`` decodes held-out code at
 each concurrency with every kind in turn, round by round. A ratio is taken within a round; its interval is that of the
-median, by the bootstrap over rounds. Dynamic trees do not learn from traffic here, as every round asks the same prompts.
-"""
+median, by the bootstrap over rounds. Dynamic trees do not learn from traffic here, as every round asks the same
+prompts."""
 
 import argparse
 import json

@@ -82,9 +82,10 @@ def make_runner(
     eager: bool,
     num_candidates: int = 8,
     quantization: str = "none",
+    seats: int = 1,
 ) -> StepRunner:
-    """A step runner with four Medusa heads that share the backbone's lm_head, and room for a request of ``context``
-    tokens and a tree, whose pages hold random keys and values."""
+    """A step runner with four Medusa heads that share the backbone's lm_head, and room for ``seats`` requests of
+    ``context`` tokens and a tree, whose pages hold random keys and values."""
     config = model_config(name, dtype, context + 256)
     layout = Layout(group, config.num_heads, config.num_kv_heads, config.head_dim)
     weights = Weights(RandomCheckpoint(group.device), layout, SHARDING, dtype, quantization)
@@ -93,20 +94,22 @@ def make_runner(
     block = [torch.zeros(hidden, hidden) for _ in range(num_heads)], [torch.zeros(hidden) for _ in range(num_heads)]
     tensors = HeadTensors(weights=[block[0]], biases=[block[1]], lm_heads=[], num_heads=num_heads)
     heads = MedusaHeads(tensors, weights, decoder.lm_head, decoder.shard)
-    pages = -(-(context + 128) // PAGE) + 1
+    pages = seats * (-(-(context + 128) // PAGE) + 1)
     cache = KVCache(config, layout, pages, PAGE, ROWS)
     cache.pages.normal_()
     graphs = None if eager else make_graphs(cache, config, ROWS, group)
     return StepRunner(decoder, heads, cache, num_candidates, graphs)
 
 
-def make_engine(name: str, dtype: torch.dtype, tree: TreeShape | None, max_len: int, group: Group, **options) -> Engine:
-    """An engine for one request of up to ``max_len`` tokens at a time; ``options`` are EngineConfig's."""
-    runner = make_runner(name, dtype, max_len, group, False, tree.num_candidates if tree else 0)
+def make_engine(
+    name: str, dtype: torch.dtype, tree: TreeShape | None, max_len: int, group: Group, seats: int = 1, **options
+) -> Engine:
+    """An engine for ``seats`` requests of up to ``max_len`` tokens at a time; ``options`` are EngineConfig's."""
+    runner = make_runner(name, dtype, max_len, group, False, tree.num_candidates if tree else 0, seats=seats)
     runner.heads = runner.heads if tree else None
     limits = Limits(
         max_model_len=max_len,
-        max_num_seqs=1,
+        max_num_seqs=seats,
         max_num_batched_tokens=ROWS,
         vocab_size=runner.decoder.shard.vocab_size,
         num_pages=runner.cache.num_pages,

@@ -48,7 +48,10 @@ def measure(run: Callable[[list[Segment]], None], limits: Limits, has_heads: boo
     context = min(limits.max_model_len, limits.num_pages * limits.page_size) - 1
     far = _time(lambda: run(_segments(limits, 1, 0, False, context)))
     per_token = max(0.0, (far - plain[1]) / max(context, 1))
-    return Profile(requests, [plain[n] for n in requests], extra, rows, per_token, steps)
+    chunk = min(64, most, context // 2)
+    near, behind = (_time(lambda at=at: run([_chunk(limits, chunk, at)])) for at in (0, context - chunk))
+    per_pair = max(0.0, (behind - near) / max(chunk * (context - chunk), 1))
+    return Profile(requests, [plain[n] for n in requests], extra, rows, per_token, per_pair, steps)
 
 
 def cached(key: dict, measure: Callable[[], Profile]) -> Profile:
@@ -108,6 +111,21 @@ def _segments(limits: Limits, requests: int, extra: int, heads: bool, context: i
             )
         )
     return found
+
+
+def _chunk(limits: Limits, rows: int, context: int) -> Segment:
+    """Part of a prompt, with ``context`` tokens before it."""
+    used = -(-(context + rows) // limits.page_size)
+    return Segment(
+        tokens=np.full(rows, 1, dtype=np.int32),
+        parents=np.zeros(0, dtype=np.int32),
+        pages=np.arange(used, dtype=np.int32) % limits.num_pages,
+        context=context,
+        samples=False,
+        wants_candidates=False,
+        position=0,
+        params=SamplingParams(),
+    )
 
 
 def _filled(times: list[float | None], extra: list[int]) -> list[float]:

@@ -76,9 +76,8 @@ class Budget:
         now = self.last
         if now.requests and now.seconds:
             is_speculating = now.guesses >= 0
-            is_plain = not now.others and not self.wants_heads()
-            if is_speculating or is_plain:
-                self.costs.learn(now.seconds, seconds, now.requests, now.others + max(now.guesses, 0), is_speculating)
+            if not now.others and (is_speculating or not self.wants_heads()):
+                self.costs.learn(now.seconds, seconds, now.requests, max(now.guesses, 0), is_speculating)
 
     def _weigh(self, gain: float) -> None:
         """Take the logarithm of the best rate with heads over the rate without."""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-_RATE, _RATE_OF_SIZE = 0.05, 0.01  # of learning
+_RATE, _RATE_OF_SIZE, _RATE_OF_PROMPTS = 0.05, 0.01, 0.5  # of learning
 _DISTURBED = 8.0  # a step that took so much longer than predicted says nothing about its size
 
 
@@ -19,13 +19,15 @@ _DISTURBED = 8.0  # a step that took so much longer than predicted says nothing 
 class Profile:
     """Measured seconds. ``requests`` int [P] and ``plain`` float [P]: steps of so many requests without guesses or
     heads; ``extra`` int [E] and ``speculating`` float [P, E]: with heads and so many further rows (the first: 0);
-    ``per_token``: for each token of context; ``steps``: costs rise in steps."""
+    ``per_token``: for each token of context; ``per_pair``: for each row of a prompt and token of context before it;
+    ``steps``: costs rise in steps."""
 
     requests: list[int]
     plain: list[float]
     extra: list[int]
     speculating: list[list[float]]
     per_token: float = 0.0
+    per_pair: float = 0.0
     steps: bool = False
 
     def __post_init__(self) -> None:
@@ -43,10 +45,12 @@ class Profile:
 
 @dataclass
 class StepCosts:
-    """The curve C(rows, context) of one group. ``scale`` is how much slower than profiled steps are by now."""
+    """The curve C(rows, context) of one group. ``scale`` is how much slower than profiled steps are by now, and
+    ``prompt_scale`` how much slower still the rows of prompts."""
 
     profile: Profile
     scale: float = 1.0
+    prompt_scale: float = 1.0
     _plain: np.ndarray = field(init=False)
     _added: np.ndarray = field(init=False)
 
@@ -68,11 +72,13 @@ class StepCosts:
         added = (1 - share) * self._added[low] + share * self._added[high]
         return self.plain(requests, context) + self.scale * self._at(extra, added)
 
-    def prefilling(self, requests: int, extra: np.ndarray, context: int = 0) -> np.ndarray:
-        """The same without the heads' work: rows of prompts beside those of ``requests``."""
+    def prefilling(self, requests: int, extra: np.ndarray, context: int = 0, before: int = 0) -> np.ndarray:
+        """The same without the heads' work: rows of prompts, with ``before`` tokens before them, beside those of
+        ``requests``."""
         low, high, share = self._between(requests)
         added = (1 - share) * self._added[low] + share * self._added[high]
-        return self.plain(requests, context) + self.scale * self._at(extra, added - added[0])
+        seconds = self.scale * self._at(extra, added - added[0]) + self.profile.per_pair * extra * before
+        return self.plain(requests, context) + self.prompt_scale * seconds
 
     def learn(self, predicted: float, measured: float, requests: int, extra: int, is_speculating: bool) -> None:
         """Take a step's predicted and measured seconds. What goes for all steps is learned sooner than what goes for
@@ -90,6 +96,11 @@ class StepCosts:
         else:
             self._plain[nearest] *= ratio**_RATE_OF_SIZE
             self._plain = np.maximum.accumulate(self._plain)
+
+    def learn_prompts(self, predicted: float, measured: float) -> None:
+        """Take a step with rows of prompts; the next of the same prompt will be much like it."""
+        ratio = min(2.0, max(0.5, measured / predicted))
+        self.prompt_scale = min(10.0, max(0.1, self.prompt_scale * ratio**_RATE_OF_PROMPTS))
 
     def _between(self, requests: int) -> tuple[int, int, float]:
         """The measured numbers of requests around this one, and where between them it lies."""

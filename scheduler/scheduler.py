@@ -15,6 +15,8 @@ from euryale.scheduler.drafts import NO_DRAFT, Draft, Drafter, Tested
 from euryale.scheduler.plan import Segment, StepPlan
 from euryale.scheduler.request import FinishReason, Guesses, Request
 
+_CAREFUL = 0.75  # of a bound on a step's time is planned with, as steps differ
+
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentResult:
@@ -61,6 +63,7 @@ class Scheduler:
         self.step = 0
         self.num_first_guesses = self.num_first_right = 0  # of the first head's likeliest token
         self._costs, self._longest_step = costs, longest_step
+        self._predicted = 0.0  # seconds of a step with rows of prompts that streams wait for
         self._planned: list[Request] = []
 
     @property
@@ -81,12 +84,16 @@ class Scheduler:
         decoding = [r for r in self.admission.running if r.num_uncomputed == 1]
         prefilling = [r for r in self.admission.running if r.num_uncomputed > 1]
         room = self.limits.max_num_batched_tokens - len(decoding)
-        prompt_rows = self._prompt_rows(len(decoding), sum(r.num_uncomputed for r in prefilling), room)
+        before = prefilling[0].num_computed if prefilling else 0
+        prompt_rows = self._prompt_rows(len(decoding), sum(r.num_uncomputed for r in prefilling), room, before)
         segments = self._decode_segments(decoding, room - prompt_rows, prompt_rows)
         self._planned = decoding
         # Rows that no guess takes are the prompts', unless running streams would wait too long for them.
         if not self._bounds_prompts(len(decoding)):
             prompt_rows = room - sum(s.num_drafts for s in segments)
+        if self._bounds_prompts(len(decoding)) and prompt_rows:
+            extra = np.array([prompt_rows + sum(s.num_drafts for s in segments)])
+            self._predicted = float(self._costs.prefilling(len(decoding), extra, before=before)[0])
         for request in prefilling:
             if prompt_rows <= 0:
                 break
@@ -124,6 +131,9 @@ class Scheduler:
                 self.admission.end(request)
         if self.drafter:
             self.drafter.learn(tested, seconds)
+        if self._predicted and seconds:
+            self._costs.learn_prompts(self._predicted, seconds)
+        self._predicted = 0.0
         self._planned = []
         return outputs
 
@@ -134,7 +144,7 @@ class Scheduler:
     def _bounds_prompts(self, num_decoding: int) -> bool:
         return bool(num_decoding and self._costs and self._longest_step)
 
-    def _prompt_rows(self, num_decoding: int, wanted: int, room: int) -> int:
+    def _prompt_rows(self, num_decoding: int, wanted: int, room: int, before: int) -> int:
         """Rows that guesses leave to prompts: half of all, so that trees cannot starve prompts, as long as running
         streams do not wait too long for it; a page's worth in any case."""
         rows = min(wanted, self.limits.max_num_batched_tokens // 2, room)
@@ -142,7 +152,7 @@ class Scheduler:
             return rows
         rows = min(wanted, room)
         sizes = np.arange(rows + 1)
-        fits = self._costs.prefilling(num_decoding, sizes) <= self._longest_step
+        fits = self._costs.prefilling(num_decoding, sizes, before=before) <= _CAREFUL * self._longest_step
         return min(rows, max(int(sizes[fits][-1]) if fits.any() else 0, self.limits.page_size))
 
     def _decode_segments(self, decoding: list[Request], room: int, others: int) -> list[Segment]:

@@ -172,7 +172,7 @@ def test_a_pickle_that_runs_code_is_refused(base, tmp_path):
     ("settings", "message"),
     [
         ({"tree": "nowhere.json"}, "cannot read the tree"),
-        ({"max_num_batched_tokens": 8, "max_num_seqs": 2}, "16 nodes and a step 8 rows"),
+        ({"max_num_batched_tokens": 8, "max_num_seqs": 2, "tree": "static"}, "16 nodes and a step 8 rows"),
         ({"kv_cache_memory": 1e-9}, "hold no KV page"),
         ({"starvation_bound": -1}, "--starvation-bound must be at least 0 steps"),
         ({"max_num_batched_tokens": 2, "max_num_seqs": 3}, "must be at least --max-num-seqs"),
