@@ -29,3 +29,5 @@ class GenerateParams(TypedDict, total=False):
     delta: float | None
     speculation: bool | None
     priority: int | None
+    latency_target: float | None
+    cache_salt: str | None

@@ -144,7 +144,7 @@ class Admission:
             return
         names = request.page_names
         if len(names) < full:
-            self._names.extend(names, request.known_tokens(len(names) * size, full * size))
+            self._names.extend(names, request.known_tokens(len(names) * size, full * size), request.params.cache_salt)
         for place in range(request.num_published, full):
             self.pages.name(request.pages[place], names[place])
             self._no_longer_coming(names[place])
@@ -266,7 +266,7 @@ class Admission:
         names, size = request.page_names, self.pages.page_size
         full = request.num_known // size
         if len(names) < full:
-            self._names.extend(names, request.known_tokens(len(names) * size, full * size))
+            self._names.extend(names, request.known_tokens(len(names) * size, full * size), request.params.cache_salt)
         return names[: (request.num_known - 1) // size]
 
     def _park(self, request: Request, names: list[bytes]) -> None:

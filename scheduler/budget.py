@@ -39,11 +39,13 @@ class Budget:
         """``most``: guesses of a step, however cheap."""
         self.costs, self.most = costs, most
         self.last = Choice()
-        self._is_on, self._gain = True, 0.0
+        self._is_on, self._is_urgent, self._gain = True, False, 0.0
         self._pause, self._resting, self._load = _SHORTEST_PAUSE, 0, 0
 
-    def begin(self, requests: int, others: int, context: int = 0) -> bool:
-        """Start a step with so many decoding requests, beside rows of prompts; whether to look for guesses."""
+    def begin(self, requests: int, others: int, context: int = 0, is_urgent: bool = False) -> bool:
+        """Start a step with so many decoding requests, beside rows of prompts; whether to look for guesses.
+        ``is_urgent``: for some of them guesses are worth more than usual."""
+        self._is_urgent = is_urgent
         self.last = Choice(requests=requests, others=others, context=context)
         if not requests:
             return False
@@ -52,11 +54,11 @@ class Budget:
             if max(requests, self._load) > _OTHER_LOAD * min(requests, self._load):
                 self._resting, self._load = 0, requests
         self.last.seconds = float(self.costs.prefilling(requests, np.array([others]), context)[0])
-        return self._is_on or self._resting < 0
+        return self._is_on or self._resting < 0 or is_urgent
 
     def wants_heads(self) -> bool:
         """Whether the heads are to run in this step, for the next one."""
-        return self._is_on or self._resting <= 0
+        return self._is_on or self._resting <= 0 or self._is_urgent
 
     def choose(self, survival: np.ndarray) -> int:
         """How many of the guesses to take, likeliest first: ``survival`` float32 [N] is the probability of each to be
@@ -66,7 +68,8 @@ class Budget:
         seconds = costs.speculating(now.requests, now.others + np.arange(len(worth)), now.context)
         rates = np.where(_is_edge(now.requests + now.others + np.arange(len(worth))), worth / seconds, 0.0)
         best = int(rates.argmax())
-        self._weigh(math.log(rates[best] * now.seconds / now.requests))
+        if not self._is_urgent:
+            self._weigh(math.log(rates[best] * now.seconds / now.requests))
         now.guesses, now.offered = best, len(survival)
         now.expected, now.seconds = float(worth[best]) - now.requests, float(seconds[best])
         return best

@@ -1,5 +1,6 @@
 """Which guesses each request puts to the test in a step: a static tree's, or the step's own best."""
 
+import hashlib
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -13,6 +14,7 @@ from euryale.scheduler.request import Guesses, Request
 from euryale.scheduler.survival import Survival, class_of
 from euryale.scheduler.tree import DYNAMIC_DEPTH, TreeShape
 
+_BEHIND = 4.0  # what a guess of a request behind its latency target is worth beside others'
 _LEAST = 1e-3  # survival below which a node is not worth a thought
 _UNKNOWN, _OWN, _TRAFFIC = 1, 1 << 62, 1 << 61  # domains of n-grams: nothing is ever learned of the first
 
@@ -37,7 +39,7 @@ NO_DRAFT = Draft(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32))
 
 
 @dataclass(frozen=True)
-class Tested:
+class Verdict:
     """What a step found out: the request's new ``tokens``, accepted guesses and the bonus token, and the numbers of the
     accepted guesses."""
 
@@ -59,7 +61,7 @@ class Drafter(Protocol):
     def wants_guesses(self) -> bool:
         """Whether the heads are to run in this step."""
 
-    def learn(self, tested: list[Tested], seconds: float) -> None:
+    def learn(self, verdicts: list[Verdict], seconds: float) -> None:
         """Take what the step found, and how long it took (0: nobody measured)."""
 
 
@@ -83,7 +85,7 @@ class StaticTrees:
         """See Drafter."""
         return True
 
-    def learn(self, tested: list[Tested], seconds: float) -> None:
+    def learn(self, verdicts: list[Verdict], seconds: float) -> None:
         """See Drafter."""
 
 
@@ -114,6 +116,7 @@ class DynamicTrees:
         ``sources`` None: all."""
         self._each, self._budget, self._sources = each, budget, sources or Sources()
         self.forest = Forest((self._sources.text and text) or NgramTable(), survival or Survival(num_heads))
+        self._now = 0.0  # seconds that steps have taken
         self._planned: list[Request] = []
         self._nodes = self._starts = np.zeros(0, dtype=np.int64)
 
@@ -124,40 +127,46 @@ class DynamicTrees:
     def draft(self, decoding: list[Request], depths: list[int], room: int, others: int) -> list[Draft]:
         """See Drafter."""
         self._planned = []
-        if self._budget and not self._budget.begin(len(decoding), others, sum(r.num_computed for r in decoding)):
-            return [NO_DRAFT] * len(decoding)
-        drafting = [i for i, depth in enumerate(depths) if depth]
-        self._planned = [decoding[i] for i in drafting]
-        count = len(drafting)
-        most = max(0, min(room, count * self._each))
-        total = 0
-        if count:
-            roots = _roots(self._planned, [depths[i] for i in drafting], self._sources)
-            total = self.forest.grow(roots, most, self._each, _LEAST) - count
         if self._budget:
-            total = self._budget.choose(self.forest.survival[count : count + total])
-        found = self._split(count, total)
+            is_urgent = any(r.is_behind(self._now) for r in decoding)
+            context = sum(r.num_computed for r in decoding)
+            if not self._budget.begin(len(decoding), others, context, is_urgent):
+                return [NO_DRAFT] * len(decoding)
         drafts = [NO_DRAFT] * len(decoding)
-        for i, draft in zip(drafting, found, strict=True):
+        drafting = [i for i, depth in enumerate(depths) if depth]
+        if not drafting:
+            return drafts
+        self._planned, count = [decoding[i] for i in drafting], len(drafting)
+        roots = _roots(self._planned, [depths[i] for i in drafting], self._sources, self._now)
+        most = max(0, min(room, count * self._each))
+        total = self.forest.grow(roots, most, self._each, _LEAST) - count
+        if self._budget:
+            found = slice(count, count + total)
+            total = self._budget.choose(self.forest.survival[found] * roots.values[self.forest.request[found]])
+        for i, draft in zip(drafting, self._split(count, total), strict=True):
             drafts[i] = draft
         return drafts
 
-    def learn(self, tested: list[Tested], seconds: float) -> None:
+    def learn(self, verdicts: list[Verdict], seconds: float) -> None:
         """See Drafter."""
+        self._now += seconds
+        for verdict in verdicts:
+            if verdict.request.decoding_since is None:
+                verdict.request.decoding_since = self._now
         place = {request.key: i for i, request in enumerate(self._planned)}
         reached, truths = [], []
-        for test in tested:
-            root = place.get(test.request.key)
+        for verdict in verdicts:
+            root = place.get(verdict.request.key)
             if root is None:
                 continue
-            accepted = self._nodes[self._starts[root] + np.asarray(test.accepted, dtype=np.int64) - 1]
+            accepted = self._nodes[self._starts[root] + np.asarray(verdict.accepted, dtype=np.int64) - 1]
             path = [root, *accepted.tolist()]
             reached += path
-            truths += test.tokens
-            test.request.momentum.learn(len(accepted), float(self.forest.expected[path].sum()))
+            truths += verdict.tokens
+            verdict.request.momentum.learn(len(accepted), float(self.forest.expected[path].sum()))
         if reached:
             self.forest.learn(np.asarray(reached, dtype=np.int32), np.asarray(truths, dtype=np.int32))
-        self._remember([test.request for test in tested])
+        self._remember([verdict.request for verdict in verdicts])
         if self._budget and seconds:
             self._budget.observe(seconds)
         self._planned = []
@@ -180,7 +189,7 @@ class DynamicTrees:
         parts, domains = [], []
         for request in requests:
             if request.finish_reason:
-                learns, start, domain = self._sources.traffic, 0, _TRAFFIC
+                learns, start, domain = self._sources.traffic, 0, _traffic_of(request, self._sources)
             else:
                 learns, start, domain = self._sources.context, request.num_remembered, _OWN + request.key
             if learns:
@@ -192,11 +201,18 @@ class DynamicTrees:
             self.forest.add(np.concatenate(parts), np.concatenate(domains))
 
 
-def _roots(requests: list[Request], depths: list[int], sources: Sources) -> Roots:
+def _traffic_of(request: Request, sources: Sources) -> int:
+    """The domain of the requests that this one may learn from."""
+    if not sources.traffic:
+        return _UNKNOWN
+    salt = request.params.cache_salt
+    return _TRAFFIC + int.from_bytes(hashlib.blake2b(salt.encode(), digest_size=7).digest()) if salt else _TRAFFIC
+
+
+def _roots(requests: list[Request], depths: list[int], sources: Sources, now: float) -> Roots:
     shape = next((r.guesses.ids.shape for r in requests if r.guesses), (0, 0))
     none = Guesses(np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32))
     guesses = [r.guesses or none for r in requests]
-    traffic = _TRAFFIC if sources.traffic else _UNKNOWN
     return Roots(
         last=np.stack([r.last_tokens(ORDERS) for r in requests]),
         ids=np.stack([g.ids for g in guesses]),
@@ -204,6 +220,6 @@ def _roots(requests: list[Request], depths: list[int], sources: Sources) -> Root
         depths=np.asarray(depths, dtype=np.int32),
         classes=np.asarray([class_of(r.params) for r in requests], dtype=np.int32),
         factors=np.asarray([r.momentum.factor for r in requests], dtype=np.float32),
-        values=np.ones(len(requests), dtype=np.float32),
-        domains=np.asarray([(_OWN + r.key, traffic, TEXT) for r in requests], dtype=np.int64),
+        values=np.asarray([_BEHIND if r.is_behind(now) else 1.0 for r in requests], dtype=np.float32),
+        domains=np.asarray([(_OWN + r.key, _traffic_of(r, sources), TEXT) for r in requests], dtype=np.int64),
     )

@@ -16,6 +16,7 @@ MAX_STOP_LENGTH = 256
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300  # entries, as OpenAI's interface allows; they travel with every step
 MAX_SAMPLES = 128
+MAX_SALT_LENGTH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,9 @@ class SamplingParams:
     section 2.3.1; lossy), with ``epsilon`` (posterior threshold) and ``delta`` (posterior alpha) for the latter.
     ``stop_token_ids`` end the answer and are part of its tokens, as the end-of-sequence token is; ``stop``
     strings end it and are not part of its text. ``speculation`` False decodes this request one token a step.
-    ``priority``: requests with lower numbers are served earlier; it changes no token.
+    No token is changed by these: ``priority``, requests with lower numbers are served earlier; ``latency_target``, the
+    milliseconds that a token may take on average (0: any): guesses go first to requests that are behind it;
+    ``cache_salt``, requests share pages, and learn from each other what follows what, only with those of the same salt.
 
     What follows changes or reports logits, at every node of a tree with the node's own path as history;
     ``runtime/adjustments.py`` has the formulas and their order. ``presence_penalty`` and ``frequency_penalty`` weigh
@@ -56,6 +59,8 @@ class SamplingParams:
     ignore_eos: bool = False
     speculation: bool = True
     priority: int = 0
+    latency_target: float = 0.0
+    cache_salt: str = ""
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -84,6 +89,9 @@ class SamplingParams:
         _check_range("epsilon", self.epsilon, 0, 1)
         _check_range("delta", self.delta, 0, 1)
         _check_range("priority", self.priority, -(2**31), 2**31 - 1)
+        _check_range("latency_target", self.latency_target, 0, 1e9)
+        if len(self.cache_salt) > MAX_SALT_LENGTH:
+            raise ValueError(f"cache_salt has at most {MAX_SALT_LENGTH} characters, not {len(self.cache_salt)}")
         if len(self.stop) > MAX_STOP_STRINGS or any(not 0 < len(s) <= MAX_STOP_LENGTH for s in self.stop):
             raise ValueError(f"stop takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters")
         _check_range("presence_penalty", self.presence_penalty, -2, 2)

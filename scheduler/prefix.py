@@ -17,10 +17,13 @@ class PageNames:
         """``page_size`` in tokens."""
         self._page_size, self._key = page_size, secrets.token_bytes(32)
 
-    def extend(self, names: list[bytes], tokens: np.ndarray) -> None:
+    def extend(self, names: list[bytes], tokens: np.ndarray, salt: str = "") -> None:
         """Add to ``names``, those of a sequence's first pages, the names of the pages that ``tokens`` int32, which come
-        next, fill."""
+        next, fill. Sequences with different salts have no name in common."""
         for start in range(0, len(tokens) - self._page_size + 1, self._page_size):
             page = np.ascontiguousarray(tokens[start : start + self._page_size], dtype=np.int32)
-            before = names[-1] if names else b""
-            names.append(hashlib.blake2b(before + page.tobytes(), key=self._key, digest_size=_BYTES).digest())
+            before = names[-1] if names else self._name(salt.encode()) if salt else b""
+            names.append(self._name(before + page.tobytes()))
+
+    def _name(self, content: bytes) -> bytes:
+        return hashlib.blake2b(content, key=self._key, digest_size=_BYTES).digest()

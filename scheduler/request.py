@@ -47,6 +47,7 @@ class Request:
     num_published: int = 0  # of the page names, those by which others can find the pages
     guesses: Guesses | None = None  # None: the heads did not run
     momentum: Momentum = field(default_factory=Momentum)
+    decoding_since: float | None = None  # seconds on the drafter's clock when its first token came
     num_remembered: int = 0  # of the known tokens, those that dynamic trees have learned from
     accepted: list[int] = field(default_factory=list)  # tokens emitted by each decoding step
     finish_reason: FinishReason | None = None
@@ -99,6 +100,13 @@ class Request:
     @cached_property
     def _history(self) -> History:
         return History(self.prompt if self.params.repetition_penalty != 1 else self.prompt[:0])
+
+    def is_behind(self, now: float) -> bool:
+        """Whether its tokens took longer than its latency target until ``now``, in seconds on the drafter's clock."""
+        target = self.params.latency_target
+        if not target or self.decoding_since is None:
+            return False
+        return 1000 * (now - self.decoding_since) > target * (len(self.output) - 1)
 
     def known_tokens(self, start: int, stop: int) -> np.ndarray:
         """Known tokens ``start`` to ``stop``, int32."""

@@ -11,7 +11,7 @@ import numpy as np
 from euryale.client.logprobs import Logprobs
 from euryale.scheduler.admission import STARVATION_BOUND, Admission, Limits
 from euryale.scheduler.costs import StepCosts
-from euryale.scheduler.drafts import NO_DRAFT, Draft, Drafter, Tested
+from euryale.scheduler.drafts import NO_DRAFT, Draft, Drafter, Verdict
 from euryale.scheduler.plan import Segment, StepPlan
 from euryale.scheduler.request import FinishReason, Guesses, Request
 
@@ -108,7 +108,7 @@ class Scheduler:
     def advance(self, plan: StepPlan, results: list[SegmentResult], seconds: float = 0.0) -> list[Output]:
         """Apply the results of the plan's segments that have one, in order; returns what each request gained.
         ``seconds``: how long the step took, 0 if nobody measured."""
-        outputs, tested, found = [], [], iter(results)
+        outputs, verdicts, found = [], [], iter(results)
         for request, segment in zip(self._planned, plan.segments, strict=True):
             request.num_computed += segment.num_certain
             result = next(found) if segment.has_result else None
@@ -126,11 +126,11 @@ class Scheduler:
             request.accepted.append(len(taken))
             self.admission.settle(request)
             outputs.append(Output(request, taken, request.finish_reason, *request.reports(result.logprobs, taken)))
-            tested.append(Tested(request, result.tokens, result.accepted_nodes))
+            verdicts.append(Verdict(request, result.tokens, result.accepted_nodes))
             if request.finish_reason:
                 self.admission.end(request)
         if self.drafter:
-            self.drafter.learn(tested, seconds)
+            self.drafter.learn(verdicts, seconds)
         if self._predicted and seconds:
             self._costs.learn_prompts(self._predicted, seconds)
         self._predicted = 0.0

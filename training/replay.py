@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from euryale.scheduler.drafts import Drafter, Tested
+from euryale.scheduler.drafts import Drafter, Verdict
 from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.request import FinishReason, Guesses, Request
 
@@ -72,4 +72,4 @@ def _take(drafter: Drafter, request: Request, record: Recorded, emitted: list[in
     if at == len(record.answer) - 1:
         request.finish_reason = FinishReason.LENGTH
     request.guesses = Guesses(record.ids_PKR[at], record.logits_PKR[at])
-    drafter.learn([Tested(request, emitted, path[: len(emitted)])], 0.0)
+    drafter.learn([Verdict(request, emitted, path[: len(emitted)])], 0.0)
