@@ -7,7 +7,7 @@ import tempfile
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What engines keep of their steps' cost: for this run of the tests, so that one model is profiled once.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="euryale-tests-")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tests-of-euryale-")
 
 import pytest
 import torch

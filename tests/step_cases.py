@@ -93,7 +93,8 @@ def assert_same(runner: StepRunner, twin: StepRunner, plan: StepPlan, limit: flo
         assert (a.guesses is None) == (b.guesses is None)
         if a.guesses:
             assert np.array_equal(a.guesses.ids, b.guesses.ids)
-            assert np.array_equal(a.guesses.logits, b.guesses.logits)
+            # A step with padding has more rows, which moves a product's last bits.
+            np.testing.assert_allclose(a.guesses.logits, b.guesses.logits, rtol=0, atol=1e-5)
     assert runner.digest == twin.digest
     assert float((runner.cache.pages - twin.cache.pages).abs().max()) <= limit
     return sum(len(r.accepted_nodes) for r in got)

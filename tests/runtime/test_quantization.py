@@ -25,7 +25,7 @@ def model(request, tmp_path_factory):
 
 
 def config(model, **changes) -> EngineConfig:
-    settings = {"max_num_seqs": 8, "max_num_batched_tokens": 40, "dtype": "float32"} | changes
+    settings = {"max_num_seqs": 8, "max_num_batched_tokens": 40, "dtype": "float32", "tree": "static"} | changes
     return EngineConfig(model=str(model[0]), medusa=str(model[1]), **settings)
 
 
