@@ -9,7 +9,7 @@ import numpy as np
 
 from euryale.scheduler.budget import Budget
 from euryale.scheduler.forest import Forest, Roots
-from euryale.scheduler.ngrams import ORDERS, TEXT, NgramTable, windows
+from euryale.scheduler.ngrams import ORDERS, TEXT, NgramTable
 from euryale.scheduler.request import Guesses, Request
 from euryale.scheduler.survival import Survival, class_of
 from euryale.scheduler.tree import DYNAMIC_DEPTH, TreeShape
@@ -186,7 +186,7 @@ class DynamicTrees:
 
     def _remember(self, requests: list[Request]) -> None:
         """Learn what follows what in the requests' new tokens, and of requests that ended for others."""
-        parts, domains = [], []
+        heard = []
         for request in requests:
             if request.finish_reason:
                 learns, start, domain = self._sources.traffic, 0, _traffic_of(request, self._sources)
@@ -194,11 +194,10 @@ class DynamicTrees:
                 learns, start, domain = self._sources.context, request.num_remembered, _OWN + request.key
             if learns:
                 first = max(0, start - ORDERS)
-                parts.append(windows(request.known_tokens(first, request.num_known), start - first))
-                domains.append(np.full(len(parts[-1]), domain))
+                heard.append((request.known_tokens(first, request.num_known), start - first, domain))
                 request.num_remembered = request.num_known
-        if parts:
-            self.forest.add(np.concatenate(parts), np.concatenate(domains))
+        if heard:
+            self.forest.add(heard)
 
 
 def _traffic_of(request: Request, sources: Sources) -> int:

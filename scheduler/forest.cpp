@@ -233,19 +233,21 @@ extern "C" void forest_learn(const Forest* forest, int64_t count, const int32_t*
     }
 }
 
-// Learn that the last token of each window came after those before it in it.
-extern "C" void ngrams_add(const Table* table, int64_t count, const int32_t* windows, const int64_t* domains) {
-    for (int64_t n = 0; n < count; ++n) {
-        const int32_t* window = windows + n * (ORDERS + 1);
-        uint64_t sum = 0;
-        for (int o = 0; o < ORDERS && window[ORDERS - 1 - o] >= 0; ++o) {
-            sum = place_sum(sum, o, window[ORDERS - 1 - o]);
-            uint32_t mark;
-            Row* row = row_of(*table, sum, o, domains[n], mark);
-            if (row->fingerprint != mark) *row = {mark, 0, {-1, -1, -1, -1}, {0, 0, 0, 0}};
-            row->successors[row->total++ % SUCCESSORS] = window[ORDERS];
+// Learn what followed in `count` sequences that lie one behind the other in `tokens`, each of `lengths` tokens, those
+// from place `starts` on new, and in its domain.
+extern "C" void ngrams_add(const Table* table, int64_t count, const int32_t* tokens, const int64_t* lengths,
+                           const int64_t* starts, const int64_t* domains) {
+    for (int64_t n = 0; n < count; tokens += lengths[n++])
+        for (int64_t at = std::max<int64_t>(starts[n], 1); at < lengths[n]; ++at) {
+            uint64_t sum = 0;
+            for (int o = 0; o < ORDERS && o < at; ++o) {
+                sum = place_sum(sum, o, tokens[at - 1 - o]);
+                uint32_t mark;
+                Row* row = row_of(*table, sum, o, domains[n], mark);
+                if (row->fingerprint != mark) *row = {mark, 0, {-1, -1, -1, -1}, {0, 0, 0, 0}};
+                row->successors[row->total++ % SUCCESSORS] = tokens[at];
+            }
         }
-    }
 }
 
 // To notice a build from other sources.

@@ -111,15 +111,18 @@ class Forest:
         else:
             forest_reference.learn(self, nodes, tokens)
 
-    def add(self, windows: np.ndarray, domains: np.ndarray) -> None:
-        """Learn that in ``windows`` int32 [N, ORDERS + 1], in time's order, the last token came after those before it
-        (-1: there was none), in ``domains`` int64 [N]."""
-        if self._native:
-            windows, domains = np.ascontiguousarray(windows), np.ascontiguousarray(domains)
-            table = ctypes.byref(self._struct.table)
-            self._native.ngrams_add(table, len(windows), _address(windows), _address(domains))
-        else:
-            forest_reference.add(self.table, windows, domains)
+    def add(self, heard: list[tuple[np.ndarray, int, int]]) -> None:
+        """Learn what followed what in some sequences: tokens int32, the place of the first new one, and the domain of
+        each. Tokens before the first new one, up to ORDERS, say what that follows."""
+        if not self._native:
+            forest_reference.add(self.table, heard)
+            return
+        parts, starts, domains = zip(*heard, strict=True)
+        tokens, lengths = np.concatenate(parts), [len(part) for part in parts]
+        numbers = np.asarray((lengths, starts, domains), dtype=np.int64)
+        at, step = _address(numbers), numbers.strides[0]
+        table = ctypes.byref(self._struct.table)
+        self._native.ngrams_add(table, len(heard), _address(tokens), at, at + step, at + 2 * step)
 
     def _room(self, nodes: int, ranks: int) -> None:
         """Have memory for so many nodes with that many ranks' guesses below each."""
@@ -148,7 +151,7 @@ def _library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(found[0]))
         library.forest_bytes.restype = library.forest_grow.restype = c_int64
         library.forest_learn.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
-        library.ngrams_add.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
+        library.ngrams_add.argtypes = [c_void_p, c_int64, *[c_void_p] * 4]
         if library.forest_bytes() != ctypes.sizeof(_Forest) + GUESS.itemsize + ROW.itemsize:
             raise OSError("it was built from other sources")
     except (OSError, AttributeError) as error:

@@ -170,16 +170,17 @@ def learn(forest, nodes: np.ndarray, tokens: np.ndarray) -> None:
             estimates.weights[at] = estimates.proven[at] / estimates.trust[at]
 
 
-def add(table, windows: np.ndarray, domains: np.ndarray) -> None:
+def add(table, heard: list[tuple[np.ndarray, int, int]]) -> None:
     """See ``Forest.add``."""
-    keys = keys_of(windows[:, ORDERS - 1 :: -1], domains)
-    for window, names, domain in zip(windows, keys, domains, strict=True):
-        places = table.rows_of(names, domain == TEXT)
-        for order in range(ORDERS):
-            if window[ORDERS - 1 - order] < 0:
-                break
-            row, mark = table.rows[places[order]], names[order].astype(np.uint32)
-            if row["fingerprint"] != mark:
-                row["fingerprint"], row["total"], row["successors"], row["shares"] = mark, 0, -1, 0
-            row["successors"][row["total"] % SUCCESSORS] = window[ORDERS]
-            row["total"] += 1
+    for tokens, start, domain in heard:
+        for at in range(max(start, 1), len(tokens)):
+            last = np.full(ORDERS, -1, dtype=np.int32)
+            before = tokens[max(0, at - ORDERS) : at][::-1]
+            last[: len(before)] = before
+            names = keys_of(last[None], np.asarray([domain]))[0, : len(before)]
+            for name, place in zip(names.astype(np.uint32), table.rows_of(names, domain == TEXT), strict=True):
+                row = table.rows[place]
+                if row["fingerprint"] != name:
+                    row["fingerprint"], row["total"], row["successors"], row["shares"] = name, 0, -1, 0
+                row["successors"][row["total"] % SUCCESSORS] = tokens[at]
+                row["total"] += 1

@@ -33,12 +33,10 @@ _MIX = np.uint64(0x5BE0CD19137E2179)
 _FOLD = np.uint64(29)
 
 
-def windows(tokens: np.ndarray, start: int) -> np.ndarray:
-    """Each of ``tokens`` int32 from place ``start`` on behind the ORDERS before it, -1 where there is none: int32
-    [len(tokens) - start, ORDERS + 1]."""
-    before = max(0, start - ORDERS)
-    missing = np.full(ORDERS - (start - before), -1, dtype=np.int32)
-    return np.lib.stride_tricks.sliding_window_view(np.concatenate([missing, tokens[before:]]), ORDERS + 1)
+def _windows(tokens: np.ndarray) -> np.ndarray:
+    """Each of ``tokens`` int32 behind the ORDERS before it, -1 where there is none: int32 [len(tokens), ORDERS + 1]."""
+    padded = np.concatenate([np.full(ORDERS, -1, dtype=np.int32), tokens])
+    return np.lib.stride_tricks.sliding_window_view(padded, ORDERS + 1)
 
 
 def keys_of(last_NO: np.ndarray, domain_N: np.ndarray) -> np.ndarray:
@@ -71,7 +69,7 @@ class NgramTable:
         """A table that knows ``documents``, int32 each. Of contexts that share a row the one seen most often gets it;
         contexts of ORDERS tokens are left out, being too many."""
         table = cls(text_bits)
-        found = np.concatenate([windows(tokens, 0) for tokens in documents])
+        found = np.concatenate([_windows(tokens) for tokens in documents])
         used = found[:, ORDERS - 1 : 0 : -1] >= 0
         keys = keys_of(found[:, ORDERS - 1 :: -1], np.full(len(found), TEXT))[:, : ORDERS - 1][used]
         tokens = np.broadcast_to(found[:, ORDERS:], used.shape)[used]

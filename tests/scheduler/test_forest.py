@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from euryale.scheduler import forest as forests
 from euryale.scheduler.forest import Forest, Roots
-from euryale.scheduler.ngrams import FILE, ORDERS, SUCCESSORS, TEXT, NgramTable, windows
+from euryale.scheduler.ngrams import FILE, ORDERS, SUCCESSORS, TEXT, NgramTable
 from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.survival import BINS, NUM_CLASSES, Momentum, Survival, class_of
 
@@ -54,7 +54,7 @@ def test_the_compiled_forest_is_the_references(seed, count, most, each, has):
     for _ in range(3):
         made, heard = roots(rng, count, has), rng.integers(0, VOCAB, 30).astype(np.int32)
         for forest in (native, reference):
-            forest.add(windows(heard, int(seed % 5)), np.full(len(heard) - seed % 5, 2 + seed % 3))
+            forest.add([(heard, int(seed % 5), 2 + int(seed % 3)), (heard[5:9], 1, 9)])
             forest.grow(made, most, each, 1e-3)
         assert native.num_nodes == reference.num_nodes
         nodes = slice(0, native.num_nodes)
@@ -112,7 +112,8 @@ def test_a_table_knows_what_followed_and_forgets_strangers():
     forest, _ = pair()
     table = forest.table
     heard = np.asarray([5, 6, 7, 8, 5, 6, 7, 9, 5, 6, 7, 9, 5, 6, 7, 9, 5, 6, 7, 9], dtype=np.int32)
-    forest.add(windows(heard, 0), np.full(len(heard), 77))
+    forest.add([(heard[:3], 0, 77)])
+    forest.add([(heard, 3, 77)])
     shares, evidence, cases = forests.forest_reference.find(table, np.asarray([7, 6, 5], dtype=np.int32), 77)
     assert shares == {9: 1.0}, "four cases are remembered, the eldest is forgotten"
     assert (evidence, cases) == ((ORDERS - 1) * SUCCESSORS + 4, 4)
@@ -123,9 +124,9 @@ def test_a_table_knows_what_followed_and_forgets_strangers():
     text = table.rows[: 1 << table.text_bits].copy()
     small = Forest(NgramTable(live_bits=4), Survival(HEADS))
     many = np.random.default_rng(1).integers(0, 1000, 500).astype(np.int32)
-    small.add(windows(many, 0), np.full(500, 3))
+    small.add([(many, 0, 3)])
     assert len(small.table.rows) == 1 + 16
-    forest.add(windows(many, 0), np.full(500, 3))
+    forest.add([(many, 0, 3)])
     assert np.array_equal(table.rows[: 1 << table.text_bits], text)
 
 
