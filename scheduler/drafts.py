@@ -21,21 +21,15 @@ _UNKNOWN, _OWN, _TRAFFIC = 1, 1 << 62, 1 << 61  # domains of n-grams: nothing is
 
 @dataclass(frozen=True)
 class Draft:
-    """Guesses of one request: ``tokens`` int32 [N], ``parents`` int32 [N] (0: the root, i: the i-th guess)."""
+    """Guesses of one request: ``tokens`` int32 [N], ``parents`` int32 [N] (0: the root, i: the i-th guess), ``depth``
+    of the deepest."""
 
     tokens: np.ndarray
     parents: np.ndarray
-
-    @property
-    def depth(self) -> int:
-        """Of the deepest guess."""
-        depths = [0]
-        for parent in self.parents.tolist():
-            depths.append(depths[parent] + 1)
-        return max(depths)
+    depth: int
 
 
-NO_DRAFT = Draft(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32))
+NO_DRAFT = Draft(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32), 0)
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ class StaticTrees:
         drafts = [NO_DRAFT] * len(decoding)
         for place, i in enumerate(drafting):
             shape = self._shape.limited(share + (place < extra), depths[i])
-            drafts[i] = Draft(shape.tokens(decoding[i].guesses.ids), shape.parents[1:])
+            drafts[i] = Draft(shape.tokens(decoding[i].guesses.ids), shape.parents[1:], shape.depth)
         return drafts
 
     def wants_guesses(self) -> bool:
@@ -181,8 +175,10 @@ class DynamicTrees:
         number = np.zeros(count + total, dtype=np.int32)  # of a node in its request's tree
         number[self._nodes] = np.arange(total) - self._starts[owners] + 1
         tokens, parents = self.forest.token[self._nodes], number[self.forest.parent[self._nodes]]
-        ends = self._starts.tolist()
-        return [Draft(tokens[a:b], parents[a:b]) for a, b in pairwise(ends)]
+        deepest = np.zeros(count, dtype=np.int64)
+        np.maximum.at(deepest, owners, self.forest.depth[self._nodes])
+        ends = zip(pairwise(self._starts.tolist()), deepest.tolist(), strict=True)
+        return [Draft(tokens[a:b], parents[a:b], depth) if b > a else NO_DRAFT for (a, b), depth in ends]
 
     def _remember(self, requests: list[Request]) -> None:
         """Learn what follows what in the requests' new tokens, and of requests that ended for others."""
@@ -213,7 +209,7 @@ def _roots(requests: list[Request], depths: list[int], sources: Sources, now: fl
     none = Guesses(np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32))
     guesses = [r.guesses or none for r in requests]
     return Roots(
-        last=np.stack([r.last_tokens(ORDERS) for r in requests]),
+        last=np.asarray([r.last_tokens(ORDERS) for r in requests], dtype=np.int32),
         ids=np.stack([g.ids for g in guesses]),
         logits=np.stack([g.logits for g in guesses]),
         depths=np.asarray(depths, dtype=np.int32),

@@ -111,16 +111,18 @@ class Request:
     def known_tokens(self, start: int, stop: int) -> np.ndarray:
         """Known tokens ``start`` to ``stop``, int32."""
         split = len(self.prompt)
+        if start >= split:
+            return np.array(self.output[start - split : stop - split], dtype=np.int32)
         head = self.prompt[start : min(stop, split)]
         tail = self.output[max(start - split, 0) : max(stop - split, 0)]
         return np.concatenate([head, np.asarray(tail, dtype=np.int32)]) if tail else head
 
-    def last_tokens(self, count: int) -> np.ndarray:
-        """The last ``count`` known tokens, the latest first, -1 where there is none: int32 [count]."""
-        tokens = self.known_tokens(max(0, self.num_known - count), self.num_known)
-        found = np.full(count, -1, dtype=np.int32)
-        found[: len(tokens)] = tokens[::-1]
-        return found
+    def last_tokens(self, count: int) -> list[int]:
+        """The last ``count`` known tokens, the latest first, -1 where there is none."""
+        found = self.output[: -count - 1 : -1]
+        if len(found) < count:
+            found = found + self.prompt[: -(count - len(found)) - 1 : -1].tolist()
+        return found + [-1] * (count - len(found))
 
     def append(self, tokens: list[int], end_ids: frozenset[int]) -> list[int]:
         """Take what a step emitted, up to the first token that ends the answer; returns the tokens taken.

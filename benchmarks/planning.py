@@ -1,0 +1,97 @@
+"""How long the scheduler takes for a step: planning it, trees included, and learning from it.
+
+``python -m euryale.benchmarks.planning`` lets requests of made-up tokens decode with made-up heads, whose guesses come
+true as often as they say, and reports medians over steps of the whole of ``Scheduler.plan`` and ``advance``. Dynamic
+trees choose ``--nodes`` guesses a request out of all that heads, text, traffic and context name."""
+
+import argparse
+import json
+import statistics
+import time
+
+import numpy as np
+
+from euryale.benchmarks import arguments
+from euryale.benchmarks.arguments import number
+from euryale.benchmarks.machine import describe
+from euryale.scheduler.admission import Limits
+from euryale.scheduler.drafts import Drafter, DynamicTrees
+from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.plan import StepPlan
+from euryale.scheduler.request import Guesses, Request
+from euryale.scheduler.scheduler import Scheduler, SegmentResult
+
+VOCAB, HEADS, RANKS, PROMPT, PAGE = 32000, 4, 10, 200, 16
+
+
+def made_up_results(plan: StepPlan, rng: np.random.Generator) -> list[SegmentResult]:
+    """Half of all nodes' first children are right."""
+    found = []
+    for segment in plan.segments:
+        if not segment.samples:
+            continue
+        path, node, parents = [], 0, segment.parents.tolist()
+        while node in parents[node:] and rng.random() < 0.5:
+            node = parents.index(node, node) + 1
+            path.append(node)
+        root = segment.num_certain - 1
+        tokens = [int(segment.tokens[root + n]) for n in path] + [int(rng.zipf(1.3)) % VOCAB]
+        ids = rng.integers(0, VOCAB, (HEADS, RANKS)).astype(np.int32)
+        logits = -np.sort(rng.exponential(2.0, (HEADS, RANKS)).astype(np.float32), axis=1)
+        found.append(SegmentResult(tokens=tokens, accepted_nodes=path, guesses=Guesses(ids, logits)))
+    return found
+
+
+def measure(requests: int, drafter: Drafter | None, steps: int) -> dict[str, float]:
+    """Median milliseconds."""
+    longest = PROMPT + 16 * steps
+    limits = Limits(
+        max_model_len=longest,
+        max_num_seqs=requests,
+        max_num_batched_tokens=requests * 128,
+        vocab_size=VOCAB,
+        num_pages=requests * (longest // PAGE + 1),
+        page_size=PAGE,
+    )
+    scheduler, rng = Scheduler(limits, drafter), np.random.default_rng(0)
+    params = SamplingParams(max_tokens=longest - PROMPT, ignore_eos=True)
+    for key in range(requests):
+        prompt = (rng.zipf(1.3, PROMPT) % VOCAB).astype(np.int32)
+        scheduler.add(Request(key=key, prompt=prompt, params=params))
+    found: dict[str, list[float]] = {"plan": [], "advance": [], "guesses": []}
+    for step in range(steps):
+        started = time.perf_counter()
+        plan = scheduler.plan(1, 0)
+        planned = time.perf_counter()
+        results = made_up_results(plan, rng)
+        begun = time.perf_counter()
+        scheduler.advance(plan, results, 1e-3)
+        if step > 3:
+            found["plan"].append(1e3 * (planned - started))
+            found["advance"].append(1e3 * (time.perf_counter() - begun))
+            found["guesses"].append(sum(s.num_drafts for s in plan.segments) / requests)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def parser_of_arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=number(1), nargs="+", default=[1, 8, 64, 512])
+    parser.add_argument("--nodes", type=number(0, 127), nargs="+", default=[0, 4, 16, 64])
+    parser.add_argument("--steps", type=number(8), default=60)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    print(describe() + "\n\n| requests | guesses each | plan, ms | advance, ms |\n|---|---|---|---|")
+    rows = []
+    for requests in args.requests:
+        for nodes in args.nodes:
+            drafter = DynamicTrees(HEADS, nodes) if nodes else None
+            row = {"requests": requests, "nodes": nodes} | measure(requests, drafter, args.steps)
+            rows.append(row)
+            print(f"| {requests} | {row['guesses']:.0f} | {row['plan']:.3f} | {row['advance']:.3f} |", flush=True)
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    arguments.run(parser_of_arguments(), main)
