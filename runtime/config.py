@@ -60,6 +60,7 @@ class EngineConfig:
         "overlapped: answers are delivered and requests taken in while the next step runs; auto: so on GPUs",
         ("auto", "plain", "overlapped"),
     )
+    trace: str = flag("", "file to which each step adds a JSON line: load, guesses, what was accepted, time and pages")
     eager: bool = flag(False, "call every kernel from Python instead of replaying recorded steps; slower")
 
     def __post_init__(self) -> None:

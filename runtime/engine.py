@@ -17,6 +17,7 @@ from euryale.runtime.planning import make_scheduler
 from euryale.scheduler import plan as plans
 from euryale.scheduler.plan import PlanKind, Segment, StepPlan
 from euryale.scheduler.scheduler import Output
+from euryale.scheduler.trace import Trace
 
 
 class GroupDiverged(RuntimeError):
@@ -30,6 +31,10 @@ class Engine:
         """``loaded`` None: what the config names, or ValueError, on every rank, for a model that cannot be served."""
         self.config = config
         self.group = group
+        self._trace = None
+        if config.trace:  # refused before anything is loaded
+            with group.agreed():
+                self._trace = Trace(config.trace) if group.is_leader else None
         self.loaded = loaded or load(config, group)
         self.runner = self.loaded.runner
         # The epoch tells this run of the group from an earlier one.
@@ -55,16 +60,24 @@ class Engine:
         if meanwhile and self.overlaps:
             meanwhile()
         results = self.runner.finish(started)
-        return self.scheduler.advance(plan, results, time.perf_counter() - begun)
+        seconds = time.perf_counter() - begun
+        outputs = self.scheduler.advance(plan, results, seconds)
+        if self._trace:
+            self._trace.write(self.scheduler, plan, seconds)
+        return outputs
 
     def keep_alive(self) -> None:
         """Tell the other ranks that the leader lives though it has nothing for them; call it often, it sends seldom."""
         if time.monotonic() - self._last_sent > self._heartbeat:
             self._send(PlanKind.HEARTBEAT)
+        if self._trace:
+            self._trace.flush_old()
 
     def stop(self) -> None:
         """Let the other ranks leave ``follow``."""
         self._send(PlanKind.STOP)
+        if self._trace:
+            self._trace.flush()
 
     def close(self) -> None:
         """Leave the group. A communicator ends only when no recording holds its collectives any more."""

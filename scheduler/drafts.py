@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from euryale.scheduler.budget import Budget
+from euryale.scheduler.budget import Budget, Choice
 from euryale.scheduler.forest import Forest, Roots
 from euryale.scheduler.ngrams import ORDERS, TEXT, NgramTable
 from euryale.scheduler.request import Guesses, Request
@@ -35,18 +35,23 @@ NO_DRAFT = Draft(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32), 0)
 @dataclass(frozen=True)
 class Verdict:
     """What a step found out: the request's new ``tokens``, accepted guesses and the bonus token, and the numbers of the
-    accepted guesses."""
+    accepted guesses, of ``num_guesses``; ``guesses`` is what the heads had named, None if they had not run."""
 
     request: Request
     tokens: list[int]
     accepted: list[int]
+    num_guesses: int
+    guesses: Guesses | None
 
 
 class Drafter(Protocol):
     """For each step the scheduler calls ``draft``, then ``wants_guesses``, then, when the step is done, ``learn``.
-    ``depth``: of the deepest guess."""
+    ``depth``: of the deepest guess; ``choice``: what was chosen for the last step, None if that is not a question."""
 
     depth: int
+
+    @property
+    def choice(self) -> Choice | None: ...
 
     def draft(self, decoding: list[Request], depths: list[int], room: int, others: int) -> list[Draft]:
         """Guesses of each decoding request, of at most ``depths`` and ``room`` rows in all, beside ``others``, the
@@ -61,6 +66,8 @@ class Drafter(Protocol):
 
 class StaticTrees:
     """The same tree in every step and for every request, as far as the rows go."""
+
+    choice = None
 
     def __init__(self, shape: TreeShape) -> None:
         self._shape, self.depth = shape, shape.depth
@@ -113,6 +120,11 @@ class DynamicTrees:
         self._now = 0.0  # seconds that steps have taken
         self._planned: list[Request] = []
         self._nodes = self._starts = np.zeros(0, dtype=np.int64)
+
+    @property
+    def choice(self) -> Choice | None:
+        """See Drafter."""
+        return self._budget.last if self._budget else None
 
     def wants_guesses(self) -> bool:
         """See Drafter."""

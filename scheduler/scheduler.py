@@ -10,6 +10,7 @@ import numpy as np
 
 from euryale.client.logprobs import Logprobs
 from euryale.scheduler.admission import STARVATION_BOUND, Admission, Limits
+from euryale.scheduler.budget import Choice
 from euryale.scheduler.costs import StepCosts
 from euryale.scheduler.drafts import NO_DRAFT, Draft, Drafter, Verdict
 from euryale.scheduler.plan import Segment, StepPlan
@@ -62,6 +63,7 @@ class Scheduler:
         self.admission = Admission(limits, share_prefixes, starvation_bound)
         self.step = 0
         self.num_first_guesses = self.num_first_right = 0  # of the first head's likeliest token
+        self.tested: list[Tested] = []  # what the last step found
         self._costs, self._longest_step = costs, longest_step
         self._predicted = 0.0  # seconds of a step with rows of prompts that streams wait for
         self._planned: list[Request] = []
@@ -119,14 +121,15 @@ class Scheduler:
                 continue
             taken = request.append(result.tokens, self.limits.end_ids)
             request.num_computed += len(result.accepted_nodes)
-            if request.guesses is not None:
+            named = request.guesses
+            if named is not None:
                 self.num_first_guesses += 1
-                self.num_first_right += result.tokens[0] == request.guesses.ids[0, 0]
+                self.num_first_right += result.tokens[0] == named.ids[0, 0]
             request.guesses = result.guesses
             request.accepted.append(len(taken))
             self.admission.settle(request)
             outputs.append(Output(request, taken, request.finish_reason, *request.reports(result.logprobs, taken)))
-            verdicts.append(Verdict(request, result.tokens, result.accepted_nodes))
+            verdicts.append(Verdict(request, result.tokens, result.accepted_nodes, segment.num_drafts, named))
             if request.finish_reason:
                 self.admission.end(request)
         if self.drafter:
@@ -134,8 +137,13 @@ class Scheduler:
         if self._predicted and seconds:
             self._costs.learn_prompts(self._predicted, seconds)
         self._predicted = 0.0
-        self._planned = []
+        self.tested, self._planned = tested, []
         return outputs
+
+    @property
+    def choice(self) -> Choice | None:
+        """What was chosen for the last step; None if nothing is chosen."""
+        return self.drafter.choice if self.drafter else None
 
     @property
     def _wants_guesses(self) -> bool:

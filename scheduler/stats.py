@@ -4,6 +4,10 @@ import logging
 import time
 from collections import Counter, deque
 
+import numpy as np
+
+from euryale.scheduler.budget import Choice
+from euryale.scheduler.drafts import Tested
 from euryale.scheduler.scheduler import Output, Scheduler
 
 logger = logging.getLogger("euryale.scheduler")
@@ -11,10 +15,75 @@ logger = logging.getLogger("euryale.scheduler")
 _RECENT = 256  # steps
 _JUDGED_AFTER = 500  # guesses of the first head
 _USELESS = 0.02  # share of them that are right
+_PUT_OFF = 1024  # accepted paths whose ranks are looked up together
+
+
+class GuessStats:
+    """Counts guesses: how many were offered, chosen and accepted, at which depths and of which ranks."""
+
+    def __init__(self) -> None:
+        self._offered = self._chosen = self._accepted = self._steps = self._predicted_steps = 0
+        self._expected = self._predicted = self._measured = 0.0
+        self._depths: Counter[int] = Counter()
+        self._ranks: Counter[int] = Counter()  # -1: not named by the head of its depth
+        self._paths: list[Tested] = []  # with accepted guesses whose ranks are not counted yet
+
+    def count_step(self, tested: list[Tested], choice: Choice | None, seconds: float) -> None:
+        """Take what a step tested, what was chosen for it, and how long it took."""
+        chosen = 0
+        for test in tested:
+            chosen += test.num_guesses
+            if test.accepted:
+                self._paths.append(test)
+        self._chosen += chosen
+        self._steps += chosen > 0
+        self._offered += max(choice.offered, chosen) if choice else chosen
+        if choice and choice.seconds:
+            self._predicted_steps += 1
+            self._expected += choice.expected
+            self._predicted += choice.seconds
+            self._measured += seconds
+        if len(self._paths) >= _PUT_OFF:
+            self._count_paths()
+
+    def values(self) -> dict:
+        """Counters since start. ``accepted_by_depth`` counts from 1, ``accepted_by_rank`` from 0."""
+        self._count_paths()
+        return {
+            "guessing_steps": self._steps,
+            "guesses_offered": self._offered,
+            "guesses_chosen": self._chosen,
+            "guesses_accepted": self._accepted,
+            "guesses_wasted": self._chosen - self._accepted,
+            "guesses_expected": self._expected,
+            "accepted_by_depth": {str(d): n for d, n in sorted(self._depths.items())},
+            "accepted_by_rank": {"unnamed" if r < 0 else str(r): n for r, n in sorted(self._ranks.items())},
+            "predicted_steps": self._predicted_steps,
+            "predicted_seconds": self._predicted,
+            "predicted_steps_seconds": self._measured,
+        }
+
+    def _count_paths(self) -> None:
+        """Look up the ranks of many paths at once: one by one it would take longer than all else here."""
+        for length, count in Counter(len(test.accepted) for test in self._paths).items():
+            self._accepted += length * count
+            self._depths.update(dict.fromkeys(range(1, length + 1), count))
+        named = [test for test in self._paths if test.guesses is not None]
+        found = 0
+        if named:
+            ids = np.stack([test.guesses.ids for test in named])
+            paths = np.full(ids.shape[:2], -1, dtype=np.int32)  # no token
+            for path, test in zip(paths, named, strict=True):
+                path[: len(test.accepted)] = test.tokens[: min(len(test.accepted), len(path))]
+            ranks = np.nonzero(ids == paths[:, :, None])[2]
+            found = len(ranks)
+            self._ranks.update(dict(enumerate(np.bincount(ranks).tolist())))
+        self._ranks[-1] += sum(len(test.accepted) for test in self._paths) - found
+        self._paths = []
 
 
 class EngineStats:
-    """Counts steps and tokens of one scheduler; ``values`` is a flat map of numbers."""
+    """Counts steps, tokens and guesses of one scheduler; ``values`` is a flat map of numbers and small maps of them."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
@@ -22,6 +91,7 @@ class EngineStats:
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self.num_steps = self.num_tokens = self.num_decodes = self.num_finished = self.num_cancelled = 0
         self._lengths: Counter[int] = Counter()
+        self._guesses = GuessStats()
         self._has_judged = False
 
     def count_step(self, outputs: list[Output], seconds: float) -> None:
@@ -29,6 +99,7 @@ class EngineStats:
         self.num_steps += 1
         self._recent.append(seconds)
         self._judge_heads()
+        self._guesses.count_step(self._scheduler.tested, self._scheduler.choice, seconds)
         for output in outputs:
             self.num_decodes += 1
             self.num_tokens += len(output.tokens)
@@ -61,6 +132,7 @@ class EngineStats:
             "preemptions_for_pages": admission.num_preempted_for_pages,
             "preemptions_for_priority": admission.num_preempted_for_priority,
             "recomputed_tokens": admission.num_recomputed,
+            **self._guesses.values(),
         }
 
     def _judge_heads(self) -> None:

@@ -1,0 +1,132 @@
+"""A line of JSON for every step: what ran, what was guessed, what came of it. Meant for people and plots.
+
+A file may hold the traces of several runs, one below the other: each begins with a line that has the key ``trace``, the
+version of the format. Lines are written some at a time, always whole ones, so that a killed run loses its last second at
+most. The fields are explained in ``docs/protocol.md``.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from euryale.scheduler.drafts import Tested
+from euryale.scheduler.plan import StepPlan
+from euryale.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger("euryale.scheduler")
+
+VERSION = 1
+_LONGEST_WAIT = 1.0  # seconds that a line may stay unwritten while there are steps, or a leader that rests
+_MOST_WAITING = 1 << 18  # characters
+
+
+class Trace:
+    """Writes the steps of one scheduler."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Begin a run at the end of the file; ValueError if it cannot be written."""
+        try:
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by whoever ends the process)
+        except OSError as error:
+            raise ValueError(f"cannot write the trace {path}: {error.strerror}: give --trace another file") from error
+        self._started = self._written = time.monotonic()
+        self._waiting: list[str] = []
+        self._length = 0
+        # An earlier run that was killed while writing may have left half a line.
+        self._put("\n" * (self._file.tell() > 0) + json.dumps({"trace": VERSION, "started": time.time()}))
+        self.flush()
+
+    def write(self, scheduler: Scheduler, plan: StepPlan, seconds: float) -> None:
+        """Take the step that the scheduler was just advanced by, and how long it took."""
+        self._put(json.dumps(record(scheduler, plan, seconds, time.monotonic() - self._started)))
+        if self._length > _MOST_WAITING:
+            self.flush()
+        else:
+            self.flush_old()
+
+    def flush_old(self) -> None:
+        """Write what has waited long enough; call it also while there are no steps."""
+        if self._waiting and time.monotonic() - self._written > _LONGEST_WAIT:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits. A disk that is full ends the trace, not the run."""
+        lines, self._waiting, self._length = self._waiting, [], 0
+        self._written = time.monotonic()
+        if not lines or self._file is None:
+            return
+        try:
+            self._file.write(("\n".join(lines) + "\n").encode())
+        except OSError as error:
+            logger.warning("the trace ends here: %s", error)
+            self._file.close()
+            self._file = None
+
+    def _put(self, line: str) -> None:
+        self._waiting.append(line)
+        self._length += len(line)
+
+
+def record(scheduler: Scheduler, plan: StepPlan, seconds: float, now: float) -> dict:
+    """What there is to say about a step; ``now``: seconds since the trace began."""
+    admission, choice = scheduler.admission, scheduler.choice
+    decoding = [s for s in plan.segments if s.samples and s.num_certain == 1]
+    chosen = sum(test.num_guesses for test in scheduler.tested)
+    expected = choice.expected if choice and choice.guesses >= 0 else None
+    return {
+        "t": round(now, 6),
+        "step": plan.step,
+        "running": len(admission.running),
+        "waiting": len(admission.waiting),
+        "decoding": len(decoding),
+        "prompt_rows": sum(s.num_certain for s in plan.segments) - len(decoding),
+        "offered": max(choice.offered, chosen) if choice else chosen,
+        "chosen": chosen,
+        "accepted": sum(len(test.accepted) for test in scheduler.tested),
+        "expected": None if expected is None else round(expected, 3),
+        "predicted": round(choice.seconds, 6) if choice and choice.seconds else None,
+        "seconds": round(seconds, 6),
+        "pages_free": admission.pages.num_free,
+        "requests": [
+            {"key": t.request.key, "chosen": t.num_guesses, "accepted": len(t.accepted), "ranks": path_ranks(t)}
+            for t in scheduler.tested
+        ],
+    }
+
+
+def path_ranks(test: Tested) -> list[int | None]:
+    """Of each accepted guess its rank among those of the head of its depth; None if that did not name it."""
+    named = test.guesses.ids.tolist() if test.accepted and test.guesses is not None else []
+    ranks: list[int | None] = []
+    for depth, token in enumerate(test.tokens[: len(test.accepted)]):
+        is_named = depth < len(named) and token in named[depth]
+        ranks.append(named[depth].index(token) if is_named else None)
+    return ranks
+
+
+def read(path: Path) -> Iterator[list[dict]]:
+    """The steps of each run in the file; lines that a killed run left unfinished are left out. ValueError if the file
+    cannot be read or holds no trace."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ValueError(f"cannot read the trace {path}: {error.strerror}") from error
+    steps: list[dict] | None = None
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "trace" in row:
+            if row["trace"] != VERSION:
+                raise ValueError(f"{path} is of version {row['trace']}, this program reads {VERSION}")
+            if steps is not None:
+                yield steps
+            steps = []
+        elif steps is not None:
+            steps.append(row)
+    if steps is None:
+        raise ValueError(f"{path} is no trace: it has no line that begins one")
+    yield steps
