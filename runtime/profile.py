@@ -31,9 +31,16 @@ _REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _EXTRA = (0, 1, 3, 5, 7, 11, 15, 23, 31, 63, 127, 255, 511, 1023, 2047, 4095)
 
 
-def measure(run: Callable[[list[Segment]], None], limits: Limits, has_heads: bool, steps: bool) -> Profile:
-    """Time ``run``, which runs one step of such segments on all ranks. ``steps``: steps are padded to buckets.
-    ``limits`` say which sizes there are."""
+def measure(
+    run: Callable[[list[Segment]], object],
+    limits: Limits,
+    has_heads: bool,
+    steps: bool,
+    time_step: Callable[[Callable[[], object]], float] | None = None,
+) -> Profile:
+    """Time ``run``, which runs one step of such segments on all ranks. ``limits`` say which sizes there are. ``steps``:
+    steps are padded to buckets. ``time_step`` calls a step and says how long it took (default: as the clock says)."""
+    time_step = time_step or _time
     requests = [n for n in _REQUESTS if n <= limits.max_num_seqs] or [1]
     most = limits.max_num_batched_tokens
     extra = [n for n in _EXTRA if n + 1 <= most]
@@ -41,12 +48,12 @@ def measure(run: Callable[[list[Segment]], None], limits: Limits, has_heads: boo
     plain, speculating = {}, {}
     for n, e in tqdm([*[(n, None) for n in requests], *sizes], desc="profiling", unit="size", leave=False):
         if e is None:
-            plain[n] = _time(lambda n=n: run(_segments(limits, n, 0, False)))
+            plain[n] = time_step(lambda n=n: run(_segments(limits, n, 0, False)))
         else:
-            speculating[n, e] = _time(lambda n=n, e=e: run(_segments(limits, n, e, has_heads)))
+            speculating[n, e] = time_step(lambda n=n, e=e: run(_segments(limits, n, e, has_heads)))
     rows = [_filled([speculating.get((n, e)) for e in extra], extra) for n in requests]
     context = min(limits.max_model_len, limits.num_pages * limits.page_size) - 1
-    far = _time(lambda: run(_segments(limits, 1, 0, False, context)))
+    far = time_step(lambda: run(_segments(limits, 1, 0, False, context)))
     per_token = max(0.0, (far - plain[1]) / max(context, 1))
     chunk = min(64, most, context // 2)
     near, behind = (_time(lambda at=at: run([_chunk(limits, chunk, at)])) for at in (0, context - chunk))
