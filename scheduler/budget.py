@@ -15,6 +15,7 @@ from euryale.scheduler.costs import StepCosts
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 16, 256  # steps without heads
 _MARGIN = 0.01  # of the logarithm of the rates' ratio, for and against a change
 _NEWEST = 0.2  # weight of the newest step in the mean of that logarithm
+_SHORTEST_REACH = 32  # guesses
 _OTHER_LOAD = 1.25  # times as many or as few requests are another situation
 
 
@@ -40,6 +41,7 @@ class Budget:
         self.costs, self.most = costs, most
         self.last = Choice()
         self._is_on, self._is_urgent, self._gain = True, False, 0.0
+        self._best = 0
         self._pause, self._resting, self._load = _SHORTEST_PAUSE, 0, 0
 
     def begin(self, requests: int, others: int, context: int = 0, is_urgent: bool = False) -> bool:
@@ -56,6 +58,10 @@ class Budget:
         self.last.seconds = float(self.costs.prefilling(requests, np.array([others]), context)[0])
         return self._is_on or self._resting < 0 or is_urgent
 
+    def reach(self) -> int:
+        """How many guesses ``choose`` is to be shown: what it will not take costs the host time all the same."""
+        return min(self.most, max(_SHORTEST_REACH, 2 * self.last.requests, 2 * self._best))
+
     def wants_heads(self) -> bool:
         """Whether the heads are to run in this step, for the next one."""
         return self._is_on or self._resting <= 0 or self._is_urgent
@@ -67,7 +73,7 @@ class Budget:
         worth = now.requests + np.concatenate([[0.0], np.cumsum(survival, dtype=np.float64)])
         seconds = costs.speculating(now.requests, now.others + np.arange(len(worth)), now.context)
         rates = np.where(_is_edge(now.requests + now.others + np.arange(len(worth))), worth / seconds, 0.0)
-        best = int(rates.argmax())
+        best = self._best = int(rates.argmax())
         if not self._is_urgent:
             self._weigh(math.log(rates[best] * now.seconds / now.requests))
         now.guesses, now.offered = best, len(survival)

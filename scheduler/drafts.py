@@ -144,7 +144,7 @@ class DynamicTrees:
             return drafts
         self._planned, count = [decoding[i] for i in drafting], len(drafting)
         roots = _roots(self._planned, [depths[i] for i in drafting], self._sources, self._now)
-        most = max(0, min(room, count * self._each))
+        most = max(0, min(room, count * self._each, self._budget.reach() if self._budget else room))
         total = self.forest.grow(roots, most, self._each, _LEAST) - count
         if self._budget:
             found = slice(count, count + total)
