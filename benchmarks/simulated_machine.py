@@ -3,14 +3,14 @@
 A step's work is split into products with weights, attention, small kernels and collectives, which come one after the
 other; each takes the longer of its memory traffic and its arithmetic. What the figures rest on:
 
-* NVIDIA's H200 data sheet: 141 GB at 4.8 TB/s, 989 TFLOP/s dense bfloat16. Others' measurements of it: 4.3 TB/s copied and
-  about 790 TFLOP/s in large products; paged decode attention reaches 70 to 90 % of the bandwidth, taken as 80 %.
-* All-reduce by NCCL on eight H100 over NVLink, published by users (github.com/ByteDance-Seed/Triton-distributed/issues/57):
-  19 us for 128 B, 32 us for 1 MiB, 136 us for 16 MiB, taken as 19 us and 144 GB/s.
-* A kernel in a CUDA graph takes about 2 us at least, and about 6 us to be called from Python without one (assumed). Decoding
-  steps are graphs, padded to buckets; steps with prompts are not, and take no less than their calls.
-* The host's part of a step, planning and copying, which the GPU waits for: measured with this simulator's own scheduler
-  on one CPU core (``host_us`` of its report), rounded; copying and launching are assumed.
+* NVIDIA's H200 data sheet: 141 GB at 4.8 TB/s, 989 TFLOP/s dense bfloat16. Others' measurements of it: 4.3 TB/s copied
+  and about 790 TFLOP/s in large products; paged decode attention reaches 70 to 90 % of the bandwidth, taken as 80 %.
+* All-reduce by NCCL on eight H100 over NVLink as users publish it (ByteDance-Seed/Triton-distributed, issue 57): 19 us for
+  128 B, 32 us for 1 MiB, 136 us for 16 MiB, taken as 19 us and 144 GB/s.
+* A kernel in a CUDA graph takes about 2 us at least, and about 6 us to be called from Python without one (assumed).
+  Decoding steps are graphs, padded to buckets; steps with prompts are not, and take no less than their calls.
+* The host's part of a step, for which the GPU waits: planning as this simulator's own scheduler took on one core of a
+  shared AMD EPYC (``host_us`` of its report), rounded; 150 us for copying and launching are assumed.
 
 Every figure can be replaced when a machine has been measured.
 """
@@ -59,7 +59,10 @@ class Machine:
     kernel: float = 2e-6
     call: float = 6e-6
     host: float = 150e-6
-    host_per_request: float = 6e-6
+    host_per_request: float = 7e-6
+    host_per_guess: float = 0.2e-6
+    host_choosing: float = 170e-6
+    host_choosing_per_request: float = 20e-6
 
     @property
     def kv_bytes(self) -> float:
@@ -85,16 +88,19 @@ class Machine:
             sampled = rows
         else:
             sampled = sum(s.num_drafts + 1 for s in segments if s.samples)
-        device = model.layers * self._product(model.layer_weights, rows) + self._product(model.hidden * model.vocab, sampled)
+        device = model.layers * self._product(model.layer_weights, rows) + self._product(
+            model.hidden * model.vocab, sampled
+        )
         device += self._attention(segments) + self._small(rows) + self._reduce(2 * model.layers + 1, rows)
         if any(s.wants_candidates for s in segments):
             device += self._product(num_medusa * model.hidden**2, requests) + 2 * self._reduce(1, 0)
             device += self._product(num_medusa * model.hidden * model.vocab, requests)
         return device if is_decode else max(device, model.layers * _KERNELS * self.call)
 
-    def host_seconds(self, requests: int) -> float:
-        """What the scheduler adds to a step of so many requests."""
-        return self.host + self.host_per_request * requests
+    def host_seconds(self, requests: int, guesses: int, is_choosing: bool) -> float:
+        """What the scheduler adds to a step of so many requests and guesses, chosen for the step or not."""
+        seconds = self.host + self.host_per_request * requests + self.host_per_guess * guesses
+        return seconds + is_choosing * (self.host_choosing + self.host_choosing_per_request * requests)
 
     def _product(self, weights: float, rows: int) -> float:
         """Rows times a matrix of so many parameters, shared out."""
@@ -120,10 +126,6 @@ class Machine:
         return count * (self.all_reduce + rows * self.model.hidden * _BYTES / self.all_reduce_rate)
 
 
-LLAMA_7B = ModelShape(
-    layers=32, hidden=4096, intermediate=11008, heads=32, kv_heads=32, head_dim=128, vocab=32000
-)
-LLAMA_70B = ModelShape(
-    layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=32000
-)
+LLAMA_7B = ModelShape(layers=32, hidden=4096, intermediate=11008, heads=32, kv_heads=32, head_dim=128, vocab=32000)
+LLAMA_70B = ModelShape(layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=32000)
 MACHINES = {"7b": Machine(model=LLAMA_7B, gpus=1), "70b": Machine(model=LLAMA_70B, gpus=8)}

@@ -1,8 +1,8 @@
 """The real scheduler, step by step, with a machine, a model and a clock that are simulated.
 
-A step takes what ``simulated_machine`` says, a little more or less; every tree is walked along the request's hidden answer,
-so that each token comes from the same rules as on a real machine. Measured times go back to the scheduler, whose own idea
-of costs comes from a profile of the same machine, taken by the function that profiles real ones.
+A step takes what ``simulated_machine`` says, a little more or less; every tree is walked along the request's hidden
+answer, so that each token comes from the same rules as on a real machine. Measured times go back to the scheduler, whose
+own idea of costs comes from a profile of the same machine, taken by the function that profiles real ones.
 """
 
 import math
@@ -96,7 +96,7 @@ class Simulation:
         self.ends: list[float] = []
         self.tokens: list[int] = []
         self.issued: list[float] = []
-        self.host_seconds = 0.0  # that the scheduler really took here
+        self.host_seconds: list[float] = []  # that the scheduler really took here, by step
         self._rng = np.random.default_rng([setting.seed, 2])
         self._answers: dict[int, Answer] = {}
         self.limits = make_limits(setting)
@@ -131,15 +131,15 @@ class Simulation:
 
     def _step(self) -> int:
         """One step; returns how many requests ended in it."""
-        begun = time.thread_time()
+        begun = time.perf_counter()
         plan = self.scheduler.plan(0, 0)
-        self.host_seconds += time.thread_time() - begun
+        planned = time.perf_counter() - begun
         seconds = self._seconds(plan)
         results = [self._result(segment) for segment in plan.segments if segment.samples]
         self.now += seconds
-        begun = time.thread_time()
+        begun = time.perf_counter()
         outputs = self.scheduler.advance(plan, results, seconds)
-        self.host_seconds += time.thread_time() - begun
+        self.host_seconds.append(planned + time.perf_counter() - begun)
         if self.trace is not None:
             self.trace.append(record(self.scheduler, plan, seconds, self.now))
         return self._deliver(outputs)
@@ -150,13 +150,16 @@ class Simulation:
         seconds *= math.exp(_NOISE * self._rng.standard_normal())
         if self._rng.random() < _HICCUP:
             seconds *= _HICCUP_FACTOR
-        return seconds + machine.host_seconds(len(plan.segments))
+        choice = self.scheduler.choice
+        guesses = sum(segment.num_drafts for segment in plan.segments)
+        return seconds + machine.host_seconds(len(plan.segments), guesses, choice is not None and choice.guesses >= 0)
 
     def _result(self, segment: Segment) -> SegmentResult:
         """The longest path of the segment's tree that the hidden answer takes, and the token after it."""
         answer, known = self._answers[segment.params.seed], segment.position
         root = segment.num_certain - 1
-        children = dict(zip(zip(segment.parents.tolist(), segment.tokens[root + 1 :].tolist(), strict=True), range(1, 999)))
+        guesses = zip(segment.parents.tolist(), segment.tokens[root + 1 :].tolist(), strict=True)
+        children = {guess: node for node, guess in enumerate(guesses, 1)}
         path, node = [], 0
         while children and (node := children.get((node, int(answer.truth[known + len(path)])), 0)):
             path.append(node)
@@ -191,7 +194,7 @@ def make_limits(setting: Setting) -> Limits:
 
 
 def make_scheduler(setting: Setting, limits: Limits) -> Scheduler:
-    """As an engine's leader makes it (``runtime/planning.py``), but that prefixes are not shared: prompts are random."""
+    """As an engine's leader makes it (``runtime/planning.py``), but that prefixes, being random, are not shared."""
     costs, drafter = None, None
     if isinstance(setting.tree, TreeShape):
         drafter = StaticTrees(setting.tree)
