@@ -1,9 +1,10 @@
 """Plan what cannot run here: the real scheduler on simulated H200-class GPUs, for many users and several policies.
 
 ``python -m euryale.benchmarks.simulate --machine 7b --accuracy vicuna_head_accuracy.csv --users 1 8 64 512`` compares
-plain decoding, a static tree, a chain and dynamic trees with so many users who ask again as soon as they are answered;
-``--rates 4 16 --burst 8`` with requests that come so often a second, in bursts. ``--recorded FILE`` takes real heads
-instead of published accuracies. What is simulated how is said in ``simulated_machine`` and ``simulated_heads``.
+plain decoding, a static tree, a chain and dynamic trees with so many users who ask again as soon as they are
+answered; ``--rates 4 16 --burst 8`` with requests that come so often a second, in bursts. ``--recorded FILE`` takes
+real heads instead of published accuracies. What is simulated how is said in ``simulated_machine`` and
+``simulated_heads``.
 """
 
 import argparse

@@ -2,14 +2,15 @@
 
 **Drawn.** An answer is random tokens; what the heads name is the truth at some rank, and other random tokens. The
 published accuracy of head h at rank r (ranks beyond the fifth go on falling as those before them do) is the mean over
-positions, of which some are easy and some hard: the chance that the head's likeliest token is right at a position is ``q =
-low + (1 - low) * Phi(a + SPREAD * z)`` with z standard normal, where ``a`` makes the mean what was published (the mean of
-Phi(a + s z) is Phi(a / sqrt(1 + s^2))) and ``low`` keeps the second token from being likelier than the first. What is left
-over goes to the other ranks in their published proportions. Logits are the logarithms of just these chances, so that their
-softmax is calibrated. Heads hang together: z of a head at a position is a weighted sum of three independent ones, of the
-token it guesses (shared by all heads that guess it, from wherever), of the position it guesses from (shared by all heads
-there), and its own. SPREAD and the weights are assumed; the published 63-guess tree comes to 2.45 tokens a step with the
-published 7B accuracies (independent heads: 2.43; others measured 2.3 to 2.6 on real text).
+positions, of which some are easy and some hard: the chance that the head's likeliest token is right at a position is
+``q = low + (1 - low) * Phi(a + SPREAD * z)`` with z standard normal, where ``a`` makes the mean what was published
+(the mean of Phi(a + s z) is Phi(a / sqrt(1 + s^2))) and ``low`` keeps the second token from being likelier than the
+first. What is left over goes to the other ranks in their published proportions. Logits are the logarithms of just
+these chances, so that their softmax is calibrated. Heads hang together: z of a head at a position is a weighted sum
+of three independent ones, of the token it guesses (shared by all heads that guess it, from wherever), of the position
+it guesses from (shared by all heads there), and its own. SPREAD and the weights are assumed; the published 63-guess
+tree comes to 2.45 tokens a step with the published 7B accuracies (independent heads: 2.43; others measured 2.3 to 2.6
+on real text).
 
 **Recorded.** Real answers and what real heads named at each of their tokens, from a ``.npz`` (``record_heads.py``).
 

@@ -3,10 +3,11 @@
 A step's work is split into products with weights, attention, small kernels and collectives, which come one after the
 other; each takes the longer of its memory traffic and its arithmetic. What the figures rest on:
 
-* NVIDIA's H200 data sheet: 141 GB at 4.8 TB/s, 989 TFLOP/s dense bfloat16. Others' measurements of it: 4.3 TB/s copied
-  and about 790 TFLOP/s in large products; paged decode attention reaches 70 to 90 % of the bandwidth, taken as 80 %.
-* All-reduce by NCCL on eight H100 over NVLink as users publish it (ByteDance-Seed/Triton-distributed, issue 57): 19 us for
-  128 B, 32 us for 1 MiB, 136 us for 16 MiB, taken as 19 us and 144 GB/s.
+* NVIDIA's H200 data sheet: 141 GB at 4.8 TB/s, 989 TFLOP/s dense bfloat16. Others' measurements of it: 4.3 TB/s
+  copied and about 790 TFLOP/s in large products; paged decode attention reaches 70 to 90 % of the bandwidth, taken as
+  80 %.
+* All-reduce by NCCL on eight H100 over NVLink as users publish it (ByteDance-Seed/Triton-distributed, issue 57): 19
+  us for 128 B, 32 us for 1 MiB, 136 us for 16 MiB, taken as 19 us and 144 GB/s.
 * A kernel in a CUDA graph takes about 2 us at least, and about 6 us to be called from Python without one (assumed).
   Decoding steps are graphs, padded to buckets; steps with prompts are not, and take no less than their calls.
 * The host's part of a step, for which the GPU waits: planning as this simulator's own scheduler took on one core of a

@@ -1,8 +1,8 @@
 """The real scheduler, step by step, with a machine, a model and a clock that are simulated.
 
 A step takes what ``simulated_machine`` says, a little more or less; every tree is walked along the request's hidden
-answer, so that each token comes from the same rules as on a real machine. Measured times go back to the scheduler, whose
-own idea of costs comes from a profile of the same machine, taken by the function that profiles real ones.
+answer, so that each token comes from the same rules as on a real machine. Measured times go back to the scheduler,
+whose own idea of costs comes from a profile of the same machine, taken by the function that profiles real ones.
 """
 
 import math

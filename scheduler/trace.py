@@ -1,8 +1,8 @@
 """A line of JSON for every step: what ran, what was guessed, what came of it. Meant for people and plots.
 
 A file may hold the traces of several runs, one below the other: each begins with a line that has the key ``trace``,
-the version of the format. Lines are written some at a time, always whole ones, so that a killed run loses its last second
-at most. The fields are explained in ``docs/protocol.md``.
+the version of the format. Lines are written some at a time, always whole ones, so that a killed run loses its last
+second at most. The fields are explained in ``docs/protocol.md``.
 """
 
 import json
