@@ -26,7 +26,7 @@ from euryale.scheduler.tree import TreeShape, chain, default_tree, load_tree, se
 POLICIES = ("plain", "static", "chain", "dynamic")
 HEADS_OF = {"7b": "7b", "70b": "33b"}  # rows of the accuracies; nobody published any for 70B
 PROMPTS, LENGTHS = range(64, 257), range(128, 385)
-FEWEST, OF_EACH_USER = 200, 3  # requests of a run
+FEWEST, OF_EACH_USER = 200, 2  # requests of a run
 _COLUMNS = (
     "load",
     "policy",
@@ -190,7 +190,7 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--users", nargs="+", type=number(1, 1024), default=[])
     parser.add_argument("--rates", nargs="+", type=float, default=[], help="requests a second")
     parser.add_argument("--burst", type=float, default=1.0, help="requests that come at once, in the mean (--rates)")
-    parser.add_argument("--requests", type=number(1), help="of each run, at least (default: 200, and 3 of each user)")
+    parser.add_argument("--requests", type=number(1), help="of each run, at least (default: 200, and 2 of each user)")
     parser.add_argument("--ttft", type=float, default=500.0, help="milliseconds to the first token that goodput allows")
     parser.add_argument("--tpot", type=float, default=20.0, help="milliseconds for each further token")
     parser.add_argument(

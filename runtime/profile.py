@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from euryale.runtime.step_graphs import ROWS
 from euryale.scheduler.costs import Profile
 from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.plan import Segment
@@ -29,6 +30,7 @@ logger = logging.getLogger("euryale.profile")
 _REPEATS = 3
 _REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _EXTRA = (0, 1, 3, 5, 7, 11, 15, 23, 31, 63, 127, 255, 511, 1023, 2047, 4095)
+_BUCKETS = [rows - 1 for rows in ROWS]
 
 
 def measure(
@@ -43,20 +45,22 @@ def measure(
     time_step = time_step or _time
     requests = [n for n in _REQUESTS if n <= limits.max_num_seqs] or [1]
     most = limits.max_num_batched_tokens
-    extra = [n for n in _EXTRA if n + 1 <= most]
-    sizes = [(n, e) for n in requests for e in extra if n + e <= most and e <= n * (MAX_NODES - 1)]
+    extra = [n for n in (_BUCKETS if steps else _EXTRA) if n + 1 <= most]
+    # With buckets ``extra`` says how many rows there are in all, and full ones are not padded any further.
+    start = {n: n - 1 if steps else 0 for n in requests}
+    sizes = [(n, e) for n in requests for e in extra if 0 <= e - start[n] <= min(most - n, n * (MAX_NODES - 1))]
     plain, speculating = {}, {}
     for n, e in tqdm([*[(n, None) for n in requests], *sizes], desc="profiling", unit="size", leave=False):
         if e is None:
             plain[n] = time_step(lambda n=n: run(_segments(limits, n, 0, False)))
         else:
-            speculating[n, e] = time_step(lambda n=n, e=e: run(_segments(limits, n, e, has_heads)))
+            speculating[n, e] = time_step(lambda n=n, e=e: run(_segments(limits, n, e - start[n], has_heads)))
     rows = [_filled([speculating.get((n, e)) for e in extra], extra) for n in requests]
     context = min(limits.max_model_len, limits.num_pages * limits.page_size) - 1
     far = time_step(lambda: run(_segments(limits, 1, 0, False, context)))
     per_token = max(0.0, (far - plain[1]) / max(context, 1))
     chunk = min(64, most, context // 2)
-    near, behind = (_time(lambda at=at: run([_chunk(limits, chunk, at)])) for at in (0, context - chunk))
+    near, behind = (time_step(lambda at=at: run([_chunk(limits, chunk, at)])) for at in (0, context - chunk))
     per_pair = max(0.0, (behind - near) / max(chunk * (context - chunk), 1))
     return Profile(requests, [plain[n] for n in requests], extra, rows, per_token, per_pair, steps)
 
@@ -136,8 +140,10 @@ def _chunk(limits: Limits, rows: int, context: int) -> Segment:
 
 
 def _filled(times: list[float | None], extra: list[int]) -> list[float]:
-    """A row with the sizes that a step cannot have, as if costs went on as they rose before."""
+    """A row with the sizes that a step cannot have: before the first known one as that, and beyond the last one as if
+    costs went on as they rose before."""
     known = [i for i, t in enumerate(times) if t is not None]
     last = known[-1]
     slope = max(0.0, (times[last] - times[known[0]]) / max(extra[last] - extra[known[0]], 1))
-    return [times[i] if i <= last else times[last] + slope * (extra[i] - extra[last]) for i in range(len(times))]
+    found = [times[known[0]]] * known[0] + times[known[0] : last + 1]
+    return found + [times[last] + slope * (e - extra[last]) for e in extra[last + 1 :]]

@@ -19,19 +19,19 @@ from euryale.runtime.kv_cache import KVCache
 from euryale.scheduler.plan import StepPlan
 
 _REQUESTS = [2**n for n in range(13)]
-_ROWS = sorted({2**n for n in range(14)} | {3 * 2**n for n in range(2, 13)})
+ROWS = sorted({2**n for n in range(14)} | {3 * 2**n for n in range(2, 13)})
 
 
 def bucket(rows: int, requests: int, most: int) -> tuple[int, int]:
     """The next sizes that a step is padded to, as it is if these are more than ``most`` rows: padding requests have a
     row each, so that rows grow with them."""
-    if rows in _ROWS and requests in _REQUESTS:
+    if rows in ROWS and requests in _REQUESTS:
         return rows, requests
     padded = _REQUESTS[bisect_left(_REQUESTS, requests + 1)]
-    place = bisect_left(_ROWS, rows + padded - requests)
-    if place == len(_ROWS) or _ROWS[place] > most:
+    place = bisect_left(ROWS, rows + padded - requests)
+    if place == len(ROWS) or ROWS[place] > most:
         return rows, requests
-    return _ROWS[place], padded
+    return ROWS[place], padded
 
 
 @dataclass

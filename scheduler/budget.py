@@ -71,8 +71,13 @@ class Budget:
         accepted, times what its request's tokens are worth."""
         now, costs = self.last, self.costs
         worth = now.requests + np.concatenate([[0.0], np.cumsum(survival, dtype=np.float64)])
-        seconds = costs.speculating(now.requests, now.others + np.arange(len(worth)), now.context)
-        rates = np.where(_is_edge(now.requests + now.others + np.arange(len(worth))), worth / seconds, 0.0)
+        extra = now.others + np.arange(len(worth))
+        seconds = costs.speculating(now.requests, extra, now.context, prompts=now.others > 0)
+        if costs.profile.steps:
+            may_be = costs.are_full(now.requests, extra) if not now.others else True
+        else:
+            may_be = _is_edge(now.requests + extra)
+        rates = np.where(may_be, worth / seconds, 0.0)
         best = self._best = int(rates.argmax())
         if not self._is_urgent:
             self._weigh(math.log(rates[best] * now.seconds / now.requests))

@@ -2,8 +2,8 @@
 
 A step without guesses costs what its number of requests says. Every further row, a guess or a prompt's, adds to that,
 the first of them the heads' work too. Between measured sizes costs are interpolated, in the logarithm of the requests
-and linearly in rows; with ``steps`` they are those of the next measured number of rows, as steps that are padded to
-buckets cost. More rows never cost less.
+and linearly in rows. With ``steps`` decoding steps are padded to buckets: they cost what the next measured numbers of
+requests and of rows in all cost. More rows never cost less.
 """
 
 from bisect import bisect_left
@@ -20,7 +20,8 @@ class Profile:
     """Measured seconds. ``requests`` int [P] and ``plain`` float [P]: steps of so many requests without guesses or
     heads; ``extra`` int [E] and ``speculating`` float [P, E]: with heads and so many further rows (the first: 0);
     ``per_token``: for each token of context; ``per_pair``: for each row of a prompt and token of context before it;
-    ``steps``: costs rise in steps."""
+    ``steps``: decoding steps are padded, and ``extra`` are the rows of their buckets beyond the first row, where a
+    bucket has as many rows as requests at least."""
 
     requests: list[int]
     plain: list[float]
@@ -53,12 +54,14 @@ class StepCosts:
     prompt_scale: float = 1.0
     _plain: np.ndarray = field(init=False)
     _added: np.ndarray = field(init=False)
+    _edges: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         self._plain = np.maximum.accumulate(np.asarray(self.profile.plain, dtype=np.float64))
         # What speculation adds is never negative and never falls with rows, however noisy the profile.
         added = np.asarray(self.profile.speculating, dtype=np.float64) - self._plain[:, None]
         self._added = np.maximum.accumulate(np.maximum(added, 0), axis=1)
+        self._edges = np.asarray(self.profile.extra)
 
     def plain(self, requests: int, context: int = 0) -> float:
         """Seconds of a step that only decodes."""
@@ -66,18 +69,25 @@ class StepCosts:
         seconds = (1 - share) * self._plain[low] + share * self._plain[high]
         return self.scale * float(seconds) + self.profile.per_token * context
 
-    def speculating(self, requests: int, extra: np.ndarray, context: int = 0) -> np.ndarray:
-        """Seconds, float64 [N], of steps with the heads' work and ``extra`` int [N] more rows than requests."""
+    def speculating(self, requests: int, extra: np.ndarray, context: int = 0, prompts: bool = False) -> np.ndarray:
+        """Seconds, float64 [N], of steps with the heads' work and ``extra`` int [N] more rows than requests, some of
+        them of ``prompts``: such steps are not padded."""
         low, high, share = self._between(requests)
         added = (1 - share) * self._added[low] + share * self._added[high]
-        return self.plain(requests, context) + self.scale * self._at(extra, added)
+        return self.plain(requests, context) + self.scale * self._at(extra, added, high, not prompts)
+
+    def are_full(self, requests: int, extra: np.ndarray) -> np.ndarray:
+        """Of decoding steps with so many more rows, bool: whether no bucket has room for more guesses. A step that
+        fills none may be padded to twice its requests."""
+        high = self._between(requests)[1]
+        return (extra == 0) | np.isin(extra + self.profile.requests[high] - 1, self._edges)
 
     def prefilling(self, requests: int, extra: np.ndarray, context: int = 0, before: int = 0) -> np.ndarray:
         """The same without the heads' work: rows of prompts, with ``before`` tokens before them, beside those of
         ``requests``."""
         low, high, share = self._between(requests)
         added = (1 - share) * self._added[low] + share * self._added[high]
-        seconds = self.scale * self._at(extra, added - added[0]) + self.profile.per_pair * extra * before
+        seconds = self.scale * self._at(extra, added - added[0], high, False) + self.profile.per_pair * extra * before
         return self.plain(requests, context) + self.prompt_scale * seconds
 
     def learn(self, predicted: float, measured: float, requests: int, extra: int, is_speculating: bool) -> None:
@@ -90,7 +100,7 @@ class StepCosts:
         low, high, share = self._between(requests)
         nearest = high if share > 0.5 else low
         if is_speculating:
-            place = min(bisect_left(self.profile.extra, extra), len(self.profile.extra) - 1)
+            place = min(bisect_left(self.profile.extra, extra + self._start(nearest)), len(self.profile.extra) - 1)
             self._added[nearest, place] *= ratio**_RATE_OF_SIZE
             self._added[nearest] = np.maximum.accumulate(self._added[nearest])
         else:
@@ -111,10 +121,14 @@ class StepCosts:
             return low, high, 0.0
         return low, high, float(np.log(requests / sizes[low]) / np.log(sizes[high] / sizes[low]))
 
-    def _at(self, extra: np.ndarray, added: np.ndarray) -> np.ndarray:
-        edges = np.asarray(self.profile.extra)
-        beyond = np.maximum(extra - edges[-1], 0)
-        slope = (added[-1] - added[0]) / max(edges[-1], 1)
-        if self.profile.steps:
-            return added[np.minimum(np.searchsorted(edges, extra), len(edges) - 1)] + beyond * slope
-        return np.interp(extra, edges, added) + beyond * slope
+    def _start(self, place: int) -> int:
+        """Where in the profile's rows those of steps without further rows are."""
+        return self.profile.requests[place] - 1 if self.profile.steps else 0
+
+    def _at(self, extra: np.ndarray, added: np.ndarray, place: int, is_padded: bool) -> np.ndarray:
+        edges, rows = self._edges, extra + self._start(place)
+        beyond = np.maximum(rows - edges[-1], 0)
+        slope = (added[-1] - added[0]) / max(edges[-1] - self._start(place), 1)
+        if self.profile.steps and is_padded:
+            return added[np.minimum(np.searchsorted(edges, rows), len(edges) - 1)] + beyond * slope
+        return np.interp(rows, edges, added) + beyond * slope

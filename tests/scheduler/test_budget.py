@@ -27,15 +27,17 @@ def profile(**changes) -> Profile:
     steps=st.booleans(),
 )
 def test_the_choice_is_that_of_brute_force(requests, others, survival, steps):
-    costs = StepCosts(profile(steps=steps))
+    costs = StepCosts(profile(steps=steps, extra=[0, 7, 11], speculating=[[2e-3, 3e-3, 4e-3], [4e-3, 4e-3, 5e-3]]))
     survival = sorted(survival, reverse=True)
     budget = Budget(costs, most=100)
     assert budget.begin(requests, others)
     rates = {}
     for n in range(len(survival) + 1):
         rows = requests + others + n
-        if n == 0 or rows < 16 or rows % 2 == 0:  # sizes that steps may have, up to 31 rows
-            seconds = costs.speculating(requests, np.array([others + n]))[0]
+        # Sizes that steps may have, up to 31 rows: any at first, then every second; where steps are padded, full ones.
+        padded = {0, 7 if requests == 1 else 4, 11 if requests == 1 else 0}
+        if n == 0 or (others or n in padded if steps else rows < 16 or rows % 2 == 0):
+            seconds = costs.speculating(requests, np.array([others + n]), prompts=others > 0)[0]
             rates[n] = (requests + sum(survival[:n])) / seconds
     chosen = budget.choose(np.asarray(survival, dtype=np.float32))
     assert chosen in rates
@@ -82,11 +84,25 @@ def test_costs_are_interpolated_and_monotone():
     for requests in (1, 3, 8):
         assert np.all(np.diff(noisy.speculating(requests, np.arange(12))) >= 0)
         assert noisy.speculating(requests, np.array([0]))[0] >= noisy.plain(requests)
-    stepped = StepCosts(profile(steps=True))
-    assert len(set(stepped.speculating(1, np.arange(1, 11)).tolist())) == 1
+    stepped = StepCosts(profile(steps=True, extra=[0, 7, 11], speculating=[[2e-3, 3e-3, 4e-3], [4e-3, 4e-3, 6e-3]]))
     assert stepped.plain(2) == pytest.approx(2e-3), "padded to eight requests"
+    np.testing.assert_allclose(stepped.speculating(1, np.array([0, 1, 7, 8])), [2e-3, 3e-3, 3e-3, 4e-3])
+    np.testing.assert_allclose(stepped.speculating(8, np.array([0, 1, 4])), [4e-3, 6e-3, 6e-3])
+    assert stepped.speculating(8, np.array([2]), prompts=True)[0] == pytest.approx(5e-3), "not padded"
+    assert stepped.are_full(5, np.arange(6)).tolist() == [True, False, False, False, True, False]
     far = StepCosts(profile(per_token=1e-6))
     assert far.plain(1, context=500) == pytest.approx(1.5e-3)
+
+
+def test_more_guesses_are_looked_for_while_they_pay():
+    budget, found = Budget(StepCosts(profile(speculating=[[1.25e-3, 1.3e-3], [2.5e-3, 2.6e-3]])), most=200), []
+    for _ in range(4):
+        assert budget.begin(1, 0)
+        found.append(budget.reach())
+        budget.choose(np.full(budget.reach(), 0.5, dtype=np.float32))
+    assert found == [32, 62, 118, 200], "twice the guesses taken: 31 and 59 beside the root are sizes that steps have"
+    budget.choose(np.zeros(200, dtype=np.float32))
+    assert budget.reach() == 32
 
 
 def test_costs_learn_from_steps():
