@@ -1,0 +1,197 @@
+"""Statistics and traces of guesses: counts agree with what happened, files survive kills, bad paths are refused."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from support import ROOT
+
+from euryale.benchmarks import plot_trace
+from euryale.scheduler import trace
+from euryale.scheduler.budget import Budget
+from euryale.scheduler.costs import Profile, StepCosts
+from euryale.scheduler.drafts import DynamicTrees, StaticTrees
+from euryale.scheduler.drafts import Tested as Outcome  # pytest would take it for a test
+from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.request import Guesses, Request
+from euryale.scheduler.scheduler import Limits, Scheduler, SegmentResult
+from euryale.scheduler.stats import EngineStats
+from euryale.scheduler.trace import Trace
+from euryale.scheduler.tree import default_tree
+
+HEADS, RANKS = 3, 10
+LIMITS = Limits(
+    max_model_len=200, max_num_seqs=4, max_num_batched_tokens=64, vocab_size=5000, num_pages=60, page_size=16
+)
+COSTS = Profile(requests=[1, 4], plain=[1e-3, 1e-3], extra=[0, 60], speculating=[[1e-3, 1.5e-3], [1e-3, 1.5e-3]])
+
+
+def next_token(tokens: list[int]) -> int:
+    return (7 * tokens[-1] + 3) % 4999
+
+
+def results(plan, known: dict[int, list[int]], rng) -> list[SegmentResult]:
+    """A model with a rule; its heads name the truth at a random rank, or, if that is RANKS, not at all."""
+    found = []
+    for segment in (s for s in plan.segments if s.samples):
+        tokens = known[segment.params.seed]
+        root, node, path = segment.num_certain - 1, 0, []
+        while True:
+            tokens.append(next_token(tokens))
+            below = [i + 1 for i, p in enumerate(segment.parents) if p == node]
+            node = next((n for n in below if segment.tokens[root + n] == tokens[-1]), 0)
+            if not node:
+                break
+            path.append(node)
+        ahead = list(tokens)
+        ids = np.zeros((HEADS, RANKS), dtype=np.int32)
+        for h in range(HEADS):
+            ahead.append(next_token(ahead))
+            ids[h] = 4999 - np.arange(RANKS) - 1 * (ahead[-1] > 4980) * 100
+            if (rank := rng.integers(RANKS + 1)) < RANKS:
+                ids[h, rank] = ahead[-1]
+        guesses = Guesses(ids, -np.arange(RANKS, dtype=np.float32) * np.ones((HEADS, 1), dtype=np.float32))
+        taken = tokens[len(tokens) - len(path) - 1 :]
+        found.append(SegmentResult(tokens=taken, accepted_nodes=path, guesses=guesses))
+    return found
+
+
+def run(drafter, path=None) -> tuple[EngineStats, list[dict], list[Outcome]]:
+    """Four requests to their ends: the statistics, a record of every step, and all that was tested."""
+    scheduler = Scheduler(LIMITS, drafter, share_prefixes=False)
+    stats, rng = EngineStats(scheduler), np.random.default_rng(0)
+    known, records, tested = {}, [], []
+    file = Trace(path) if path else None
+    for key in range(4):
+        prompt = np.array([17 + key, 5, 900 * key + 11], dtype=np.int32)
+        known[key] = prompt.tolist()
+        params = SamplingParams(max_tokens=40, seed=key)
+        scheduler.add(Request(key=key, prompt=prompt, params=params))
+    while scheduler.has_work:
+        plan = scheduler.plan(0, 0)
+        outputs = scheduler.advance(plan, results(plan, known, rng), 2e-3)
+        stats.count_step(outputs, 2e-3)
+        records.append(trace.record(scheduler, plan, 2e-3, len(records)))
+        tested += scheduler.tested
+        if file:
+            file.write(scheduler, plan, 2e-3)
+    if file:
+        file.flush()
+    return stats, records, tested
+
+
+def drafter(kind: str):
+    if kind == "static":
+        return StaticTrees(default_tree(HEADS, 15))
+    return DynamicTrees(HEADS, 15, Budget(StepCosts(COSTS), 60)) if kind == "dynamic" else None
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "plain"])
+def test_statistics_count_what_was_tested(kind):
+    stats, records, tested = run(drafter(kind))
+    values = stats.values()
+    accepted = [len(t.accepted) for t in tested]
+    assert values["guesses_chosen"] == sum(t.num_guesses for t in tested) == sum(r["chosen"] for r in records)
+    assert values["guesses_accepted"] == sum(accepted) == sum(r["accepted"] for r in records)
+    assert values["guesses_wasted"] == values["guesses_chosen"] - values["guesses_accepted"]
+    assert values["guesses_offered"] == sum(r["offered"] for r in records) >= values["guesses_chosen"]
+    assert values["guessing_steps"] == sum(r["chosen"] > 0 for r in records)
+    assert values["accepted_by_depth"] == {str(d): sum(n >= d for n in accepted) for d in range(1, max(accepted) + 1)}
+    ranks = [rank for record in records for request in record["requests"] for rank in request["ranks"]]
+    counted = {"unnamed" if r is None else str(r): ranks.count(r) for r in set(ranks)}
+    assert {r: n for r, n in values["accepted_by_rank"].items() if n} == counted
+    assert (values["guesses_accepted"] > 20) == (kind != "plain"), "or nothing was tested here"
+    if kind == "static":
+        assert "unnamed" not in counted, "a static tree knows no other tokens"
+        assert values["predicted_steps"] == 0
+    if kind == "dynamic":
+        assert values["predicted_seconds"] > 0
+        assert values["predicted_steps_seconds"] == pytest.approx(2e-3 * values["predicted_steps"])
+        assert values["guesses_expected"] == pytest.approx(sum(r["expected"] or 0 for r in records), abs=0.5)
+
+
+def test_ranks_of_a_path():
+    ids = np.array([[4, 5, 6], [7, 8, 9]], dtype=np.int32)
+    guesses = Guesses(ids, np.zeros((2, 3), dtype=np.float32))
+    request = Request(key=0, prompt=np.ones(1, dtype=np.int32), params=SamplingParams())
+    path = [6, 7, 4, 1]  # the third one lies deeper than there are heads, the last one is the bonus token
+    assert trace.path_ranks(Outcome(request, path, [3, 4, 5], 8, guesses)) == [2, 0, None]
+    assert trace.path_ranks(Outcome(request, [9, 1], [1], 8, guesses)) == [None]
+    assert trace.path_ranks(Outcome(request, path, [3, 4, 5], 8, None)) == [None] * 3
+    assert trace.path_ranks(Outcome(request, [6], [], 0, guesses)) == []
+
+
+def test_a_file_holds_run_after_run_and_half_lines_do_not_matter(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    _, first, _ = run(drafter("dynamic"), path)
+    with path.open("ab") as file:
+        file.write(b'{"t": 3, "step"')  # a run that was killed while writing
+    run(drafter("static"), path)
+    found = list(trace.read(path))
+    assert len(found) == 2
+    assert [r | {"t": 0} for r in found[0]] == [r | {"t": 0} for r in first]
+    times = [r["t"] for r in found[0]]
+    assert times == sorted(times)
+    assert sum(r["chosen"] for r in found[1]) > 0
+
+
+def test_lines_wait_but_not_for_long(tmp_path, monkeypatch):
+    path, now = tmp_path / "trace.jsonl", [0.0]
+    monkeypatch.setattr(trace.time, "monotonic", lambda: now[0])
+    file = Trace(path)
+    file._put('{"t": 1}')
+    file.flush_old()
+    assert list(trace.read(path)) == [[]]
+    now[0] += 1.1
+    file.flush_old()
+    assert list(trace.read(path)) == [[{"t": 1}]]
+
+
+def test_a_full_disk_ends_the_trace_and_nothing_else(caplog):
+    file = Trace("/dev/full")  # its first line already fails
+    assert "the trace ends here" in caplog.text
+    file._put("{}")
+    file.flush()
+    assert caplog.text.count("the trace ends here") == 1
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"t": 1}\n', b'{"trace": 99}\n'])
+def test_what_is_no_trace_is_refused(tmp_path, content):
+    path = tmp_path / "trace.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="trace"):
+        list(trace.read(path))
+
+
+def test_a_path_that_cannot_be_written_is_refused_at_start(tmp_path):
+    command = [sys.executable, str(ROOT / "launch" / "generate.py"), "--model", str(ROOT / "demo" / "model")]
+    command += ["--prompts", "none", "--out", "none", "--trace", str(tmp_path / "missing" / "trace.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: cannot write the trace")
+    assert "Traceback" not in done.stderr
+
+
+def test_an_engine_traces_its_steps_and_pictures_show_them(tmp_path, capsys):
+    prompts, path = tmp_path / "prompts.jsonl", tmp_path / "trace.jsonl"
+    prompts.write_text(json.dumps({"id": 1, "prompt": "def read_lines(path):\n"}) + "\n")
+    command = [sys.executable, str(ROOT / "launch" / "generate.py"), "--model", str(ROOT / "demo" / "model")]
+    command += ["--prompts", str(prompts), "--out", str(tmp_path / "out.jsonl"), "--trace", str(path)]
+    command += ["--max-tokens", "24", "--tree", "dynamic:4"]
+    subprocess.run(command, capture_output=True, check=True, timeout=110)
+    answer = json.loads((tmp_path / "out.jsonl").read_text())
+    (steps,) = trace.read(path)
+    given = [r["accepted"] + 1 for r in steps if r["requests"]]
+    assert given[:-1] == answer["accepted"][:-1]
+    assert given[-1] >= answer["accepted"][-1], "the last path may be longer than the answer"
+    assert steps[0]["prompt_rows"] > 0
+    assert all(r["seconds"] > 0 and r["pages_free"] > 0 for r in steps)
+    plot_trace.main(plot_trace.parser_of_arguments().parse_args([str(path), "--out", str(tmp_path / "pictures")]))
+    assert json.loads(capsys.readouterr().out) == {"runs": 1, "steps": len(steps)}
+    for name in ("accepted", "budget", "cost"):
+        assert (tmp_path / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="holds 1 run"):
+        plot_trace.main(plot_trace.parser_of_arguments().parse_args([str(path), "--out", str(tmp_path), "--run", "5"]))
