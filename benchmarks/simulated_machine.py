@@ -60,10 +60,10 @@ class Machine:
     kernel: float = 2e-6
     call: float = 6e-6
     host: float = 150e-6
-    host_per_request: float = 7e-6
+    host_per_request: float = 5.5e-6
     host_per_guess: float = 0.2e-6
     host_choosing: float = 170e-6
-    host_choosing_per_request: float = 20e-6
+    host_choosing_per_request: float = 11e-6
 
     @property
     def kv_bytes(self) -> float:

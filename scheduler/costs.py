@@ -80,7 +80,8 @@ class StepCosts:
         """Of decoding steps with so many more rows, bool: whether no bucket has room for more guesses. A step that
         fills none may be padded to twice its requests."""
         high = self._between(requests)[1]
-        return (extra == 0) | np.isin(extra + self.profile.requests[high] - 1, self._edges)
+        rows, edges = extra + self.profile.requests[high] - 1, self._edges
+        return (extra == 0) | (edges[np.minimum(np.searchsorted(edges, rows), len(edges) - 1)] == rows)
 
     def prefilling(self, requests: int, extra: np.ndarray, context: int = 0, before: int = 0) -> np.ndarray:
         """The same without the heads' work: rows of prompts, with ``before`` tokens before them, beside those of

@@ -40,8 +40,8 @@ class Verdict:
     request: Request
     tokens: list[int]
     accepted: list[int]
-    num_guesses: int
-    guesses: Guesses | None
+    num_guesses: int = 0
+    guesses: Guesses | None = None
 
 
 class Drafter(Protocol):
@@ -161,15 +161,16 @@ class DynamicTrees:
                 verdict.request.decoding_since = self._now
         place = {request.key: i for i, request in enumerate(self._planned)}
         reached, truths = [], []
+        nodes, starts = self._nodes.tolist(), self._starts.tolist()
+        expected = self.forest.expected[: self.forest.num_nodes].tolist() if self._planned else []
         for verdict in verdicts:
             root = place.get(verdict.request.key)
             if root is None:
                 continue
-            accepted = self._nodes[self._starts[root] + np.asarray(verdict.accepted, dtype=np.int64) - 1]
-            path = [root, *accepted.tolist()]
+            path = [root, *(nodes[starts[root] + number - 1] for number in verdict.accepted)]
             reached += path
             truths += verdict.tokens
-            verdict.request.momentum.learn(len(accepted), float(self.forest.expected[path].sum()))
+            verdict.request.momentum.learn(len(verdict.accepted), sum(map(expected.__getitem__, path)))
         if reached:
             self.forest.learn(np.asarray(reached, dtype=np.int32), np.asarray(truths, dtype=np.int32))
         self._remember([verdict.request for verdict in verdicts])

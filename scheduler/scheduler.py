@@ -63,7 +63,7 @@ class Scheduler:
         self.admission = Admission(limits, share_prefixes, starvation_bound)
         self.step = 0
         self.num_first_guesses = self.num_first_right = 0  # of the first head's likeliest token
-        self.tested: list[Tested] = []  # what the last step found
+        self.verdicts: list[Verdict] = []  # what the last step found
         self._costs, self._longest_step = costs, longest_step
         self._predicted = 0.0  # seconds of a step with rows of prompts that streams wait for
         self._planned: list[Request] = []
@@ -137,7 +137,7 @@ class Scheduler:
         if self._predicted and seconds:
             self._costs.learn_prompts(self._predicted, seconds)
         self._predicted = 0.0
-        self.tested, self._planned = tested, []
+        self.verdicts, self._planned = verdicts, []
         return outputs
 
     @property

@@ -7,7 +7,7 @@ from collections import Counter, deque
 import numpy as np
 
 from euryale.scheduler.budget import Choice
-from euryale.scheduler.drafts import Tested
+from euryale.scheduler.drafts import Verdict
 from euryale.scheduler.scheduler import Output, Scheduler
 
 logger = logging.getLogger("euryale.scheduler")
@@ -26,12 +26,12 @@ class GuessStats:
         self._expected = self._predicted = self._measured = 0.0
         self._depths: Counter[int] = Counter()
         self._ranks: Counter[int] = Counter()  # -1: not named by the head of its depth
-        self._paths: list[Tested] = []  # with accepted guesses whose ranks are not counted yet
+        self._paths: list[Verdict] = []  # with accepted guesses whose ranks are not counted yet
 
-    def count_step(self, tested: list[Tested], choice: Choice | None, seconds: float) -> None:
+    def count_step(self, verdicts: list[Verdict], choice: Choice | None, seconds: float) -> None:
         """Take what a step tested, what was chosen for it, and how long it took."""
         chosen = 0
-        for test in tested:
+        for test in verdicts:
             chosen += test.num_guesses
             if test.accepted:
                 self._paths.append(test)
@@ -99,7 +99,7 @@ class EngineStats:
         self.num_steps += 1
         self._recent.append(seconds)
         self._judge_heads()
-        self._guesses.count_step(self._scheduler.tested, self._scheduler.choice, seconds)
+        self._guesses.count_step(self._scheduler.verdicts, self._scheduler.choice, seconds)
         for output in outputs:
             self.num_decodes += 1
             self.num_tokens += len(output.tokens)

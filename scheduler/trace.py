@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from euryale.scheduler.drafts import Tested
+from euryale.scheduler.drafts import Verdict
 from euryale.scheduler.plan import StepPlan
 from euryale.scheduler.scheduler import Scheduler
 
@@ -73,7 +73,7 @@ def record(scheduler: Scheduler, plan: StepPlan, seconds: float, now: float) -> 
     """What there is to say about a step; ``now``: seconds since the trace began."""
     admission, choice = scheduler.admission, scheduler.choice
     decoding = [s for s in plan.segments if s.samples and s.num_certain == 1]
-    chosen = sum(test.num_guesses for test in scheduler.tested)
+    chosen = sum(test.num_guesses for test in scheduler.verdicts)
     expected = choice.expected if choice and choice.guesses >= 0 else None
     return {
         "t": round(now, 6),
@@ -84,19 +84,19 @@ def record(scheduler: Scheduler, plan: StepPlan, seconds: float, now: float) -> 
         "prompt_rows": sum(s.num_certain for s in plan.segments) - len(decoding),
         "offered": max(choice.offered, chosen) if choice else chosen,
         "chosen": chosen,
-        "accepted": sum(len(test.accepted) for test in scheduler.tested),
+        "accepted": sum(len(test.accepted) for test in scheduler.verdicts),
         "expected": None if expected is None else round(expected, 3),
         "predicted": round(choice.seconds, 6) if choice and choice.seconds else None,
         "seconds": round(seconds, 6),
         "pages_free": admission.pages.num_free,
         "requests": [
             {"key": t.request.key, "chosen": t.num_guesses, "accepted": len(t.accepted), "ranks": path_ranks(t)}
-            for t in scheduler.tested
+            for t in scheduler.verdicts
         ],
     }
 
 
-def path_ranks(test: Tested) -> list[int | None]:
+def path_ranks(test: Verdict) -> list[int | None]:
     """Of each accepted guess its rank among those of the head of its depth; None if that did not name it."""
     named = test.guesses.ids.tolist() if test.accepted and test.guesses is not None else []
     ranks: list[int | None] = []

@@ -12,8 +12,7 @@ from euryale.benchmarks import plot_trace
 from euryale.scheduler import trace
 from euryale.scheduler.budget import Budget
 from euryale.scheduler.costs import Profile, StepCosts
-from euryale.scheduler.drafts import DynamicTrees, StaticTrees
-from euryale.scheduler.drafts import Tested as Outcome  # pytest would take it for a test
+from euryale.scheduler.drafts import DynamicTrees, StaticTrees, Verdict
 from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.request import Guesses, Request
 from euryale.scheduler.scheduler import Limits, Scheduler, SegmentResult
@@ -58,7 +57,7 @@ def results(plan, known: dict[int, list[int]], rng) -> list[SegmentResult]:
     return found
 
 
-def run(drafter, path=None) -> tuple[EngineStats, list[dict], list[Outcome]]:
+def run(drafter, path=None) -> tuple[EngineStats, list[dict], list[Verdict]]:
     """Four requests to their ends: the statistics, a record of every step, and all that was tested."""
     scheduler = Scheduler(LIMITS, drafter, share_prefixes=False)
     stats, rng = EngineStats(scheduler), np.random.default_rng(0)
@@ -74,7 +73,7 @@ def run(drafter, path=None) -> tuple[EngineStats, list[dict], list[Outcome]]:
         outputs = scheduler.advance(plan, results(plan, known, rng), 2e-3)
         stats.count_step(outputs, 2e-3)
         records.append(trace.record(scheduler, plan, 2e-3, len(records)))
-        tested += scheduler.tested
+        tested += scheduler.verdicts
         if file:
             file.write(scheduler, plan, 2e-3)
     if file:
@@ -117,10 +116,10 @@ def test_ranks_of_a_path():
     guesses = Guesses(ids, np.zeros((2, 3), dtype=np.float32))
     request = Request(key=0, prompt=np.ones(1, dtype=np.int32), params=SamplingParams())
     path = [6, 7, 4, 1]  # the third one lies deeper than there are heads, the last one is the bonus token
-    assert trace.path_ranks(Outcome(request, path, [3, 4, 5], 8, guesses)) == [2, 0, None]
-    assert trace.path_ranks(Outcome(request, [9, 1], [1], 8, guesses)) == [None]
-    assert trace.path_ranks(Outcome(request, path, [3, 4, 5], 8, None)) == [None] * 3
-    assert trace.path_ranks(Outcome(request, [6], [], 0, guesses)) == []
+    assert trace.path_ranks(Verdict(request, path, [3, 4, 5], 8, guesses)) == [2, 0, None]
+    assert trace.path_ranks(Verdict(request, [9, 1], [1], 8, guesses)) == [None]
+    assert trace.path_ranks(Verdict(request, path, [3, 4, 5], 8, None)) == [None] * 3
+    assert trace.path_ranks(Verdict(request, [6], [], 0, guesses)) == []
 
 
 def test_a_file_holds_run_after_run_and_half_lines_do_not_matter(tmp_path):
