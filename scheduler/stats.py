@@ -15,7 +15,7 @@ logger = logging.getLogger("euryale.scheduler")
 _RECENT = 256  # steps
 _JUDGED_AFTER = 500  # guesses of the first head
 _USELESS = 0.02  # share of them that are right
-_PUT_OFF = 1024  # accepted paths whose ranks are looked up together
+_PUT_OFF = 256  # accepted paths whose ranks are looked up together
 
 
 class GuessStats:
@@ -71,11 +71,15 @@ class GuessStats:
         named = [test for test in self._paths if test.guesses is not None]
         found = 0
         if named:
-            ids = np.stack([test.guesses.ids for test in named])
-            paths = np.full(ids.shape[:2], -1, dtype=np.int32)  # no token
-            for path, test in zip(paths, named, strict=True):
-                path[: len(test.accepted)] = test.tokens[: min(len(test.accepted), len(path))]
-            ranks = np.nonzero(ids == paths[:, :, None])[2]
+            heads = len(named[0].guesses.ids)
+            ids = np.concatenate([test.guesses.ids for test in named])
+            tokens: list[int] = []
+            rows: list[int] = []  # of ``ids``
+            for number, test in enumerate(named):
+                length = min(len(test.accepted), heads)
+                tokens += test.tokens[:length]
+                rows += range(number * heads, number * heads + length)
+            ranks = np.nonzero(ids[rows] == np.asarray(tokens)[:, None])[1]
             found = len(ranks)
             self._ranks.update(dict(enumerate(np.bincount(ranks).tolist())))
         self._ranks[-1] += sum(len(test.accepted) for test in self._paths) - found
