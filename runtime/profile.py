@@ -57,8 +57,11 @@ def measure(
             speculating[n, e] = time_step(lambda n=n, e=e: run(_segments(limits, n, e - start[n], has_heads)))
     rows = [_filled([speculating.get((n, e)) for e in extra], extra) for n in requests]
     context = min(limits.max_model_len, limits.num_pages * limits.page_size) - 1
-    far = time_step(lambda: run(_segments(limits, 1, 0, False, context)))
-    per_token = max(0.0, (far - plain[1]) / max(context, 1))
+    # With as many tokens of context as there are pages: one request's would drown in the step's own noise.
+    held = {n: min(context, limits.num_pages // n * limits.page_size - 1) for n in requests}
+    many = max(requests, key=lambda n: n * held[n])
+    far = time_step(lambda: run(_segments(limits, many, 0, False, held[many])))
+    per_token = max(0.0, (far - plain[many]) / max(many * held[many], 1))
     chunk = min(64, most, context // 2)
     near, behind = (time_step(lambda at=at: run([_chunk(limits, chunk, at)])) for at in (0, context - chunk))
     per_pair = max(0.0, (behind - near) / max(chunk * (context - chunk), 1))

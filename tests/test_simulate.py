@@ -123,6 +123,14 @@ def test_costs_know_the_buckets():
         assert said == pytest.approx(real, rel=0.13), (requests, extra)
 
 
+@pytest.mark.parametrize("machine", MACHINES)
+def test_costs_know_what_context_costs(machine):
+    its = setting("dynamic", machine=MACHINES[machine])
+    measured = make_profile(its, make_limits(its))
+    # Half a million tokens or more are read; 3 % of a step without them is a tenth of that at most.
+    assert measured.per_token == pytest.approx(its.machine.kv_bytes / its.machine.attention_read, rel=0.2)
+
+
 def test_drawn_heads_are_as_accurate_as_asked_and_their_logits_are_calibrated():
     source = answers(lengths=range(20000, 20001))
     answer = source.make(0)
