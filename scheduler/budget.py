@@ -77,10 +77,12 @@ class Budget:
             may_be = costs.are_full(now.requests, extra) if not now.others else True
         else:
             may_be = _is_edge(now.requests + extra)
-        rates = np.where(may_be, worth / seconds, 0.0)
+        # Rows of prompts take their time in any case: what guesses have to beat is a step without.
+        prompts = now.seconds - costs.plain(now.requests, now.context)
+        rates = np.where(may_be, worth / (seconds - prompts), 0.0)
         best = self._best = int(rates.argmax())
         if not self._is_urgent:
-            self._weigh(math.log(rates[best] * now.seconds / now.requests))
+            self._weigh(math.log(rates[best] * (now.seconds - prompts) / now.requests))
         now.guesses, now.offered = best, len(survival)
         now.expected, now.seconds = float(worth[best]) - now.requests, float(seconds[best])
         return best

@@ -38,7 +38,8 @@ def test_the_choice_is_that_of_brute_force(requests, others, survival, steps):
         padded = {0, 7 if requests == 1 else 4, 11 if requests == 1 else 0}
         if n == 0 or (others or n in padded if steps else rows < 16 or rows % 2 == 0):
             seconds = costs.speculating(requests, np.array([others + n]), prompts=others > 0)[0]
-            rates[n] = (requests + sum(survival[:n])) / seconds
+            prompts = costs.prefilling(requests, np.array([others]))[0] - costs.plain(requests)
+            rates[n] = (requests + sum(survival[:n])) / (seconds - prompts)
     chosen = budget.choose(np.asarray(survival, dtype=np.float32))
     assert chosen in rates
     assert rates[chosen] == pytest.approx(max(rates.values()), rel=1e-6)
@@ -92,6 +93,15 @@ def test_costs_are_interpolated_and_monotone():
     assert stepped.are_full(5, np.arange(6)).tolist() == [True, False, False, False, True, False]
     far = StepCosts(profile(per_token=1e-6))
     assert far.plain(1, context=500) == pytest.approx(1.5e-3)
+
+
+def test_prompts_do_not_make_guesses_look_cheap():
+    """They take their time in any case: a guess that costs more than its token elsewhere is none for such a step."""
+    costs = StepCosts(profile(requests=[8], plain=[2e-3], extra=[0, 100], speculating=[[2e-3, 32e-3]]))
+    for others in (0, 50):  # a step of 2 or of 17 ms, and 0.3 ms for each guess
+        budget = Budget(costs, most=100)
+        budget.begin(8, others)
+        assert budget.choose(np.full(32, 0.9, dtype=np.float32)) == 0, "8 tokens in 2 ms; 3 more in each further 1"
 
 
 def test_more_guesses_are_looked_for_while_they_pay():
