@@ -82,7 +82,9 @@ class Budget:
         rates = np.where(may_be, worth / (seconds - prompts), 0.0)
         best = self._best = int(rates.argmax())
         if not self._is_urgent:
-            self._weigh(math.log(rates[best] * (now.seconds - prompts) / now.requests))
+            gain = math.log(rates[best] * (now.seconds - prompts) / now.requests)
+            # Where no guess is taken, heads may look free; but the host has looked for nothing.
+            self._weigh(gain if best else min(gain, -2 * _MARGIN))
         now.guesses, now.offered = best, len(survival)
         now.expected, now.seconds = float(worth[best]) - now.requests, float(seconds[best])
         return best
