@@ -67,6 +67,7 @@ def own_systems(args: argparse.Namespace, oracle: Oracle, batch: int) -> dict[st
             dtype=args.dtype,
             max_num_seqs=batch,
             enable_prefix_caching=False,  # every round asks the same prompts
+            draft_from_traffic=False,
             device="cpu",
         )
         made = Engine(config, single())
@@ -78,7 +79,7 @@ def own_systems(args: argparse.Namespace, oracle: Oracle, batch: int) -> dict[st
             oracle, p, args.max_tokens, prompt_lookup_num_tokens=10
         )
     found[PLAIN] = engine("off")
-    return found | {f"Euryale, Medusa {tree or 'tree'}": engine(tree) for tree in args.trees}
+    return found | {f"Euryale, {tree}": engine(tree) for tree in args.trees}
 
 
 def measure(
@@ -163,7 +164,7 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--medusa", default="")
-    parser.add_argument("--trees", nargs="+", default=["", "chain"], help="'' is the tree beside the heads")
+    parser.add_argument("--trees", nargs="+", default=["dynamic", "static", "chain"])
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     parser.add_argument("--batches", nargs="+", type=number(1), default=[1])
     parser.add_argument("--peers", nargs="*", choices=peer_process.PEERS, default=[])

