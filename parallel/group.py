@@ -11,6 +11,7 @@ import datetime
 import logging
 import os
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -112,6 +113,21 @@ class Group:
         distinct = list(dict.fromkeys(e for e in errors if e))
         if distinct:
             raise ValueError("; ".join(distinct))
+
+    def agree_on(self, facts: dict[str, object]) -> None:
+        """Raise ValueError on every rank, naming the first of the ``facts`` that is not the same on all; every rank
+        gives facts of the same names, which compare as text. For use while loading."""
+        if self.size == 1:
+            return
+        names = [zlib.crc32(str(fact).encode()) for fact in facts.values()]
+        differs = self.patient_gather(torch.tensor(names)) != torch.tensor(names)
+        for (name, fact), ranks in zip(facts.items(), differs.T, strict=True):
+            if ranks.any():
+                others = ", ".join(str(int(rank)) for rank in ranks.nonzero())
+                raise ValueError(
+                    f"the ranks were not started alike: {name} is {str(fact)[:60]} on rank {self.rank} and "
+                    f"something else on {others}; give every node the same"
+                )
 
     @contextlib.contextmanager
     def agreed(self, *kinds: type[Exception]) -> Iterator[None]:

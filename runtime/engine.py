@@ -31,10 +31,8 @@ class Engine:
         """``loaded`` None: what the config names, or ValueError, on every rank, for a model that cannot be served."""
         self.config = config
         self.group = group
-        self._trace = None
-        if config.trace:  # refused before anything is loaded
-            with group.agreed():
-                self._trace = Trace(config.trace) if group.is_leader else None
+        with group.agreed():  # refused before anything is loaded
+            self._trace = Trace(config.trace) if config.trace and group.is_leader else None
         self.loaded = loaded or load(config, group)
         self.runner = self.loaded.runner
         # The epoch tells this run of the group from an earlier one.

@@ -1,6 +1,7 @@
 """From an EngineConfig to a rank's step runner, with every check that a bad checkpoint should meet before a
 request does."""
 
+import dataclasses
 import json
 import logging
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ def load(config: EngineConfig, group: Group) -> Loaded:
         error = repr(problem)
     group.agree(error)
     decoder, heads, tree, model, layout, marks, known = parts
+    group.agree_on(_flags_to_share(config) | {"--tree": tree, "what the files of --model and --medusa hold": marks})
     max_len = config.max_model_len or model.max_positions
     num_pages = count_pages(config, model, layout.num_kv_heads, max_len, group)
     rows = config.max_num_batched_tokens
@@ -74,6 +76,12 @@ def load(config: EngineConfig, group: Group) -> Loaded:
     return Loaded(
         runner=runner, limits=limits, trees=tree, text=text, survival=survival, model=model, fingerprint=marks
     )
+
+
+def _flags_to_share(config: EngineConfig) -> dict[str, object]:
+    """The flags that must be the same on all nodes: not paths, which may differ, as long as the files do not."""
+    values = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(config).items()}
+    return {name: value for name, value in values.items() if name not in ("--model", "--medusa", "--tree", "--trace")}
 
 
 def _load_parts(config: EngineConfig, group: Group):

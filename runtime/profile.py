@@ -108,35 +108,25 @@ def _time(step: Callable[[], None]) -> float:
 def _segments(limits: Limits, requests: int, extra: int, heads: bool, context: int = 0) -> list[Segment]:
     """``requests`` that decode, with ``extra`` guesses among them, in trees where each node has two children."""
     share, more = divmod(extra, requests)
-    found = []
-    for i in range(requests):
-        nodes = share + (i < more)
-        used = -(-(context + 1 + nodes) // limits.page_size)
-        found.append(
-            Segment(
-                tokens=np.full(1 + nodes, 1, dtype=np.int32),
-                parents=(np.arange(nodes, dtype=np.int32)) // 2,
-                pages=np.arange(used, dtype=np.int32) % limits.num_pages,
-                context=context,
-                samples=True,
-                wants_candidates=heads,
-                position=0,
-                params=SamplingParams(),
-            )
-        )
-    return found
+    nodes = [share + (i < more) for i in range(requests)]
+    return [_segment(limits, 1 + n, n, context, samples=True, heads=heads) for n in nodes]
 
 
 def _chunk(limits: Limits, rows: int, context: int) -> Segment:
     """Part of a prompt, with ``context`` tokens before it."""
+    return _segment(limits, rows, 0, context, samples=False, heads=False)
+
+
+def _segment(limits: Limits, rows: int, nodes: int, context: int, *, samples: bool, heads: bool) -> Segment:
+    """``rows`` of one request, of which the last ``nodes`` are guesses."""
     used = -(-(context + rows) // limits.page_size)
     return Segment(
         tokens=np.full(rows, 1, dtype=np.int32),
-        parents=np.zeros(0, dtype=np.int32),
+        parents=(np.arange(nodes, dtype=np.int32)) // 2,
         pages=np.arange(used, dtype=np.int32) % limits.num_pages,
         context=context,
-        samples=False,
-        wants_candidates=False,
+        samples=samples,
+        wants_candidates=heads,
         position=0,
         params=SamplingParams(),
     )

@@ -21,7 +21,7 @@ def served(model, size: int = 2, *flags: str, nodes: tuple[str, ...] = ()):
     torchrun's flags for a group of several nodes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), *nodes]
     command += [str(ROOT / "launch" / "serve.py"), "--model", str(model[0]), "--medusa", str(model[0] / "medusa")]
-    command += ["--dtype", "float32", "--bind", "tcp://127.0.0.1:0", "--max-num-seqs", "8", *flags]
+    command += ["--dtype", "float32", "--bind", "tcp://127.0.0.1:0", "--max-num-seqs", "8", "--tree", "static", *flags]
     before = leftovers()
     group = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/")
     noise: list[str] = []

@@ -13,10 +13,12 @@ from support import ROOT, free_port, oracle_greedy, prompts
 
 from euryale.client import Client, GroupLost, ServerLost
 
+FLAGS = ("--tree", "static")
+
 
 @contextmanager
-def two_nodes(model, ranks_per_node: int):
-    """A group over two agents: yields (first agent, second agent, address)."""
+def two_nodes(model, ranks_per_node: int, flags: tuple[str, ...] = FLAGS):
+    """A group over two agents, the second with these ``flags``: yields (first agent, second agent, address)."""
     port = str(free_port())
 
     def rendezvous(rank: int) -> tuple[str, ...]:
@@ -24,7 +26,7 @@ def two_nodes(model, ranks_per_node: int):
 
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks_per_node), *rendezvous(1)]
     command += [str(ROOT / "launch" / "serve.py"), "--model", str(model[0]), "--medusa", str(model[0] / "medusa")]
-    command += ["--dtype", "float32", "--max-num-seqs", "8"]
+    command += ["--dtype", "float32", "--max-num-seqs", "8", *flags]
     second = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
     try:
         with served(model, ranks_per_node, nodes=rendezvous(0)) as (first, address):
@@ -49,6 +51,13 @@ def test_two_nodes_serve_and_drain(model):
         client.drain()
         assert first.wait(60) == 0
         assert second.wait(60) == 0
+
+
+def test_nodes_that_were_started_differently_are_refused(model):
+    said = "error: the ranks were not started alike: --max-tree-nodes is 64 on rank 0"
+    others = (*FLAGS, "--max-tree-nodes", "8")
+    with pytest.raises(AssertionError, match=said), two_nodes(model, 1, others):
+        pass
 
 
 def test_a_lost_node_ends_the_group(model):

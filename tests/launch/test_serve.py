@@ -20,10 +20,10 @@ from euryale.client import Client, GroupLost, InvalidRequest, ServerLost
 from euryale.scheduler.params import SamplingParams
 
 
-@pytest.mark.parametrize("loop", ["plain", "overlapped"])
-def test_a_group_of_two_serves(model, loop):
+@pytest.mark.parametrize(("loop", "tree"), [("plain", "static"), ("overlapped", "dynamic")])
+def test_a_group_of_two_serves(model, loop, tree):
     """Streaming, batches, chat, cancelling, bad input and draining, against one running group."""
-    with served(model, 2, "--loop", loop) as (group, address), Client(address) as client:
+    with served(model, 2, "--loop", loop, "--tree", tree) as (group, address), Client(address) as client:
         info = client.hello()
         assert (info.tensor_parallel_size, info.num_medusa_heads, info.max_model_len) == (2, 3, 256)
         asked = [p % 290 + 3 for p in prompts(6)]

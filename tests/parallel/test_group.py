@@ -54,6 +54,24 @@ def test_an_error_on_one_rank_is_an_error_on_all(ranks):
         single().agree("broken")
 
 
+def compare(group):
+    """The ranks differ in the second fact, of which rank 1 has another."""
+    group.agree_on({"--first": 1, "--third": "x"})
+    try:
+        group.agree_on({"--first": 1, "--second": group.rank == 1, "--third": "x" * group.rank})
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_that_differ_are_named(ranks):
+    first, second, third = ranks(3).run(compare)
+    assert "--second is False on rank 0 and something else on 1;" in first
+    assert "--second is True on rank 1 and something else on 0, 2;" in second
+    assert "--second is False on rank 2" in third
+    single().agree_on({"--first": 1})
+
+
 def fail_on_one(group):
     try:
         with group.agreed(KeyError):

@@ -115,8 +115,12 @@ def test_a_long_temporary_directory(tmp_path, monkeypatch):
     long = tmp_path / ("x" * 100)
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
-    engine = link.EngineLink()
+    engine = link.EngineLink()  # a socket's path has at most 107 bytes
+    directory = Path(engine.endpoint.removeprefix("ipc://")).parent
+    assert directory.exists()
+    assert long not in directory.parents
     engine.close()
+    assert not directory.exists()
 
 
 PEER = """
