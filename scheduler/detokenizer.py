@@ -23,9 +23,12 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._window = list(context[-CONTEXT_TOKENS:])
-        self._shown = self._decode(self._window)  # the part of the window's text that was handed out
-        if self._shown.endswith(REPLACEMENT):  # half a character before the answer: not the answer's to complete
+        for length in range(CONTEXT_TOKENS, CONTEXT_TOKENS + MAX_HELD + 1):  # not to begin within a character
+            self._window = list(context[-length:])
+            self._shown = self._decode(self._window)  # the part of the window's text that was handed out
+            if not self._shown.endswith(REPLACEMENT):
+                break
+        else:  # half a character before the answer: not the answer's to complete
             self._window, self._shown = [], ""
         self._settled = len(self._window)  # the window's tokens up to here end a character and are handed out
 

@@ -1,9 +1,9 @@
 """Which guesses each request puts to the test in a step: a static tree's, or the step's own best."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from euryale.scheduler.budget import Budget, Choice
 from euryale.scheduler.forest import Forest, Roots
 from euryale.scheduler.ngrams import ORDERS, TEXT, NgramTable
 from euryale.scheduler.request import Guesses, Request
-from euryale.scheduler.survival import Survival, class_of
+from euryale.scheduler.survival import Momentum, Survival, class_of
 from euryale.scheduler.tree import DYNAMIC_DEPTH, TreeShape
 
 _BEHIND = 4.0  # what a guess of a request behind its latency target is worth beside others'
@@ -19,8 +19,7 @@ _LEAST = 1e-3  # survival below which a node is not worth a thought
 _UNKNOWN, _OWN, _TRAFFIC = 1, 1 << 62, 1 << 61  # domains of n-grams: nothing is ever learned of the first
 
 
-@dataclass(frozen=True)
-class Draft:
+class Draft(NamedTuple):
     """Guesses of one request: ``tokens`` int32 [N], ``parents`` int32 [N] (0: the root, i: the i-th guess), ``depth``
     of the deepest."""
 
@@ -32,8 +31,7 @@ class Draft:
 NO_DRAFT = Draft(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32), 0)
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What a step found out: the request's new ``tokens``, accepted guesses and the bonus token, and the numbers of the
     accepted guesses, of ``num_guesses``; ``guesses`` is what the heads had named, None if they had not run."""
 
@@ -99,6 +97,18 @@ class Sources:
     context: bool = True
 
 
+@dataclass(slots=True)
+class _Kept:
+    """What dynamic trees keep of a request: the ``kind`` of its estimates, its ``domains`` of n-grams, its luck, since
+    when it decodes, in seconds on the trees' clock, and how many of its known tokens they have learned from."""
+
+    kind: int
+    domains: tuple[int, int, int]
+    momentum: Momentum = field(default_factory=Momentum)
+    since: float | None = None
+    num_heard: int = 0
+
+
 class DynamicTrees:
     """The likeliest guesses over the whole batch, as many as pay."""
 
@@ -133,50 +143,80 @@ class DynamicTrees:
     def draft(self, decoding: list[Request], depths: list[int], room: int, others: int) -> list[Draft]:
         """See Drafter."""
         self._planned = []
+        values = [_BEHIND if self._is_behind(r) else 1.0 for r in decoding]
         if self._budget:
-            is_urgent = any(r.is_behind(self._now) for r in decoding)
             context = sum(r.num_computed for r in decoding)
-            if not self._budget.begin(len(decoding), others, context, is_urgent):
+            if not self._budget.begin(len(decoding), others, context, is_urgent=_BEHIND in values):
                 return [NO_DRAFT] * len(decoding)
-        drafts = [NO_DRAFT] * len(decoding)
         drafting = [i for i, depth in enumerate(depths) if depth]
         if not drafting:
-            return drafts
+            return [NO_DRAFT] * len(decoding)
         self._planned, count = [decoding[i] for i in drafting], len(drafting)
-        roots = _roots(self._planned, [depths[i] for i in drafting], self._sources, self._now)
+        roots = self._roots([depths[i] for i in drafting], [values[i] for i in drafting])
         most = max(0, min(room, count * self._each, self._budget.reach() if self._budget else room))
         total = self.forest.grow(roots, most, self._each, _LEAST) - count
         if self._budget:
             found = slice(count, count + total)
             total = self._budget.choose(self.forest.survival[found] * roots.values[self.forest.request[found]])
-        for i, draft in zip(drafting, self._split(count, total), strict=True):
-            drafts[i] = draft
-        return drafts
+        drafts = self._split(count, total)
+        if count == len(decoding):
+            return drafts
+        found = iter(drafts)
+        return [next(found) if depth else NO_DRAFT for depth in depths]
 
     def learn(self, verdicts: list[Verdict], seconds: float) -> None:
         """See Drafter."""
         self._now += seconds
-        for verdict in verdicts:
-            if verdict.request.decoding_since is None:
-                verdict.request.decoding_since = self._now
         place = {request.key: i for i, request in enumerate(self._planned)}
         reached, truths = [], []
         nodes, starts = self._nodes.tolist(), self._starts.tolist()
         expected = self.forest.expected[: self.forest.num_nodes].tolist() if self._planned else []
-        for verdict in verdicts:
-            root = place.get(verdict.request.key)
+        for request, tokens, accepted, _, _ in verdicts:
+            kept = self._kept(request)
+            if kept.since is None:
+                kept.since = self._now
+            root = place.get(request.key)
             if root is None:
                 continue
-            path = [root, *(nodes[starts[root] + number - 1] for number in verdict.accepted)]
+            path = [root, *(nodes[starts[root] + number - 1] for number in accepted)]
             reached += path
-            truths += verdict.tokens
-            verdict.request.momentum.learn(len(verdict.accepted), sum(map(expected.__getitem__, path)))
+            truths += tokens
+            kept.momentum.learn(len(accepted), sum(map(expected.__getitem__, path)))
         if reached:
             self.forest.learn(np.asarray(reached, dtype=np.int32), np.asarray(truths, dtype=np.int32))
         self._remember([verdict.request for verdict in verdicts])
         if self._budget and seconds:
             self._budget.observe(seconds)
         self._planned = []
+
+    def _kept(self, request: Request) -> _Kept:
+        if request.drafting is None:
+            own, text = _OWN + request.key, TEXT
+            request.drafting = _Kept(class_of(request.params), (own, _traffic_of(request, self._sources), text))
+        return request.drafting
+
+    def _is_behind(self, request: Request) -> bool:
+        """Whether its tokens took longer than its latency target until now."""
+        target, since = request.params.latency_target, self._kept(request).since
+        return bool(target) and since is not None and 1000 * (self._now - since) > target * (len(request.output) - 1)
+
+    def _roots(self, depths: list[int], values: list[float]) -> Roots:
+        guesses = [r.guesses for r in self._planned]
+        if None in guesses:
+            shape = next((g.ids.shape for g in guesses if g), (0, 0))
+            none = Guesses(np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32))
+            guesses = [g or none for g in guesses]
+        kept = [self._kept(r) for r in self._planned]
+        return Roots(
+            last=np.array([r.last_tokens(ORDERS) for r in self._planned], dtype=np.int32),
+            ids=np.stack([g.ids for g in guesses]),
+            logits=np.stack([g.logits for g in guesses]),
+            depths=np.array(depths, dtype=np.int32),
+            classes=np.array([k.kind for k in kept], dtype=np.int32),
+            factors=np.array([k.momentum.factor for k in kept], dtype=np.float32),
+            values=np.array(values, dtype=np.float32),
+            domains=np.array([k.domains for k in kept], dtype=np.int64),
+        )
 
     def _split(self, count: int, total: int) -> list[Draft]:
         """The first ``total`` guesses of the forest, by request; remembers which is whose."""
@@ -185,11 +225,13 @@ class DynamicTrees:
         order = owners.argsort(kind="stable")
         self._nodes, owners = nodes[order], owners[order]
         self._starts = np.searchsorted(owners, np.arange(count + 1))
+        if not total:
+            return [NO_DRAFT] * count
         number = np.zeros(count + total, dtype=np.int32)  # of a node in its request's tree
         number[self._nodes] = np.arange(total) - self._starts[owners] + 1
         tokens, parents = self.forest.token[self._nodes], number[self.forest.parent[self._nodes]]
-        deepest = np.zeros(count, dtype=np.int64)
-        np.maximum.at(deepest, owners, self.forest.depth[self._nodes])
+        depths = np.append(self.forest.depth[self._nodes], 0)  # the last requests may have no guesses
+        deepest = np.maximum.reduceat(depths, self._starts[:-1])
         ends = zip(pairwise(self._starts.tolist()), deepest.tolist(), strict=True)
         return [Draft(tokens[a:b], parents[a:b], depth) if b > a else NO_DRAFT for (a, b), depth in ends]
 
@@ -197,14 +239,16 @@ class DynamicTrees:
         """Learn what follows what in the requests' new tokens, and of requests that ended for others."""
         heard = []
         for request in requests:
+            kept = self._kept(request)
+            own, traffic, _ = kept.domains
             if request.finish_reason:
-                learns, start, domain = self._sources.traffic, 0, _traffic_of(request, self._sources)
+                learns, start, domain = self._sources.traffic, 0, traffic
             else:
-                learns, start, domain = self._sources.context, request.num_remembered, _OWN + request.key
+                learns, start, domain = self._sources.context, kept.num_heard, own
             if learns:
                 first = max(0, start - ORDERS)
                 heard.append((request.known_tokens(first, request.num_known), start - first, domain))
-                request.num_remembered = request.num_known
+                kept.num_heard = request.num_known
         if heard:
             self.forest.add(heard)
 
@@ -215,19 +259,3 @@ def _traffic_of(request: Request, sources: Sources) -> int:
         return _UNKNOWN
     salt = request.params.cache_salt
     return _TRAFFIC + int.from_bytes(hashlib.blake2b(salt.encode(), digest_size=7).digest()) if salt else _TRAFFIC
-
-
-def _roots(requests: list[Request], depths: list[int], sources: Sources, now: float) -> Roots:
-    shape = next((r.guesses.ids.shape for r in requests if r.guesses), (0, 0))
-    none = Guesses(np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32))
-    guesses = [r.guesses or none for r in requests]
-    return Roots(
-        last=np.asarray([r.last_tokens(ORDERS) for r in requests], dtype=np.int32),
-        ids=np.stack([g.ids for g in guesses]),
-        logits=np.stack([g.logits for g in guesses]),
-        depths=np.asarray(depths, dtype=np.int32),
-        classes=np.asarray([class_of(r.params) for r in requests], dtype=np.int32),
-        factors=np.asarray([r.momentum.factor for r in requests], dtype=np.float32),
-        values=np.asarray([_BEHIND if r.is_behind(now) else 1.0 for r in requests], dtype=np.float32),
-        domains=np.asarray([(_OWN + r.key, _traffic_of(r, sources), TEXT) for r in requests], dtype=np.int64),
-    )

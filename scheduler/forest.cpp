@@ -112,18 +112,11 @@ struct Growth {
         std::copy_n(parent < 0 ? f.last + request * ORDERS + 1 : lasts.data() + parent * ORDERS, ORDERS - 1, last + 1);
     }
 
-    // Put a node's likeliest guess on the heap, or the one that comes after `before`.
-    void offer(int node, int before) {
-        const Guess* own = f.guesses + f.first[node];
-        const float limit = before < 0 ? INFINITY : own[before].survival;
-        int best = -1;
-        for (int i = 0; i < f.count[node]; ++i)
-            if ((own[i].survival < limit || (own[i].survival == limit && i > before)) &&
-                (best < 0 || own[i].survival > own[best].survival))
-                best = i;
-        if (best < 0) return;
-        const double key = (double)own[best].survival * f.values[f.request[node]];
-        if (key >= f.least) heap.push({key, node, best});
+    // Put a guess below a node on the heap, if it is worth a thought.
+    void offer(int node, int guess) {
+        if (guess == f.count[node]) return;
+        const double key = (double)f.guesses[f.first[node] + guess].survival * f.values[f.request[node]];
+        if (key >= f.least) heap.push({key, node, guess});
     }
 
     void expand(int node) {
@@ -131,10 +124,10 @@ struct Growth {
         if (f.depth[node] >= f.depths[request] || (double)f.survival[node] * f.values[request] < f.least) return;
         f.first[node] = guesses;
         guesses += f.count[node] = name(node, f.guesses + guesses);
-        offer(node, -1);
+        offer(node, 0);
     }
 
-    // Write a node's guesses; returns how many.
+    // Write a node's guesses, likeliest first; returns how many.
     int name(int node, Guess* out) {
         const int r = f.request[node], depth = f.depth[node];
         const int64_t head = r * f.heads + depth;
@@ -175,7 +168,10 @@ struct Growth {
             const int bin = std::clamp((bits >> 22) - (254 - (int)f.bins), 0, (int)f.bins - 1);
             const int cell = ((cls * f.num_depths + level) * f.rank_classes + rank) * f.bins + bin;
             const float chance = std::min(probability * f.ratios[cell] * f.factors[r], f.highest);
-            out[written++] = {tokens[i], cell, f.survival[node] * chance, probability, own};
+            const float survival = f.survival[node] * chance;
+            int place = written++;
+            for (; place > 0 && out[place - 1].survival < survival; --place) out[place] = out[place - 1];
+            out[place] = {tokens[i], cell, survival, probability, own};
         }
         return written;
     }
@@ -192,7 +188,7 @@ struct Growth {
             const Guess& guess = f.guesses[f.first[best.parent] + best.guess];
             f.expected[best.parent] += guess.survival / f.survival[best.parent];
             add(request, best.parent, guess.token, guess.survival);
-            offer(best.parent, best.guess);
+            offer(best.parent, best.guess + 1);
             expand(nodes - 1);
         }
     }

@@ -63,15 +63,12 @@ def grow(forest) -> int:
     heap: list[tuple[float, int, int]] = []
     taken = [0] * len(roots.last)
 
-    def offer(node: int, before: int) -> None:
-        """Put a node's likeliest guess on the heap, or the one that comes after ``before``."""
-        alive = f.guesses["survival"][f.first[node] : f.first[node] + f.count[node]]
-        order = np.argsort(-alive, kind="stable").tolist()
-        place = 0 if before < 0 else order.index(before) + 1
-        if place < len(order):
-            key = float(alive[order[place]]) * float(roots.values[f.request[node]])
+    def offer(node: int, place: int) -> None:
+        """Put a guess below a node on the heap, if it is worth a thought."""
+        if place < f.count[node]:
+            key = float(f.guesses["survival"][f.first[node] + place]) * float(roots.values[f.request[node]])
             if key >= settings.least:
-                heapq.heappush(heap, (-key, node, order[place]))
+                heapq.heappush(heap, (-key, node, place))
 
     def add(request: int, parent: int, token: int, survival: float) -> None:
         node = len(lasts)
@@ -85,7 +82,7 @@ def grow(forest) -> int:
         value = float(f.survival[node]) * float(roots.values[f.request[node]])
         if f.depth[node] < roots.depths[f.request[node]] and value >= settings.least:
             _expand(f, node, lasts[node])
-            offer(node, -1)
+            offer(node, 0)
 
     for request, last in enumerate(roots.last):
         add(request, -1, last[0], 1.0)
@@ -100,13 +97,13 @@ def grow(forest) -> int:
         guess = f.guesses[f.first[parent] + place]
         f.expected[parent] += guess["survival"] / f.survival[parent]
         add(request, parent, int(guess["token"]), float(guess["survival"]))
-        offer(parent, place)
+        offer(parent, place + 1)
         expand(len(lasts) - 1)
     return len(lasts)
 
 
 def _expand(f, node: int, last: np.ndarray) -> None:
-    """Write a node's guesses."""
+    """Write a node's guesses, likeliest first."""
     roots, estimates, c = f.roots, f.estimates, CONSTANTS
     request, depth = int(f.request[node]), int(f.depth[node])
     known = [find(f.table, last, int(domain)) for domain in roots.domains[request]]
@@ -141,7 +138,9 @@ def _expand(f, node: int, last: np.ndarray) -> None:
         flat = np.ravel_multi_index(cell, estimates.ratios.shape)
         f.guesses[f.num_guesses] = (token, flat, f.survival[node] * chance, probability, own)
         f.num_guesses += 1
-    f.count[node] = f.num_guesses - f.first[node]
+    own = f.guesses[f.first[node] : f.num_guesses]
+    own[:] = own[np.argsort(-own["survival"], kind="stable")]
+    f.count[node] = len(own)
 
 
 def learn(forest, nodes: np.ndarray, tokens: np.ndarray) -> None:

@@ -3,13 +3,13 @@
 import enum
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from euryale.client.logprobs import Logprobs
 from euryale.scheduler.extras import Extras, History, extras_of_rows, targets_of_rows
 from euryale.scheduler.params import SamplingParams
-from euryale.scheduler.survival import Momentum
 
 
 class FinishReason(enum.StrEnum):
@@ -20,8 +20,7 @@ class FinishReason(enum.StrEnum):
     CANCELLED = "cancelled"
 
 
-@dataclass(frozen=True)
-class Guesses:
+class Guesses(NamedTuple):
     """What the heads say after the last output token: ``ids`` int32 [heads, k], likeliest first, and their ``logits``
     float32 [heads, k]."""
 
@@ -46,9 +45,7 @@ class Request:
     page_names: list[bytes] = field(default_factory=list)  # of the full pages of the known tokens, as far as made
     num_published: int = 0  # of the page names, those by which others can find the pages
     guesses: Guesses | None = None  # None: the heads did not run
-    momentum: Momentum = field(default_factory=Momentum)
-    decoding_since: float | None = None  # seconds on the drafter's clock when its first token came
-    num_remembered: int = 0  # of the known tokens, those that dynamic trees have learned from
+    drafting: object | None = None  # what the drafter keeps of it
     accepted: list[int] = field(default_factory=list)  # tokens emitted by each decoding step
     finish_reason: FinishReason | None = None
     num_preempted: int = 0  # how often it had to give its pages back
@@ -100,13 +97,6 @@ class Request:
     @cached_property
     def _history(self) -> History:
         return History(self.prompt if self.params.repetition_penalty != 1 else self.prompt[:0])
-
-    def is_behind(self, now: float) -> bool:
-        """Whether its tokens took longer than its latency target until ``now``, in seconds on the drafter's clock."""
-        target = self.params.latency_target
-        if not target or self.decoding_since is None:
-            return False
-        return 1000 * (now - self.decoding_since) > target * (len(self.output) - 1)
 
     def known_tokens(self, start: int, stop: int) -> np.ndarray:
         """Known tokens ``start`` to ``stop``, int32."""

@@ -5,6 +5,7 @@ phase. Everything here happens on rank 0 between steps; this file knows no tenso
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from euryale.scheduler.request import FinishReason, Guesses, Request
 _CAREFUL = 0.75  # of a bound on a step's time is planned with, as steps differ
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class SegmentResult:
     """What a step found for one segment. ``tokens``: accepted drafts, then the bonus token. ``accepted_nodes``: their
     tree nodes in order of depth. ``guesses``: None if the heads were not asked. ``logprobs``: of the tokens;
@@ -32,8 +33,7 @@ class SegmentResult:
     prompt_logprobs: Logprobs | None = None
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """New tokens of one request; ``finish_reason`` is None while it goes on. If asked for, ``logprobs`` of the tokens
     and, with the first of them, ``prompt_logprobs``."""
 
@@ -101,7 +101,8 @@ class Scheduler:
                 break
             rows = min(request.num_uncomputed, prompt_rows)
             start = request.num_computed
-            segments.append(self._segment(request, request.known_tokens(start, start + rows), NO_DRAFT))
+            certain = request.known_tokens(start, start + rows)
+            segments.append(self._segment(request, certain, NO_DRAFT, self._wants_guesses))
             self._planned.append(request)
             prompt_rows -= rows
         self.step += 1
@@ -175,21 +176,25 @@ class Scheduler:
             drafts = self.drafter.draft(decoding, depths, room, others)
             for request, draft in zip(decoding, drafts, strict=True):
                 self.admission.hold_for_drafts(request, draft.depth)
-        roots = [r.known_tokens(r.num_computed, r.num_known) for r in decoding]
-        return [self._segment(*parts) for parts in zip(decoding, roots, drafts, strict=True)]
+        wants = self._wants_guesses
+        return [
+            self._segment(request, request.known_tokens(request.num_computed, request.num_known), draft, wants)
+            for request, draft in zip(decoding, drafts, strict=True)
+        ]
 
-    def _segment(self, request: Request, certain: np.ndarray, draft: Draft) -> Segment:
+    def _segment(self, request: Request, certain: np.ndarray, draft: Draft, wants_guesses: bool) -> Segment:
         tokens = np.concatenate([certain, draft.tokens]) if len(draft.tokens) else certain
-        samples = request.num_computed + len(certain) == request.num_known
+        context = request.num_computed
+        samples = context + len(certain) == request.num_known
         # Pages past the committed tokens and this step's rows are not sent: nothing reads or writes them yet.
-        used = min(self.admission.pages.pages_for(request.num_computed + len(tokens)), len(request.pages))
+        used = min(self.admission.pages.pages_for(context + len(tokens)), len(request.pages))
         return Segment(
             tokens=tokens,
             parents=draft.parents,
             pages=request.page_ids[:used],
-            context=request.num_computed,
+            context=context,
             samples=samples,
-            wants_candidates=self._wants_guesses and samples and request.params.speculation,
+            wants_candidates=wants_guesses and samples and request.params.speculation,
             position=len(request.output),
             params=request.params,
             sample=request.sample,

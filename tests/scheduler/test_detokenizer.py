@@ -115,6 +115,12 @@ def test_with_the_prompt_as_context(tokenizer, text, data):
     assert before + "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+def test_a_context_of_whole_characters_counts_wherever_its_last_tokens_begin():
+    tokens = BYTE_FALLBACK.encode("the text is00\x80\x80𐀀𐀀0 ", add_special_tokens=False)  # all but the last are bytes
+    pieces = pieces_of(BYTE_FALLBACK, tokens[-1:], context=tokens[:-1])
+    assert "".join(pieces) == " "
+
+
 def test_the_context_keeps_the_first_space():
     prompt, answer = (BYTE_FALLBACK.encode(text, add_special_tokens=False) for text in ("a", "th"))
     assert "".join(pieces_of(BYTE_FALLBACK, answer)) == "th"
