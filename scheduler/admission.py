@@ -224,8 +224,10 @@ class Admission:
     def _make_room(self, num_pages: int, victims: list[Request]) -> bool:
         """Whether there are a seat and so many pages, and one more for each running request that can still grow;
         preempts the first of ``victims`` that this takes, or none if all of them do not help."""
-        seats = self.limits.max_num_seqs - len(self.running)
-        room = self.pages.num_free - num_pages - sum(_can_grow(r) for r in self.running)
+        seats, room = self.limits.max_num_seqs - len(self.running), self.pages.num_free - num_pages
+        if seats > 0 and room >= len(self.running):
+            return True  # without a look at each
+        room -= sum(_can_grow(r) for r in self.running)
         count = 0
         while seats <= 0 or room < 0:
             if count == len(victims):

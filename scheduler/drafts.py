@@ -20,8 +20,8 @@ _UNKNOWN, _OWN, _TRAFFIC = 1, 1 << 62, 1 << 61  # domains of n-grams: nothing is
 
 
 class Draft(NamedTuple):
-    """Guesses of one request: ``tokens`` int32 [N], ``parents`` int32 [N] (0: the root, i: the i-th guess), ``depth``
-    of the deepest."""
+    """Guesses of one request: ``tokens`` int32 [1 + N], of the root, its last known token, and of the guesses;
+    ``parents`` int32 [N] (0: the root, i: the i-th guess); ``depth`` of the deepest. Without guesses no root either."""
 
     tokens: np.ndarray
     parents: np.ndarray
@@ -77,7 +77,9 @@ class StaticTrees:
         drafts = [NO_DRAFT] * len(decoding)
         for place, i in enumerate(drafting):
             shape = self._shape.limited(share + (place < extra), depths[i])
-            drafts[i] = Draft(shape.tokens(decoding[i].guesses.ids), shape.parents[1:], shape.depth)
+            request = decoding[i]
+            tokens = np.array([*request.last_tokens(1), *shape.tokens(request.guesses.ids)], dtype=np.int32)
+            drafts[i] = Draft(tokens, shape.parents[1:], shape.depth)
         return drafts
 
     def wants_guesses(self) -> bool:
@@ -178,7 +180,7 @@ class DynamicTrees:
             root = place.get(request.key)
             if root is None:
                 continue
-            path = [root, *(nodes[starts[root] + number - 1] for number in accepted)]
+            path = [nodes[starts[root] + number] for number in (0, *accepted)]
             reached += path
             truths += tokens
             kept.momentum.learn(len(accepted), sum(map(expected.__getitem__, path)))
@@ -219,21 +221,17 @@ class DynamicTrees:
         )
 
     def _split(self, count: int, total: int) -> list[Draft]:
-        """The first ``total`` guesses of the forest, by request; remembers which is whose."""
-        nodes = np.arange(count, count + total)
-        owners = self.forest.request[nodes]
-        order = owners.argsort(kind="stable")
-        self._nodes, owners = nodes[order], owners[order]
+        """The roots and the first ``total`` guesses of the forest, by request; remembers which is whose."""
+        owners, places = self.forest.request[: count + total], np.arange(count + total)
+        self._nodes = owners.argsort(kind="stable")  # the root comes first
+        owners = owners[self._nodes]
         self._starts = np.searchsorted(owners, np.arange(count + 1))
-        if not total:
-            return [NO_DRAFT] * count
-        number = np.zeros(count + total, dtype=np.int32)  # of a node in its request's tree
-        number[self._nodes] = np.arange(total) - self._starts[owners] + 1
+        number = np.empty(count + total, dtype=np.int32)  # of a node in its request's tree
+        number[self._nodes] = places - self._starts[owners]
         tokens, parents = self.forest.token[self._nodes], number[self.forest.parent[self._nodes]]
-        depths = np.append(self.forest.depth[self._nodes], 0)  # the last requests may have no guesses
-        deepest = np.maximum.reduceat(depths, self._starts[:-1])
+        deepest = np.maximum.reduceat(self.forest.depth[self._nodes], self._starts[:-1])
         ends = zip(pairwise(self._starts.tolist()), deepest.tolist(), strict=True)
-        return [Draft(tokens[a:b], parents[a:b], depth) if b > a else NO_DRAFT for (a, b), depth in ends]
+        return [Draft(tokens[a:b], parents[a + 1 : b], depth) if depth else NO_DRAFT for (a, b), depth in ends]
 
     def _remember(self, requests: list[Request]) -> None:
         """Learn what follows what in the requests' new tokens, and of requests that ended for others."""

@@ -100,9 +100,7 @@ class Scheduler:
             if prompt_rows <= 0:
                 break
             rows = min(request.num_uncomputed, prompt_rows)
-            start = request.num_computed
-            certain = request.known_tokens(start, start + rows)
-            segments.append(self._segment(request, certain, NO_DRAFT, self._wants_guesses))
+            segments.append(self._segment(request, rows, NO_DRAFT, self._wants_guesses))
             self._planned.append(request)
             prompt_rows -= rows
         self.step += 1
@@ -177,15 +175,13 @@ class Scheduler:
             for request, draft in zip(decoding, drafts, strict=True):
                 self.admission.hold_for_drafts(request, draft.depth)
         wants = self._wants_guesses
-        return [
-            self._segment(request, request.known_tokens(request.num_computed, request.num_known), draft, wants)
-            for request, draft in zip(decoding, drafts, strict=True)
-        ]
+        return [self._segment(request, 1, draft, wants) for request, draft in zip(decoding, drafts, strict=True)]
 
-    def _segment(self, request: Request, certain: np.ndarray, draft: Draft, wants_guesses: bool) -> Segment:
-        tokens = np.concatenate([certain, draft.tokens]) if len(draft.tokens) else certain
+    def _segment(self, request: Request, certain: int, draft: Draft, wants_guesses: bool) -> Segment:
+        """The next ``certain`` known tokens, the last of which is the draft's root if there is one."""
         context = request.num_computed
-        samples = context + len(certain) == request.num_known
+        tokens = draft.tokens if draft.depth else request.known_tokens(context, context + certain)
+        samples = context + certain == request.num_known
         # Pages past the committed tokens and this step's rows are not sent: nothing reads or writes them yet.
         used = min(self.admission.pages.pages_for(context + len(tokens)), len(request.pages))
         return Segment(
@@ -198,5 +194,5 @@ class Scheduler:
             position=len(request.output),
             params=request.params,
             sample=request.sample,
-            extras=None if request.params.is_bare else request.extras(len(certain), samples, self.limits.end_ids),
+            extras=None if request.params.is_bare else request.extras(certain, samples, self.limits.end_ids),
         )

@@ -52,7 +52,8 @@ def _decode(drafter: Drafter, request: Request, record: Recorded, each: int):
         begun = len(request.output)
         draft = drafter.draft([request], [min(drafter.depth, len(answer) - begun - 1)], each, 0)[0]
         children = {
-            (p, t): i + 1 for i, (p, t) in enumerate(zip(draft.parents.tolist(), draft.tokens.tolist(), strict=True))
+            (p, t): i + 1
+            for i, (p, t) in enumerate(zip(draft.parents.tolist(), draft.tokens[1:].tolist(), strict=True))
         }
         path: list[int] = []
         while begun + len(path) < len(answer):

@@ -27,7 +27,7 @@ def take(drafter, made: Request, tokens: list[int], ends: bool = False) -> None:
 
 
 def told(drafter, made: Request, room: int = 6) -> list[int]:
-    return drafter.draft([made], [8], room, 0)[0].tokens.tolist()
+    return drafter.draft([made], [8], room, 0)[0].tokens[1:].tolist()
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,9 @@ def test_guesses_go_first_to_requests_behind_their_target():
     for made in (relaxed, behind):
         take(drafter, made, [12])
         made.guesses = guesses
-    assert [len(d.tokens) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0)] == [2, 2]
+    assert [len(d.parents) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0)] == [2, 2]
     take(drafter, behind, [12])  # 10 ms for a token that should take 5
-    drafts = [len(d.tokens) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0)]
+    drafts = [len(d.parents) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0)]
     assert drafts[1] > drafts[0]
 
 
@@ -110,6 +110,6 @@ def test_static_trees_share_rows_equally():
     for r in made[:2]:
         r.guesses = Guesses(np.arange(30, dtype=np.int32).reshape(3, 10), np.zeros((3, 10), dtype=np.float32))
     drafts = drafter.draft(made, [8, 8, 8], 7, 0)
-    assert [len(d.tokens) for d in drafts] == [4, 3, 0]
-    assert len(drafter.draft(made, [8, 1, 8], 100, 0)[0].tokens) == TREE.num_drafts
+    assert [len(d.parents) for d in drafts] == [4, 3, 0]
+    assert len(drafter.draft(made, [8, 1, 8], 100, 0)[0].parents) == TREE.num_drafts
     assert all(d.depth <= 1 for d in drafter.draft(made, [1, 1, 1], 100, 0))
