@@ -1,7 +1,7 @@
 """Record what a model's Medusa heads say along its own answers, for ``euryale.benchmarks.simulate --recorded``.
 
 ``python -m euryale.benchmarks.record_heads --model demo/model --out heads.npz`` has the model answer held-out code,
-or the prompts of a GSM8K file, greedily, and writes the ``.npz`` that ``simulated_heads.RecordedAnswers`` tells of.
+or the prompts of a GSM8K file, and writes the ``.npz`` that ``simulated_heads.RecordedAnswers`` tells of.
 """
 
 import argparse
@@ -48,7 +48,8 @@ def record(args: argparse.Namespace) -> dict[str, np.ndarray]:
     longest = backbone.config.max_position_embeddings - args.max_tokens
     encoded = [np.asarray(tokenizer.encode(text)[:longest], dtype=np.int32) for text in texts]
     options = CalibrateOptions(model=args.model, data="prompts above", max_tokens=args.max_tokens)
-    written = [row for row in own_answers(options, [e for e in encoded if len(e) > 1], group) if row["tokens"]]
+    prompts = [e for e in encoded if len(e) > 1]
+    written = [row for row in own_answers(options, prompts, group, args.temperature) if row["tokens"]]
     if not written:
         raise ValueError("no prompt was answered: raise --prompts or --max-tokens")
     windows = as_windows(written)
@@ -85,6 +86,7 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--gsm8k", type=Path, help="JSONL of questions to answer instead of code")
     parser.add_argument("--prompts", type=number(1), default=100)
     parser.add_argument("--max-tokens", type=number(8), default=128)
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--out", type=Path, required=True)
     return parser
 

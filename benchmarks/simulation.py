@@ -217,4 +217,9 @@ def make_profile(setting: Setting, limits: Limits) -> Profile:
         exact = setting.machine.seconds(segments, setting.answers.num_heads, limits.max_num_batched_tokens)
         return exact * math.exp(_PROFILE_NOISE * rng.standard_normal())
 
-    return profile.measure(seconds, limits, has_heads=True, steps=True, time_step=lambda step: step())
+    def choosing(requests: int) -> float:
+        machine = setting.machine
+        return machine.host_seconds(requests, 0, True) - machine.host_seconds(requests, 0, False)
+
+    heads = setting.answers.num_heads
+    return profile.measure(seconds, limits, heads, steps=True, time_step=lambda step: step(), time_choice=choosing)

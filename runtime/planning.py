@@ -48,10 +48,10 @@ def _make_drafter(config: EngineConfig, loaded: Loaded, costs: StepCosts | None)
 
 def _profile(config: EngineConfig, loaded: Loaded, group: Group, run: Callable[[list[Segment]], None]) -> Profile:
     """What steps cost, from an earlier start or measured now."""
-    graphs = loaded.runner.graphs
+    graphs, num_heads = loaded.runner.graphs, loaded.runner.heads.num_heads if loaded.runner.heads else 0
 
     def measure() -> Profile:
-        return profile.measure(run, loaded.limits, loaded.runner.heads is not None, bool(graphs and graphs.pads))
+        return profile.measure(run, loaded.limits, num_heads, bool(graphs and graphs.pads))
 
     if not config.cost_cache:
         return measure()

@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,19 @@ import torch
 from tqdm import tqdm
 
 from euryale.runtime.step_graphs import ROWS
+from euryale.scheduler.budget import SHORTEST_REACH
 from euryale.scheduler.costs import Profile
+from euryale.scheduler.drafts import DynamicTrees
+from euryale.scheduler.ngrams import ORDERS
 from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.plan import Segment
+from euryale.scheduler.request import Guesses, Request
 from euryale.scheduler.scheduler import Limits
-from euryale.scheduler.tree import MAX_NODES
+from euryale.scheduler.tree import DYNAMIC_CANDIDATES, DYNAMIC_DEPTH, MAX_NODES
 
 logger = logging.getLogger("euryale.profile")
 
+_VERSION = 2  # of what is kept
 _REPEATS = 3
 _REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _EXTRA = (0, 1, 3, 5, 7, 11, 15, 23, 31, 63, 127, 255, 511, 1023, 2047, 4095)
@@ -36,25 +42,30 @@ _BUCKETS = [rows - 1 for rows in ROWS]
 def measure(
     run: Callable[[list[Segment]], object],
     limits: Limits,
-    has_heads: bool,
+    num_heads: int,
     steps: bool,
     time_step: Callable[[Callable[[], object]], float] | None = None,
+    time_choice: Callable[[int], float] | None = None,
 ) -> Profile:
     """Time ``run``, which runs one step of such segments on all ranks. ``limits`` say which sizes there are. ``steps``:
-    steps are padded to buckets. ``time_step`` calls a step and says how long it took (default: as the clock says)."""
+    steps are padded to buckets. ``time_step`` calls a step and says how long it took, ``time_choice`` how long the host
+    takes to choose guesses for so many requests (default of both: as the clock says)."""
     time_step = time_step or _time
+    time_choice = time_choice or (lambda n: _time(_choice(n, num_heads)) if num_heads else 0.0)
     requests = [n for n in _REQUESTS if n <= limits.max_num_seqs] or [1]
     most = limits.max_num_batched_tokens
     extra = [n for n in (_BUCKETS if steps else _EXTRA) if n + 1 <= most]
     # With buckets ``extra`` says how many rows there are in all, and full ones are not padded any further.
     start = {n: n - 1 if steps else 0 for n in requests}
     sizes = [(n, e) for n in requests for e in extra if 0 <= e - start[n] <= min(most - n, n * (MAX_NODES - 1))]
+    choosing = {n: time_choice(n) for n in requests}
     plain, speculating = {}, {}
     for n, e in tqdm([*[(n, None) for n in requests], *sizes], desc="profiling", unit="size", leave=False):
         if e is None:
             plain[n] = time_step(lambda n=n: run(_segments(limits, n, 0, False)))
         else:
-            speculating[n, e] = time_step(lambda n=n, e=e: run(_segments(limits, n, e - start[n], has_heads)))
+            step = partial(lambda n, e: run(_segments(limits, n, e - start[n], num_heads > 0)), n, e)
+            speculating[n, e] = choosing[n] + time_step(step)
     rows = [_filled([speculating.get((n, e)) for e in extra], extra) for n in requests]
     context = min(limits.max_model_len, limits.num_pages * limits.page_size) - 1
     # With as many tokens of context as there are pages: one request's would drown in the step's own noise.
@@ -70,7 +81,7 @@ def measure(
 
 def cached(key: dict, measure: Callable[[], Profile]) -> Profile:
     """The profile of an earlier run with the same ``key``, or what ``measure`` says, which is then kept."""
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    name = hashlib.sha256(json.dumps(key | {"version": _VERSION}, sort_keys=True).encode()).hexdigest()[:32]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache / "euryale" / f"costs-{name}.json"
     try:
@@ -103,6 +114,19 @@ def _time(step: Callable[[], None]) -> float:
         step()
         times.append(time.perf_counter() - started)
     return statistics.median(times)
+
+
+def _choice(requests: int, num_heads: int) -> Callable[[], object]:
+    """What the host does for the guesses of so many requests."""
+    rng, shape = np.random.default_rng(0), (num_heads, DYNAMIC_CANDIDATES)
+    made = []
+    for key in range(requests):
+        prompt, ids = rng.integers(0, 1000, ORDERS), rng.integers(0, 1000, shape)
+        logits = -np.sort(rng.exponential(2.0, shape), axis=1)
+        guesses = Guesses(ids.astype(np.int32), logits.astype(np.float32))
+        made.append(Request(key=key, prompt=prompt.astype(np.int32), params=SamplingParams(), guesses=guesses))
+    trees, room = DynamicTrees(num_heads, MAX_NODES - 1), max(SHORTEST_REACH, 2 * requests)
+    return lambda: trees.draft(made, [DYNAMIC_DEPTH] * requests, room, 0)
 
 
 def _segments(limits: Limits, requests: int, extra: int, heads: bool, context: int = 0) -> list[Segment]:

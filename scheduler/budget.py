@@ -15,7 +15,7 @@ from euryale.scheduler.costs import StepCosts
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 16, 256  # steps without heads
 _MARGIN = 0.01  # of the logarithm of the rates' ratio, for and against a change
 _NEWEST = 0.2  # weight of the newest step in the mean of that logarithm
-_SHORTEST_REACH = 32  # guesses
+SHORTEST_REACH = 32  # guesses
 _OTHER_LOAD = 1.25  # times as many or as few requests are another situation
 
 
@@ -60,7 +60,7 @@ class Budget:
 
     def reach(self) -> int:
         """How many guesses ``choose`` is to be shown: what it will not take costs the host time all the same."""
-        return min(self.most, max(_SHORTEST_REACH, 2 * self.last.requests, 2 * self._best))
+        return min(self.most, max(SHORTEST_REACH, 2 * self.last.requests, 2 * self._best))
 
     def wants_heads(self) -> bool:
         """Whether the heads are to run in this step, for the next one."""

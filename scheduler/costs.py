@@ -18,7 +18,8 @@ _DISTURBED = 8.0  # a step that took so much longer than predicted says nothing 
 @dataclass(frozen=True)
 class Profile:
     """Measured seconds. ``requests`` int [P] and ``plain`` float [P]: steps of so many requests without guesses or
-    heads; ``extra`` int [E] and ``speculating`` float [P, E]: with heads and so many further rows (the first: 0);
+    heads; ``extra`` int [E] and ``speculating`` float [P, E]: with heads and so many further rows (the first: 0), and
+    with the host's choice of guesses;
     ``per_token``: for each token of context; ``per_pair``: for each row of a prompt and token of context before it;
     ``steps``: decoding steps are padded, and ``extra`` are the rows of their buckets beyond the first row, where a
     bucket has as many rows as requests at least."""

@@ -13,7 +13,7 @@ from euryale.scheduler.params import SamplingParams
 NUM_CLASSES = 4
 RANK_CLASSES = 4  # the head's likeliest token, its second, its others, and tokens it did not name
 BINS = 24  # of probability, two for each factor of two below 1
-WINDOW = 200.0
+WINDOW = 60.0
 _BELIEF = 4.0  # cases that a starting value counts for
 _LEARNED = ("hits", "stated", "proven", "trust")
 _KEEP = 0.93  # of what is known of a request, at each of its steps

@@ -1,5 +1,6 @@
 """The simulator: requests end as they should, whatever the policy; rooflines and heads are what they claim to be."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -113,7 +114,8 @@ def test_padding_costs():
 
 def test_costs_know_the_buckets():
     """What the scheduler thinks of steps that fill their buckets is what they cost, but for the profile's noise."""
-    its = setting("dynamic")
+    machine = dataclasses.replace(MACHINES["7b"], host_choosing=0.0, host_choosing_per_request=0.0)
+    its = setting("dynamic", machine=machine)
     costs = StepCosts(make_profile(its, make_limits(its)))
     for requests, extra in ((1, 7), (1, 63), (5, 16), (8, 16), (64, 32), (100, 64), (128, 64), (200, 128), (1000, 512)):
         assert costs.are_full(requests, np.array([extra]))[0]

@@ -62,8 +62,10 @@ class Ranker(MedusaModel):
         )
 
 
-def own_answers(args: CalibrateOptions, prompts: list[np.ndarray], group: Group) -> list[dict]:
-    """The backbone's greedy answers, the same list of ``prompt_tokens`` and ``tokens`` on every rank."""
+def own_answers(
+    args: CalibrateOptions, prompts: list[np.ndarray], group: Group, temperature: float = 0.0
+) -> list[dict]:
+    """The backbone's answers, the same list of ``prompt_tokens`` and ``tokens`` on every rank."""
     config = EngineConfig(
         model=args.model,
         tree="off",
@@ -72,7 +74,9 @@ def own_answers(args: CalibrateOptions, prompts: list[np.ndarray], group: Group)
         max_num_batched_tokens=max(512, args.max_num_seqs),
     )
     written = io.StringIO()
-    answers.write_answers(config, group, prompts, SamplingParams(max_tokens=args.max_tokens), written)
+    answers.write_answers(
+        config, group, prompts, SamplingParams(max_tokens=args.max_tokens, temperature=temperature, seed=0), written
+    )
     content = np.frombuffer(written.getvalue().encode(), dtype=np.uint8).astype(np.int32)
     content = group.broadcast(content if group.is_leader else None).astype(np.uint8)
     rows = [json.loads(line) for line in content.tobytes().decode().split("\n") if line]
