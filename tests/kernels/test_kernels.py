@@ -1,5 +1,7 @@
 """Every implementation of the kernels against the plainest possible loops."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from euryale.kernels.rope_qk import rope_qk
 from euryale.kernels.silu_mul import silu_mul
 from euryale.kernels.tree_attention import tree_attention
 
-CPU, PAGE = torch.device("cpu"), 16
+CPU, PAGE, NUM_PAGES = torch.device("cpu"), 16, 100
 DTYPES = (torch.float32, torch.bfloat16)
 # The rounding of an output in its own dtype, 2^-24 and 2^-9, and some room for sums in another order.
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
@@ -42,7 +44,7 @@ def shapes(rng, kind: str) -> list[SegmentShape]:
             (130, 65, []),
         ],
     }[kind]
-    pages, made = rng.permutation(400).astype(np.int32), []
+    pages, made = rng.permutation(NUM_PAGES).astype(np.int32), []
     for certain, context, parents in cases:
         need = -(-(context + certain + len(parents)) // PAGE)
         mine, pages = pages[:need], pages[need:]
@@ -96,7 +98,14 @@ def attention_case(kind: str, heads: int, kv_heads: int, dim: int):
     rows = sum(s.num_rows for s in segments)
     torch.manual_seed(0)
     q, scratch = torch.randn(rows, heads, dim), torch.randn(2, rows + 1, kv_heads, dim)
-    return segments, q, scratch, torch.randn(2, 400, kv_heads, PAGE, dim)
+    return segments, q, scratch, torch.randn(2, NUM_PAGES, kv_heads, PAGE, dim)
+
+
+@functools.cache  # the same for every implementation
+def expected_attention(kind: str, heads: int, kv_heads: int, dim: int, scale: float, window: int | None):
+    segments, q, scratch, cache = attention_case(kind, heads, kv_heads, dim)
+    k, v = scratch[:, : len(q)]
+    return attend_slowly(q, k, v, cache, segments, scale, window).flatten(1)
 
 
 @every_implementation
@@ -104,9 +113,8 @@ def attention_case(kind: str, heads: int, kv_heads: int, dim: int):
 @pytest.mark.parametrize("kind", KINDS)
 def test_tree_attention(kind, window):
     segments, q, scratch, cache = attention_case(kind, 6, 2, 20)
-    k, v = scratch[:, : len(q)]
     got = tree_attention(q, scratch, cache, StepGeometry.build(segments, PAGE, CPU), 0.3, window)
-    expected = attend_slowly(q, k, v, cache, segments, 0.3, window).flatten(1)
+    expected = expected_attention(kind, 6, 2, 20, 0.3, window)
     # float32 against float64: rounding of sums over up to 1,000 keys stays below 1e-6; a wrong mask gives > 1e-2.
     assert relative_error(got, expected) < 2e-6
     # bfloat16 inputs have 8 bits: 2^-9 relative rounding of inputs and outputs.
@@ -121,9 +129,8 @@ def test_tree_attention(kind, window):
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 def test_tree_attention_of_published_shapes(dim, heads):
     segments, q, scratch, cache = attention_case("one long, one short", *heads, dim)
-    k, v = scratch[:, : len(q)]
     got = tree_attention(q, scratch, cache, StepGeometry.build(segments, PAGE, CPU), dim**-0.5, None)
-    expected = attend_slowly(q, k, v, cache, segments, dim**-0.5, None).flatten(1)
+    expected = expected_attention("one long, one short", *heads, dim, dim**-0.5, None)
     assert relative_error(got, expected) < 2e-6  # as above
 
 
