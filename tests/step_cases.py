@@ -4,7 +4,7 @@ import copy
 
 import numpy as np
 import torch
-from support import family_config, head_tensors, make_model, save_heads
+from support import VOCAB, family_config, head_tensors, make_model, save_heads
 
 from euryale.parallel.group import Group
 from euryale.runtime.config import EngineConfig
@@ -16,8 +16,10 @@ from euryale.scheduler.plan import Segment, StepPlan
 PAGE = 16
 
 
-def load_runner(directory, device: str = "cpu", dtype: str = "float32", quantization: str = "none") -> StepRunner:
-    made = make_model(directory, family_config("qwen3"))
+def load_runner(
+    directory, device: str = "cpu", dtype: str = "float32", quantization: str = "none", vocab: int = VOCAB
+) -> StepRunner:
+    made = make_model(directory, family_config("qwen3", vocab_size=vocab))
     heads = save_heads(directory / "heads", head_tensors(made, num_layers=2))
     config = EngineConfig(
         model=str(directory),

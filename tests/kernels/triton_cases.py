@@ -294,7 +294,7 @@ def test_padded_steps(tmp_path, monkeypatch):
     if DEVICE.type == "cpu":
         monkeypatch.setattr(graph, "record", Repeated)
     with backend.forced("triton"):
-        runner = load_runner(tmp_path, DEVICE.type)
+        runner = load_runner(tmp_path, DEVICE.type, vocab=301)
         runner.graphs = StepGraphs(runner.cache, runner.decoder.shard.group, max_rows=64, pads=True)
         twin, recorded = eager_twin(runner), 0
         for seed, (shapes, params, context) in enumerate(STEPS[i] for i in (0, 1, 3, 6, 8, 12)):
@@ -313,7 +313,7 @@ def test_a_context_that_outgrows_its_work_list_is_recorded_again(tmp_path, monke
     limits = work_list._TILES_FLOAT32
     monkeypatch.setattr(work_list, "_TILES_FLOAT32", tuple(work_list.Tile(16, 16, 16, 8, 1) for _ in limits))
     with backend.forced("triton"):
-        runner = load_runner(tmp_path, DEVICE.type)
+        runner = load_runner(tmp_path, DEVICE.type, vocab=301)
         runner.graphs = StepGraphs(runner.cache, runner.decoder.shard.group, max_rows=64, pads=True, max_graphs=1)
         twin, recordings = eager_twin(runner), []
         for seed, context in enumerate((5, 7, 60, 200, 60, 5)):
