@@ -3,7 +3,7 @@
 import runpy
 import sys
 
-import support  # noqa: F401
+import bare  # noqa: F401
 
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__")

@@ -1,26 +1,23 @@
-"""What the tests share: tiny random models of every family, and pools of real ranks.
+"""What the tests share: tiny random models of every family, pools of real ranks, and forks that run scripts.
 
-Importing this module makes a bare checkout importable, in spawned children too.
+Importing this module makes a bare checkout importable (see ``bare``), in spawned children too.
 """
 
 import multiprocessing
+import os
+import runpy
 import socket
 import sys
+import tempfile
 import traceback
-import types
+from collections.abc import Callable
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-
-try:
-    import euryale.client  # noqa: F401
-except ModuleNotFoundError:
-    sys.modules["euryale"] = types.ModuleType("euryale")
-    sys.modules["euryale"].__path__ = [str(ROOT)]
+from subprocess import CompletedProcess
 
 import numpy as np
 import torch
 import transformers
+from bare import ROOT  # noqa: F401
 from safetensors.torch import save_file
 
 VOCAB, HEADS, KV_HEADS, HEAD_DIM = 3001, 4, 2, 24  # odd on purpose: nothing divides among 4 ranks but the heads
@@ -110,9 +107,36 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _rank_main(rank: int, size: int, port: int, pipe) -> None:
-    import os
+def _forks():
+    """Where processes come from that begin with the large libraries imported, which takes others seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "transformers.activations", "euryale.runtime.engine"])
+    return context
 
+
+def _script_main(name: str, arguments: list[str], before: Callable[[], None] | None, out: str, err: str) -> None:
+    for path, number in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY), number)
+    if before:
+        before()
+    sys.argv = [name, *arguments]
+    (runpy.run_path if name.endswith(".py") else runpy.run_module)(name, run_name="__main__")
+
+
+def run_script(name: str | Path, *arguments: str, before: Callable[[], None] | None = None) -> CompletedProcess:
+    """What ``python NAME ARGUMENTS`` (or ``python -m`` for a module's name) does, in a fork of a process that has the
+    large libraries imported. ``before``: called there first."""
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        process = _forks().Process(target=_script_main, args=(str(name), [*arguments], before, out.name, err.name))
+        process.start()
+        process.join(110)  # less than a test may take
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        return CompletedProcess([name, *arguments], process.exitcode, out.read(), err.read())
+
+
+def _rank_main(rank: int, size: int, port: int, pipe) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     from euryale.parallel.group import join
@@ -135,8 +159,7 @@ class Ranks:
     """A group of real processes joined by gloo that runs functions ``f(group, *args)`` on every rank."""
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "transformers", "transformers.modeling_rope_utils"])
+        context = _forks()
         port, self.pipes, self.processes = free_port(), [], []
         for rank in range(size):
             ours, theirs = context.Pipe()

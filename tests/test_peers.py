@@ -1,15 +1,15 @@
 """The comparison with other systems, without them: what they are given, and what is said of one that fails."""
 
 import json
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import ROOT, family_config, head_tensors, make_model, save_heads
+from support import ROOT, family_config, head_tensors, make_model, run_script, save_heads
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from euryale.benchmarks import gguf_file, peer_process, vllm_checkpoint
@@ -17,7 +17,7 @@ from euryale.benchmarks.peer_process import Peer, PeerError
 
 # A worker whose model echoes its prompts, beside a library that prints.
 ECHO = """
-import support
+import bare
 from euryale.benchmarks import peer_worker
 
 class Echo:
@@ -85,6 +85,11 @@ def test_a_peer_that_cannot_be_installed(tmp_path, monkeypatch):
             start()
 
 
+def without_rests() -> None:
+    """The measurements begin at once: their figures are not looked at."""
+    time.sleep = lambda _seconds: None
+
+
 def test_the_benchmark_reports_peers_that_fail(tmp_path):
     """One environment whose programs do not start, and one whose worker dies when it is asked."""
     fakes = {
@@ -97,10 +102,9 @@ def test_the_benchmark_reports_peers_that_fail(tmp_path):
         python.write_text(f"#!/bin/sh\n{body}\n")
         python.chmod(0o755)
         (tmp_path / kind / "installed").touch()
-    command = [sys.executable, str(ROOT / "tests" / "run_module.py"), "euryale.benchmarks.peers"]
-    command += ["--model", str(ROOT / "demo" / "model"), "--threads", "1", "--batches", "1", "2", "--count", "2"]
+    command = ["--model", str(ROOT / "demo" / "model"), "--threads", "1", "--batches", "1", "2", "--count", "2"]
     command += ["--max-tokens", "6", "--rounds", "1", "--peers", *fakes, "--environments", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    done = run_script("euryale.benchmarks.peers", *command, before=without_rests)
     assert done.returncode == 0, done.stderr
     assert "failed: a library is missing" in done.stdout
     batches = json.loads(done.stdout.splitlines()[-1])["batches"]

@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from support import ROOT
+from support import run_script
 
 from euryale.benchmarks import simulate, simulated_heads
 from euryale.benchmarks.simulated_heads import RANKS, DrawnAnswers, RecordedAnswers
@@ -216,8 +214,7 @@ def test_the_command(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments", [[], ["--recorded", "none.npz", "--users", "1"], ["--users", "0"]])
 def test_bad_arguments_end_in_one_line(arguments):
-    command = [sys.executable, str(ROOT / "tests" / "run_module.py"), "euryale.benchmarks.simulate", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    done = run_script("euryale.benchmarks.simulate", *arguments)
     assert done.returncode == 2
     assert "error:" in done.stderr
     assert "Traceback" not in done.stderr

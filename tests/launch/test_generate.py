@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import textbook
-from support import ROOT, family_config, head_tensors, make_model, oracle_greedy, prompts, save_heads
+from support import ROOT, family_config, head_tensors, make_model, oracle_greedy, prompts, run_script, save_heads
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -25,19 +25,16 @@ def model(tmp_path_factory):
 
 
 def generate(model, tmp_path, lines: list[str], size: int, *flags: str) -> tuple[list[dict], dict]:
+    """Answers and figures: from several ranks under torchrun, from one without it."""
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
-    command += [str(ROOT / "launch" / "generate.py"), "--model", str(model[0]), "--medusa", str(model[0] / "medusa")]
-    command += [
-        "--prompts",
-        str(tmp_path / "in.jsonl"),
-        "--out",
-        str(tmp_path / "out.jsonl"),
-        "--dtype",
-        "float32",
-        *flags,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd="/")
+    script = ROOT / "launch" / "generate.py"
+    command = ["--model", str(model[0]), "--medusa", str(model[0] / "medusa"), "--dtype", "float32", *flags]
+    command += ["--prompts", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    if size == 1:
+        done = run_script(script, *command)
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), str(script), *command]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd="/")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     return rows, json.loads(done.stdout.splitlines()[-1])
@@ -113,9 +110,9 @@ def test_samples_and_log_probabilities(model, tmp_path):
 )
 def test_files_that_cannot_be_used_are_one_clear_error(model, tmp_path, prompts_name, out_name, message):
     (tmp_path / "in.jsonl").write_text("{}")
-    command = [sys.executable, str(ROOT / "launch" / "generate.py"), "--model", str(model[0]), "--dtype", "float32"]
+    command = ["--model", str(model[0]), "--dtype", "float32"]
     command += ["--prompts", str(tmp_path / prompts_name), "--out", str(tmp_path / out_name)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = run_script(ROOT / "launch" / "generate.py", *command)
     assert done.returncode == 2
     assert f"error: {message}" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,12 +1,10 @@
 """Statistics and traces of guesses: counts agree with what happened, files survive kills, bad paths are refused."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from support import ROOT
+from support import ROOT, run_script
 
 from euryale.benchmarks import plot_trace
 from euryale.scheduler import trace
@@ -166,9 +164,9 @@ def test_what_is_no_trace_is_refused(tmp_path, content):
 
 
 def test_a_path_that_cannot_be_written_is_refused_at_start(tmp_path):
-    command = [sys.executable, str(ROOT / "launch" / "generate.py"), "--model", str(ROOT / "demo" / "model")]
+    command = ["--model", str(ROOT / "demo" / "model")]
     command += ["--prompts", "none", "--out", "none", "--trace", str(tmp_path / "missing" / "trace.jsonl")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    done = run_script(ROOT / "launch" / "generate.py", *command)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: cannot write the trace")
     assert "Traceback" not in done.stderr
@@ -177,10 +175,10 @@ def test_a_path_that_cannot_be_written_is_refused_at_start(tmp_path):
 def test_an_engine_traces_its_steps_and_pictures_show_them(tmp_path, capsys):
     prompts, path = tmp_path / "prompts.jsonl", tmp_path / "trace.jsonl"
     prompts.write_text(json.dumps({"id": 1, "prompt": "def read_lines(path):\n"}) + "\n")
-    command = [sys.executable, str(ROOT / "launch" / "generate.py"), "--model", str(ROOT / "demo" / "model")]
+    command = ["--model", str(ROOT / "demo" / "model")]
     command += ["--prompts", str(prompts), "--out", str(tmp_path / "out.jsonl"), "--trace", str(path)]
     command += ["--max-tokens", "24", "--tree", "dynamic:4"]
-    subprocess.run(command, capture_output=True, check=True, timeout=110)
+    run_script(ROOT / "launch" / "generate.py", *command).check_returncode()
     answer = json.loads((tmp_path / "out.jsonl").read_text())
     (steps,) = trace.read(path)
     given = [r["accepted"] + 1 for r in steps if r["requests"]]
