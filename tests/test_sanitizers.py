@@ -22,7 +22,8 @@ sys.meta_path = [f for f in sys.meta_path if '__editable__' not in repr(f)]
 import pytest, support
 from euryale.kernels import cpu
 assert cpu.__file__.startswith({copy!r}), cpu.__file__
-sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', 'tests/kernels', '-k', 'not reference and not triton']))
+chosen = 'not reference and not triton and ' + sys.argv[1]
+sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', 'tests/kernels', '-k', chosen]))
 """
 
 
@@ -63,8 +64,14 @@ def test_kernels_under_the_address_and_undefined_behaviour_sanitizers(tmp_path):
     env = os.environ | {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = str(tmp_path / "tests")
     command = [sys.executable, "-c", RUN.format(copy=str(tmp_path))]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+
+    def run(chosen: str) -> subprocess.CompletedProcess:
+        where = {"cwd": tmp_path, "env": env}
+        return subprocess.run([*command, chosen], **where, capture_output=True, text=True, timeout=300)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(run, ("avx512", "not avx512")):
+            assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.timeout(300)

@@ -14,7 +14,7 @@ import pytest
 import textbook
 import zmq
 from serving import served, wait_until_idle
-from support import ROOT, oracle_greedy, prompts
+from support import ROOT, oracle_greedy, prompts, run_script
 
 from euryale.client import Client, GroupLost, InvalidRequest, ServerLost
 from euryale.scheduler.params import SamplingParams
@@ -22,7 +22,7 @@ from euryale.scheduler.params import SamplingParams
 
 @pytest.mark.parametrize(("loop", "tree"), [("plain", "static"), ("overlapped", "dynamic")])
 def test_a_group_of_two_serves(model, loop, tree):
-    """Streaming, batches, chat, cancelling, bad input and draining, against one running group."""
+    """Streaming, batches, chat, cancelling, bad input and an end by a signal or by the client, of one running group."""
     with served(model, 2, "--loop", loop, "--tree", tree) as (group, address), Client(address) as client:
         info = client.hello()
         assert (info.tensor_parallel_size, info.num_medusa_heads, info.max_model_len) == (2, 3, 256)
@@ -50,8 +50,11 @@ def test_a_group_of_two_serves(model, loop, tree):
         stats = wait_until_idle(client, num_cancelled=2)
         assert stats["engine_cancelled"] >= 2
         assert client.health().status == "ok"
-        client.drain()
-        assert group.wait(30) == 0
+        if loop == "plain":
+            check_signal_drains(client, group, signal.SIGTERM)
+        else:
+            client.drain()
+            assert group.wait(30) == 0
 
 
 def check_stop_string(client: Client, seeded: dict, plain) -> None:
@@ -110,22 +113,25 @@ def check_bad_input(client: Client, address: str) -> None:
     assert len(client.generate("still there", max_tokens=3, ignore_eos=True).result().tokens) == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_drains(model, number):
+def check_signal_drains(client: Client, group, number: int) -> None:
     """What runs is finished before the group goes."""
+    generation = iter(client.generate("hello", max_tokens=100, ignore_eos=True))
+    count = len(next(generation).tokens)
+    group.send_signal(number)
+    count += sum(len(delta.tokens) for delta in generation)
+    assert count == 100
+    group.wait(30)
+
+
+def test_an_interrupt_drains_a_single_rank(model):
     with served(model, 1) as (group, address), Client(address) as client:
-        generation = iter(client.generate("hello", max_tokens=100, ignore_eos=True))
-        count = len(next(generation).tokens)
-        group.send_signal(number)
-        count += sum(len(delta.tokens) for delta in generation)
-        assert count == 100
-        group.wait(30)
+        check_signal_drains(client, group, signal.SIGINT)
 
 
-@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "agent"])
-def test_a_killed_process_ends_the_whole_group(model, victim):
+@pytest.mark.parametrize(("size", "victim"), [(2, "rank 0"), (2, "rank 1"), (1, "agent")])
+def test_a_killed_process_ends_the_whole_group(model, size, victim):
     """SIGKILL of any process: the client hears of it at once, and nothing is left behind."""
-    with served(model, 2, "--max-model-len", "250") as (group, address), Client(address) as client:
+    with served(model, size, "--max-model-len", "250") as (group, address), Client(address) as client:
         workers = [p for p in psutil.Process(group.pid).children() if "serve.py" in " ".join(p.cmdline())]
         ranks = {p.environ().get("RANK"): p for p in workers}
         stream = iter(client.generate("hello", max_tokens=230, ignore_eos=True))
@@ -143,9 +149,13 @@ def test_a_killed_process_ends_the_whole_group(model, victim):
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_model_that_cannot_be_served_is_refused_at_start(model, tmp_path, size):
     (tmp_path / "tree.json").write_text(json.dumps([[0] * d for d in range(1, 6)]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
-    command += [str(ROOT / "launch" / "serve.py"), "--model", str(model[0]), "--medusa", str(model[0] / "medusa")]
-    done = subprocess.run([*command, "--tree", str(tmp_path / "tree.json")], capture_output=True, text=True, timeout=60)
+    script, heads, tree = str(ROOT / "launch" / "serve.py"), str(model[0] / "medusa"), str(tmp_path / "tree.json")
+    command = ["--model", str(model[0]), "--medusa", heads, "--tree", tree]
+    if size == 1:  # without torchrun
+        done = run_script(script, *command)
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), script, *command]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     assert "5 deep but there are 3 Medusa heads" in done.stderr
     assert "ready" not in done.stdout
