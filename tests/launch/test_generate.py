@@ -85,7 +85,7 @@ def test_samples_and_log_probabilities(model, tmp_path):
     values = {"max_tokens": 9, "temperature": 0.8, "seed": 4, "frequency_penalty": 0.6, "repetition_penalty": 1.2}
     values |= {"min_tokens": 2, "logprobs": 1, "prompt_logprobs": 0}
     flags = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    rows, summary = generate(model, tmp_path, lines, 2, "--samples", "2", *flags)
+    rows, summary = generate(model, tmp_path, lines, 1, "--samples", "2", *flags)
     assert [row["id"] for row in rows] == [0, 1, 2]
     for row, prompt in zip(rows, asked, strict=True):
         assert len(row["prompt_logprobs"]) == len(prompt) - 1
