@@ -44,7 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--medusa", default="")
-    parser.add_argument("--tree", default="")
+    parser.add_argument("--tree", default="dynamic")
     parser.add_argument("--gsm8k", type=Path, help="GSM8K questions, JSONL; left out without it")
     parser.add_argument("--count", type=int, default=50, help="prompts of each kind")
     parser.add_argument("--max-tokens", type=int, default=128)
