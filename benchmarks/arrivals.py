@@ -27,8 +27,9 @@ def prompt_of(rng: np.random.Generator, length: int) -> np.ndarray:
     return rng.integers(3, 1000, length).astype(np.int32)
 
 
-def make(args: argparse.Namespace, seats: int, **options) -> Engine:
-    longest = args.prompt + 2048
+def make(args: argparse.Namespace, seats: int, longest: int, **options) -> Engine:
+    """An engine for prompts of at most ``longest`` tokens."""
+    longest += 2048
     return make_engine(
         args.model, DTYPES[args.dtype], None, longest, single(), seats=seats, device="cpu", cost_cache=False, **options
     )
@@ -36,7 +37,7 @@ def make(args: argparse.Namespace, seats: int, **options) -> Engine:
 
 def long_prompt(args: argparse.Namespace, max_itl: float) -> dict:
     """One run: seconds between the streams' tokens from the prompt's arrival to its first token, and before."""
-    engine, rng = make(args, args.streams + 1, max_itl=max_itl), np.random.default_rng(0)
+    engine, rng = make(args, args.streams + 1, args.prompt, max_itl=max_itl), np.random.default_rng(0)
     params = SamplingParams(max_tokens=2000, ignore_eos=True)
     streams = [Request(key=i, prompt=prompt_of(rng, 32), params=params) for i in range(args.streams)]
     for stream in streams:
@@ -58,9 +59,11 @@ def long_prompt(args: argparse.Namespace, max_itl: float) -> dict:
         step(False)
     engine.scheduler.add(late)
     started = time.perf_counter()
+    steps = 0
     while not late.output:
         step(True)
-    found = {"max_itl_ms": max_itl, "ttft_ms": 1e3 * (time.perf_counter() - started), "steps": len(gaps[True])}
+        steps += 1
+    found = {"max_itl_ms": max_itl, "ttft_ms": 1e3 * (time.perf_counter() - started), "steps": steps}
     for name, values in (("alone", gaps[False]), ("loaded", gaps[True])):
         found |= {f"{name}_p{p}_ms": 1e3 * float(np.percentile(values, p)) for p in (50, 99)}
     return found
@@ -68,9 +71,11 @@ def long_prompt(args: argparse.Namespace, max_itl: float) -> dict:
 
 def shared_prefix(args: argparse.Namespace, caching: bool) -> dict:
     """One run: prompt rows computed, and seconds until all have their first token."""
-    args.prompt = args.shared + args.own
-    engine, rng = make(args, 32, enable_prefix_caching=caching), np.random.default_rng(0)
-    shared, rows = prompt_of(rng, args.shared), 0
+    engine, rng = (
+        make(args, args.requests, args.shared + args.own, enable_prefix_caching=caching),
+        np.random.default_rng(0),
+    )
+    shared = prompt_of(rng, args.shared)
     requests = [
         Request(
             key=key,

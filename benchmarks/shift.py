@@ -55,7 +55,8 @@ def measure(args: argparse.Namespace) -> tuple[list[list[Recorded]], dict[str, l
     first, second = load(args.first), load(args.second)
     measured, learned, num_heads = second[::2], second[1::2], second[0].ids_PKR.shape[1]
     params, heads = SamplingParams(temperature=args.temperature), Path(args.medusa or args.model)
-    old_text, new_text = NgramTable.load_text(heads), count_ngrams(args)
+    vocab_size = RecordedAnswers(args.first).vocab_size
+    new_text = count_ngrams(args)
     begun = json.loads((heads / "calibration.json").read_text())["survival"]
 
     def make(text: NgramTable, survival: Survival) -> DynamicTrees:
@@ -65,14 +66,14 @@ def measure(args: argparse.Namespace) -> tuple[list[list[Recorded]], dict[str, l
         replay(make(text, survival), recorded, args.nodes, params)
         return survival
 
-    served = make(old_text, Survival.from_json(begun, num_heads))
+    served, started = (
+        make(NgramTable.load_text(heads, vocab_size), Survival.from_json(begun, num_heads)) for _ in range(2)
+    )
     replay(served, first, args.nodes, params)
     drafters = {
         "fresh calibration": make(new_text, learn(new_text, Survival(num_heads), learned)),
         "served the first workload": served,
-        "just started, calibrated for the first": make(
-            NgramTable.load_text(heads), Survival.from_json(begun, num_heads)
-        ),
+        "just started, calibrated for the first": started,
     }
     parts = stretches(measured, args.edges)
     return parts, {

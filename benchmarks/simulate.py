@@ -20,6 +20,7 @@ from euryale.benchmarks.published_tree import accuracies
 from euryale.benchmarks.simulated_heads import Answers, DrawnAnswers, RecordedAnswers, all_ranks
 from euryale.benchmarks.simulated_machine import MACHINES
 from euryale.benchmarks.simulation import Load, Setting, Simulation
+from euryale.scheduler import trace
 from euryale.scheduler.drafts import Sources
 from euryale.scheduler.tree import TreeShape, chain, default_tree, load_tree, search_tree
 
@@ -119,7 +120,8 @@ def run(args: argparse.Namespace) -> dict:
         for policy, setting in settings_of(args, answers, load.count).items():
             simulation = Simulation(setting, load, keeps_trace=args.trace is not None).run()
             rows[policy] = row = measures(simulation, args.ttft / 1000, args.tpot / 1000)
-            row["of_plain"] = round(row["tokens_per_second"] / next(iter(rows.values()))["tokens_per_second"], 3)
+            plain = rows.get("plain", {}).get("tokens_per_second")
+            row["of_plain"] = round(row["tokens_per_second"] / plain, 3) if plain else None
             print(_line(name, policy, row), flush=True)
             if args.trace:
                 _write_trace(args.trace, simulation, f"{args.machine} {name} {policy}")
@@ -131,7 +133,7 @@ def _line(load: str, policy: str, row: dict) -> str:
         load,
         policy,
         f"{row['tokens_per_second']:,.0f}",
-        f"{row['of_plain']:.2f}",
+        f"{row['of_plain']:.2f}" if row["of_plain"] else "",
         f"{row['tokens_per_delivery']:.2f}",
     ]
     cells += [
@@ -144,7 +146,7 @@ def _line(load: str, policy: str, row: dict) -> str:
 def _write_trace(path: Path, simulation: Simulation, name: str) -> None:
     """As ``--trace`` of a server writes it."""
     with path.open("a", encoding="utf-8") as file:
-        for row in ({"trace": 1, "simulated": name}, *simulation.trace):
+        for row in ({"trace": trace.VERSION, "simulated": name}, *simulation.trace):
             file.write(json.dumps(row) + "\n")
 
 

@@ -57,6 +57,10 @@ class Load:
     rate: float = 0.0
     burst: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not self.users and not (0 < self.rate < math.inf and 1 <= self.burst < math.inf):
+            raise ValueError(f"requests come at a rate above 0, at least one at once: not {self.rate}, {self.burst}")
+
     def arrivals(self, seed: int) -> Iterator[float]:
         """Seconds at which requests come in an open loop."""
         rng, now = np.random.default_rng([seed, 1]), 0.0

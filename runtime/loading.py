@@ -27,13 +27,15 @@ from euryale.scheduler.tree import TreeChoice, choose_trees
 
 logger = logging.getLogger("euryale.loading")
 
+_USUAL_LENGTH = 2048  # tokens of a request that the table of n-grams has room for
 GRAPH_MEMORY = 4 << 20  # bytes of a recorded decoder's buffers; what needs more has work enough to hide its calls
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """All that an engine needs of a model. ``trees`` None: no speculation; ``text``: what calibration text says follows
-    what, and ``survival``: what calibration learned of guesses; None if the heads came without."""
+    """All that an engine needs of a model. ``trees`` None: no speculation. For dynamic trees, else None: ``text``, what
+    calibration text says follows what, and ``survival``, what calibration learned of guesses; of a heads' directory
+    without, an empty table and None."""
 
     runner: StepRunner
     limits: Limits
@@ -109,7 +111,7 @@ def _load_parts(config: EngineConfig, group: Group):
     heads = None
     if tensors:
         heads = MedusaHeads(tensors, weights, decoder.lm_head, decoder.shard)
-    known = _calibration(config, tensors.num_heads) if tree and tree.shape is None else (None, None)
+    known = _calibration(config, tensors.num_heads, model.vocab_size) if tree and tree.shape is None else (None, None)
     return decoder, heads, tree, model, layout, _fingerprint(config, checkpoint, model, tree), known
 
 
@@ -140,10 +142,13 @@ def _choose_trees(config: EngineConfig, num_heads: int, vocab_size: int) -> Tree
     return trees
 
 
-def _calibration(config: EngineConfig, num_heads: int) -> tuple[NgramTable | None, Survival | None]:
+def _calibration(config: EngineConfig, num_heads: int, vocab_size: int) -> tuple[NgramTable | None, Survival | None]:
     """What calibration left beside the heads for dynamic trees, as far as there is anything."""
     directory = Path(config.medusa or config.model)
-    text = NgramTable.load_text(directory) if (directory / NGRAMS).is_file() else None
+    bits = NgramTable.bits_for(config.max_num_seqs * _USUAL_LENGTH)
+    text = NgramTable(live_bits=bits)
+    if (directory / NGRAMS).is_file():
+        text = NgramTable.load_text(directory, vocab_size, bits)
     path = directory / "calibration.json"
     try:
         content = json.loads(path.read_text()).get("survival") if path.is_file() else None

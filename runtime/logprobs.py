@@ -35,8 +35,8 @@ class Scores:
 
 
 def score(shard: VocabShard, logits_MV: torch.Tensor, tokens_M: torch.Tensor, k: int) -> Scores:
-    """Log-probabilities of ``tokens_M`` int64 and of the ``k`` likeliest under each row, in one gather of 4 k + 16
-    bytes per row and rank, and as much for the ids."""
+    """Log-probabilities of ``tokens_M`` int64 and of the ``k`` likeliest under each row, in one gather of 8 k + 12
+    bytes per row and rank."""
     logits_MV = shard.hide_padding(logits_MV)
     top = logits_MV.max(dim=1).values
     shift = torch.where(top == -torch.inf, 0.0, top)  # a rank whose shard is all padding says -inf, 0

@@ -1,5 +1,6 @@
 """From an EngineConfig to the leader's scheduler: which drafts it makes, and what it knows of the cost of steps."""
 
+import secrets
 from collections.abc import Callable
 
 from euryale.parallel.group import Group
@@ -43,6 +44,7 @@ def _make_drafter(config: EngineConfig, loaded: Loaded, costs: StepCosts | None)
         loaded.text,
         loaded.survival,
         Sources(text=config.draft_from_text, traffic=config.draft_from_traffic, context=config.draft_from_context),
+        secrets.token_bytes(16),
     )
 
 

@@ -32,7 +32,7 @@ from euryale.scheduler.tree import DYNAMIC_CANDIDATES, DYNAMIC_DEPTH, MAX_NODES
 
 logger = logging.getLogger("euryale.profile")
 
-_VERSION = 2  # of what is kept
+_VERSION = 2  # of what is kept; another one where the code that is timed became quicker or slower
 _REPEATS = 3
 _REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _EXTRA = (0, 1, 3, 5, 7, 11, 15, 23, 31, 63, 127, 255, 511, 1023, 2047, 4095)
@@ -102,7 +102,8 @@ def machine_key(device: torch.device) -> dict:
     """What the speed of a step depends on here."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0))
-    return {"host": platform.node(), "device": name, "cores": cores, "threads": torch.get_num_threads()}
+    threads, version = torch.get_num_threads(), torch.__version__
+    return {"host": platform.node(), "device": name, "cores": cores, "threads": threads, "torch": version}
 
 
 def _time(step: Callable[[], None]) -> float:
@@ -133,21 +134,25 @@ def _segments(limits: Limits, requests: int, extra: int, heads: bool, context: i
     """``requests`` that decode, with ``extra`` guesses among them, in trees where each node has two children."""
     share, more = divmod(extra, requests)
     nodes = [share + (i < more) for i in range(requests)]
-    return [_segment(limits, 1 + n, n, context, samples=True, heads=heads) for n in nodes]
+    found, page = [], 0
+    for n in nodes:
+        found.append(_segment(limits, 1 + n, n, context, page, samples=True, heads=heads))
+        page += len(found[-1].pages)  # what several read would be read once
+    return found
 
 
 def _chunk(limits: Limits, rows: int, context: int) -> Segment:
     """Part of a prompt, with ``context`` tokens before it."""
-    return _segment(limits, rows, 0, context, samples=False, heads=False)
+    return _segment(limits, rows, 0, context, 0, samples=False, heads=False)
 
 
-def _segment(limits: Limits, rows: int, nodes: int, context: int, *, samples: bool, heads: bool) -> Segment:
-    """``rows`` of one request, of which the last ``nodes`` are guesses."""
+def _segment(limits: Limits, rows: int, nodes: int, context: int, page: int, *, samples: bool, heads: bool) -> Segment:
+    """``rows`` of one request, of which the last ``nodes`` are guesses, on pages from number ``page`` on."""
     used = -(-(context + rows) // limits.page_size)
     return Segment(
         tokens=np.full(rows, 1, dtype=np.int32),
         parents=(np.arange(nodes, dtype=np.int32)) // 2,
-        pages=np.arange(used, dtype=np.int32) % limits.num_pages,
+        pages=(page + np.arange(used, dtype=np.int32)) % limits.num_pages,
         context=context,
         samples=samples,
         wants_candidates=heads,

@@ -74,6 +74,9 @@ class Admission:
         if low < 0 or high >= limits.vocab_size:
             bad = low if low < 0 else high
             raise ValueError(f"token id {bad} is outside the vocabulary of {limits.vocab_size}")
+        named = [*request.params.stop_token_ids, *(token for token, _ in request.params.logit_bias)]
+        if beyond := [token for token in named if not 0 <= token < limits.vocab_size]:
+            raise ValueError(f"token id {beyond[0]} of the parameters is outside the vocabulary of {limits.vocab_size}")
         if length + wanted > limits.max_model_len:
             raise ValueError(
                 f"{length} prompt tokens and max_tokens {wanted} exceed the model's {limits.max_model_len} tokens: "

@@ -73,20 +73,22 @@ class Budget:
         worth = now.requests + np.concatenate([[0.0], np.cumsum(survival, dtype=np.float64)])
         extra = now.others + np.arange(len(worth))
         seconds = costs.speculating(now.requests, extra, now.context, prompts=now.others > 0)
+        if now.others:
+            # Rows of prompts take their time in any case: what guesses have to beat is a step without.
+            seconds += costs.speculating(now.requests, np.zeros(1), now.context)[0] - seconds[0]
         if costs.profile.steps:
             may_be = costs.are_full(now.requests, extra) if not now.others else True
         else:
             may_be = _is_edge(now.requests + extra)
-        # Rows of prompts take their time in any case: what guesses have to beat is a step without.
-        prompts = now.seconds - costs.plain(now.requests, now.context)
-        rates = np.where(may_be, worth / (seconds - prompts), 0.0)
+        plain, rates = costs.plain(now.requests, now.context), np.where(may_be, worth / seconds, 0.0)
         best = self._best = int(rates.argmax())
         if not self._is_urgent:
-            gain = math.log(rates[best] * (now.seconds - prompts) / now.requests)
+            gain = math.log(rates[best] * plain / now.requests)
             # Where no guess is taken, heads may look free; but the host has looked for nothing.
             self._weigh(gain if best else min(gain, -2 * _MARGIN))
         now.guesses, now.offered = best, len(survival)
-        now.expected, now.seconds = float(worth[best]) - now.requests, float(seconds[best])
+        now.expected = float(worth[best]) - now.requests
+        now.seconds += float(seconds[best]) - plain
         return best
 
     def observe(self, seconds: float) -> None:

@@ -53,16 +53,24 @@ class StepCosts:
     profile: Profile
     scale: float = 1.0
     prompt_scale: float = 1.0
+    # As measured, and corrected since; and what is believed: costs never fall with requests or rows, however noisy the
+    # measurements.
+    _raw_plain: np.ndarray = field(init=False)
+    _raw_added: np.ndarray = field(init=False)
     _plain: np.ndarray = field(init=False)
     _added: np.ndarray = field(init=False)
     _edges: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        self._plain = np.maximum.accumulate(np.asarray(self.profile.plain, dtype=np.float64))
-        # What speculation adds is never negative and never falls with rows, however noisy the profile.
-        added = np.asarray(self.profile.speculating, dtype=np.float64) - self._plain[:, None]
-        self._added = np.maximum.accumulate(np.maximum(added, 0), axis=1)
+        self._raw_plain = np.asarray(self.profile.plain, dtype=np.float64).copy()
+        added = np.asarray(self.profile.speculating, dtype=np.float64) - np.maximum.accumulate(self._raw_plain)[:, None]
+        self._raw_added = np.maximum(added, 0)
         self._edges = np.asarray(self.profile.extra)
+        self._believe()
+
+    def _believe(self) -> None:
+        self._plain = np.maximum.accumulate(self._raw_plain)
+        self._added = np.maximum.accumulate(self._raw_added, axis=1)
 
     def plain(self, requests: int, context: int = 0) -> float:
         """Seconds of a step that only decodes."""
@@ -103,11 +111,10 @@ class StepCosts:
         nearest = high if share > 0.5 else low
         if is_speculating:
             place = min(bisect_left(self.profile.extra, extra + self._start(nearest)), len(self.profile.extra) - 1)
-            self._added[nearest, place] *= ratio**_RATE_OF_SIZE
-            self._added[nearest] = np.maximum.accumulate(self._added[nearest])
+            self._raw_added[nearest, place] *= ratio**_RATE_OF_SIZE
         else:
-            self._plain[nearest] *= ratio**_RATE_OF_SIZE
-            self._plain = np.maximum.accumulate(self._plain)
+            self._raw_plain[nearest] *= ratio**_RATE_OF_SIZE
+        self._believe()
 
     def learn_prompts(self, predicted: float, measured: float) -> None:
         """Take a step with rows of prompts; the next of the same prompt will be much like it."""

@@ -1,6 +1,7 @@
 """Which guesses each request puts to the test in a step: a static tree's, or the step's own best."""
 
 import hashlib
+import itertools
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple, Protocol
@@ -16,7 +17,8 @@ from euryale.scheduler.tree import DYNAMIC_DEPTH, TreeShape
 
 _BEHIND = 4.0  # what a guess of a request behind its latency target is worth beside others'
 _LEAST = 1e-3  # survival below which a node is not worth a thought
-_UNKNOWN, _OWN, _TRAFFIC = 1, 1 << 62, 1 << 61  # domains of n-grams: nothing is ever learned of the first
+_UNKNOWN = 1  # a domain of n-grams of which nothing is ever learned
+_MOST_HEARD = 4096  # tokens that a request teaches at once, its last ones
 
 
 class Draft(NamedTuple):
@@ -77,6 +79,8 @@ class StaticTrees:
         drafts = [NO_DRAFT] * len(decoding)
         for place, i in enumerate(drafting):
             shape = self._shape.limited(share + (place < extra), depths[i])
+            if not shape.depth:
+                continue
             request = decoding[i]
             tokens = np.array([*request.last_tokens(1), *shape.tokens(request.guesses.ids)], dtype=np.int32)
             drafts[i] = Draft(tokens, shape.parents[1:], shape.depth)
@@ -124,11 +128,17 @@ class DynamicTrees:
         text: NgramTable | None = None,
         survival: Survival | None = None,
         sources: Sources | None = None,
+        secret: bytes = b"",
     ) -> None:
         """``each``: most guesses of one request; ``budget`` None: always that many; ``survival``: to begin with;
-        ``sources`` None: all."""
+        ``sources`` None: all; ``secret``: at most 64 bytes, without which nobody can choose tokens whose contexts take
+        the place of others'."""
         self._each, self._budget, self._sources = each, budget, sources or Sources()
-        self.forest = Forest((self._sources.text and text) or NgramTable(), survival or Survival(num_heads))
+        table = text or NgramTable()
+        if not self._sources.text:
+            table = NgramTable(live_bits=table.live_bits)
+        self.forest = Forest(table, survival or Survival(num_heads))
+        self._secret, self._numbers = secret, itertools.count()
         self._now = 0.0  # seconds that steps have taken
         self._planned: list[Request] = []
         self._nodes = self._starts = np.zeros(0, dtype=np.int64)
@@ -144,27 +154,18 @@ class DynamicTrees:
 
     def draft(self, decoding: list[Request], depths: list[int], room: int, others: int) -> list[Draft]:
         """See Drafter."""
+        drafting = [(r, depth) for r, depth in zip(decoding, depths, strict=True) if depth]
+        values = [_BEHIND if self._is_behind(r) else 1.0 for r, _ in drafting]
         self._planned = []
-        values = [_BEHIND if self._is_behind(r) else 1.0 for r in decoding]
         if self._budget:
             context = sum(r.num_computed for r in decoding)
             if not self._budget.begin(len(decoding), others, context, is_urgent=_BEHIND in values):
                 return [NO_DRAFT] * len(decoding)
-        drafting = [i for i, depth in enumerate(depths) if depth]
         if not drafting:
             return [NO_DRAFT] * len(decoding)
-        self._planned, count = [decoding[i] for i in drafting], len(drafting)
-        roots = self._roots([depths[i] for i in drafting], [values[i] for i in drafting])
-        most = max(0, min(room, count * self._each, self._budget.reach() if self._budget else room))
-        total = self.forest.grow(roots, most, self._each, _LEAST) - count
-        if self._budget:
-            found = slice(count, count + total)
-            total = self._budget.choose(self.forest.survival[found] * roots.values[self.forest.request[found]])
-        drafts = self._split(count, total)
-        if count == len(decoding):
-            return drafts
-        found = iter(drafts)
-        return [next(found) if depth else NO_DRAFT for depth in depths]
+        self._planned = [r for r, _ in drafting]
+        drafts = iter(self._grow(self._roots([depth for _, depth in drafting], values), room))
+        return [next(drafts) if depth else NO_DRAFT for depth in depths]
 
     def learn(self, verdicts: list[Verdict], seconds: float) -> None:
         """See Drafter."""
@@ -193,9 +194,15 @@ class DynamicTrees:
 
     def _kept(self, request: Request) -> _Kept:
         if request.drafting is None:
-            own, text = _OWN + request.key, TEXT
-            request.drafting = _Kept(class_of(request.params), (own, _traffic_of(request, self._sources), text))
+            own = self._domain(f"request {next(self._numbers)}")  # a key may come again
+            traffic = self._domain(f"salt {request.params.cache_salt}") if self._sources.traffic else _UNKNOWN
+            request.drafting = _Kept(class_of(request.params), (own, traffic, TEXT))
         return request.drafting
+
+    def _domain(self, name: str) -> int:
+        """A domain of n-grams, above all those with a meaning of their own."""
+        digest = hashlib.blake2b(name.encode(), digest_size=8, key=self._secret).digest()
+        return (int.from_bytes(digest) >> 2) + _UNKNOWN + 1
 
     def _is_behind(self, request: Request) -> bool:
         """Whether its tokens took longer than its latency target until now."""
@@ -219,6 +226,16 @@ class DynamicTrees:
             values=np.array(values, dtype=np.float32),
             domains=np.array([k.domains for k in kept], dtype=np.int64),
         )
+
+    def _grow(self, roots: Roots, room: int) -> list[Draft]:
+        """The guesses of each root that are worth it."""
+        count = len(roots.depths)
+        most = max(0, min(room, count * self._each, self._budget.reach() if self._budget else room))
+        total = self.forest.grow(roots, most, self._each, _LEAST) - count
+        if self._budget:
+            found = slice(count, count + total)
+            total = self._budget.choose(self.forest.survival[found] * roots.values[self.forest.request[found]])
+        return self._split(count, total)
 
     def _split(self, count: int, total: int) -> list[Draft]:
         """The roots and the first ``total`` guesses of the forest, by request; remembers which is whose."""
@@ -244,16 +261,9 @@ class DynamicTrees:
             else:
                 learns, start, domain = self._sources.context, kept.num_heard, own
             if learns:
+                start = max(start, request.num_known - _MOST_HEARD)
                 first = max(0, start - ORDERS)
                 heard.append((request.known_tokens(first, request.num_known), start - first, domain))
                 kept.num_heard = request.num_known
         if heard:
             self.forest.add(heard)
-
-
-def _traffic_of(request: Request, sources: Sources) -> int:
-    """The domain of the requests that this one may learn from."""
-    if not sources.traffic:
-        return _UNKNOWN
-    salt = request.params.cache_salt
-    return _TRAFFIC + int.from_bytes(hashlib.blake2b(salt.encode(), digest_size=7).digest()) if salt else _TRAFFIC

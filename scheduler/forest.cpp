@@ -54,7 +54,7 @@ void find(const Table& table, const int32_t* last, const int64_t* domains, Known
         while (o >= 0 && (rows[d][o]->fingerprint != marks[d][o] || !rows[d][o]->total)) --o;
         if (o < 0) continue;
         const Row& row = *rows[d][o];
-        known.cases = std::min<int>(row.total, SUCCESSORS);
+        known.cases = std::min<uint32_t>(row.total, SUCCESSORS);
         known.evidence = o * SUCCESSORS + known.cases;
         for (int s = 0; s < known.cases; ++s) {
             known.tokens[s] = row.successors[s];
@@ -241,10 +241,11 @@ extern "C" void ngrams_add(const Table* table, int64_t count, const int32_t* tok
                 uint32_t mark;
                 Row* row = row_of(*table, sum, o, domains[n], mark);
                 if (row->fingerprint != mark) *row = {mark, 0, {-1, -1, -1, -1}, {0, 0, 0, 0}};
-                row->successors[row->total++ % SUCCESSORS] = tokens[at];
+                row->successors[row->total % SUCCESSORS] = tokens[at];
+                row->total = row->total + 1 < 2 * SUCCESSORS ? row->total + 1 : SUCCESSORS;  // where to go on, if full
             }
         }
 }
 
-// To notice a build from other sources.
+// To notice a build from sources with other structs.
 extern "C" int64_t forest_bytes() { return sizeof(Forest) + sizeof(Guess) + sizeof(Row); }

@@ -153,7 +153,7 @@ def _library() -> ctypes.CDLL | None:
         library.forest_learn.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
         library.ngrams_add.argtypes = [c_void_p, c_int64, *[c_void_p] * 4]
         if library.forest_bytes() != ctypes.sizeof(_Forest) + GUESS.itemsize + ROW.itemsize:
-            raise OSError("it was built from other sources")
+            raise OSError("it was built from sources with other structs")
     except (OSError, AttributeError) as error:
         logger.warning("trees are planned in Python, far slower (%s): install a C++ compiler and install again", error)
         return None

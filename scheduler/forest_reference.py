@@ -182,4 +182,4 @@ def add(table, heard: list[tuple[np.ndarray, int, int]]) -> None:
                 if row["fingerprint"] != name:
                     row["fingerprint"], row["total"], row["successors"], row["shares"] = name, 0, -1, 0
                 row["successors"][row["total"] % SUCCESSORS] = tokens[at]
-                row["total"] += 1
+                row["total"] = row["total"] + 1 if row["total"] + 1 < 2 * SUCCESSORS else SUCCESSORS

@@ -20,10 +20,12 @@ DOMAINS = 3  # that a request looks into: its own tokens, recent traffic, calibr
 TEXT = 0  # the domain of the calibration text
 FILE = "ngrams.safetensors"
 
-# The text's rows hold the ``total`` likeliest successors with their shares in 65535ths; those of other domains the
-# latest of ``total`` successors, as often as they came, the eldest of which is the next to go.
+# The text's rows hold the ``total`` likeliest successors with their shares in 65535ths. Those of other domains hold the
+# latest successors, as often as they came; where ``total`` modulo SUCCESSORS says is room, or the eldest, which is the
+# next to go.
 ROW = np.dtype([("fingerprint", "u4"), ("total", "u4"), ("successors", "i4", SUCCESSORS), ("shares", "u2", SUCCESSORS)])
 LIVE_BITS = 18  # 2 ** 18 rows of 32 bytes
+_MOST_LIVE_BITS = 21  # 64 MiB
 _TEXT_BITS = 16
 # Odd multipliers of 64-bit multiplicative hashing: fractional bits of the square roots of small primes.
 _OF_PLACE = np.array([0x6A09E667F3BCC909, 0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B], dtype=np.uint64)
@@ -91,19 +93,27 @@ class NgramTable:
             row["shares"][: len(likeliest)] = counts[likeliest] * 65535 // totals[i]
         return table
 
+    @staticmethod
+    def bits_for(num_tokens: int) -> int:
+        """How many live bits so many tokens need, within bounds: of each the contexts of all orders are kept twice."""
+        return min(max(LIVE_BITS, (2 * ORDERS * num_tokens).bit_length()), _MOST_LIVE_BITS)
+
     def save_text(self, directory: Path) -> None:
         """Write what is known of the text."""
         text = self.rows[: 1 << self.text_bits]
         save_file({name: np.ascontiguousarray(text[name]) for name in ROW.names}, directory / FILE)
 
     @classmethod
-    def load_text(cls, directory: Path) -> "NgramTable":
-        """A table that knows the text that ``save_text`` wrote; ValueError if there is no such file."""
+    def load_text(cls, directory: Path, vocab_size: int, live_bits: int = LIVE_BITS) -> "NgramTable":
+        """A table that knows the text that ``save_text`` wrote; ValueError if there is no such file, or if it names
+        tokens that are not below ``vocab_size``."""
         try:
             arrays = load_file(directory / FILE)
-            table = cls(text_bits=len(arrays["total"]).bit_length() - 1)
+            table = cls(len(arrays["total"]).bit_length() - 1, live_bits)
             for name in ROW.names:
                 table.rows[name][: 1 << table.text_bits] = arrays[name]
+            if table.rows["successors"].max() >= vocab_size or table.rows["total"].max() > SUCCESSORS:
+                raise ValueError(f"it names tokens beyond the vocabulary of {vocab_size}")
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise ValueError(
                 f"{directory / FILE} is no table of n-grams ({error}): calibrate the heads again"

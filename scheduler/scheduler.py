@@ -164,7 +164,7 @@ class Scheduler:
 
     def _decode_segments(self, decoding: list[Request], room: int, others: int) -> list[Segment]:
         drafts = [NO_DRAFT] * len(decoding)
-        if self.drafter and decoding:
+        if self.drafter:
             # A guess deeper than the tokens still allowed cannot be used: the bonus token takes the last place. Nor can
             # one that no page can be had for.
             depths = [

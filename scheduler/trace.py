@@ -29,13 +29,14 @@ class Trace:
         """Begin a run at the end of the file; ValueError if it cannot be written."""
         try:
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by whoever ends the process)
+            is_new = self._file.tell() == 0
         except OSError as error:
             raise ValueError(f"cannot write the trace {path}: {error.strerror}: give --trace another file") from error
         self._started = self._written = time.monotonic()
         self._waiting: list[str] = []
         self._length = 0
         # An earlier run that was killed while writing may have left half a line.
-        self._put("\n" * (self._file.tell() > 0) + json.dumps({"trace": VERSION, "started": time.time()}))
+        self._put("\n" * (not is_new) + json.dumps({"trace": VERSION, "started": time.time()}))
         self.flush()
 
     def write(self, scheduler: Scheduler, plan: StepPlan, seconds: float) -> None:
@@ -58,7 +59,9 @@ class Trace:
         if not lines or self._file is None:
             return
         try:
-            self._file.write(("\n".join(lines) + "\n").encode())
+            rest = memoryview(("\n".join(lines) + "\n").encode())
+            while rest:
+                rest = rest[self._file.write(rest) :]  # a full disk takes a part first
         except OSError as error:
             logger.warning("the trace ends here: %s", error)
             self._file.close()

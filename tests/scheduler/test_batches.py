@@ -31,9 +31,9 @@ FEW = dataclasses.replace(LIMITS, num_pages=16)  # two large requests do not fit
 SIZE, BOUND, EACH = FEW.page_size, 12, 9
 COSTS = Profile(requests=[1, 4], plain=[1.0, 1.2], extra=[0, 8], speculating=[[1.1, 1.6], [1.4, 2.2]])
 DRAFTERS = {
-    "static": lambda: StaticTrees(TREE),
-    "dynamic": lambda: DynamicTrees(3, EACH),
-    "dynamic with a budget": lambda: DynamicTrees(3, EACH, Budget(StepCosts(COSTS), most=10)),
+    "static": lambda costs: StaticTrees(TREE),
+    "dynamic": lambda costs: DynamicTrees(3, EACH),
+    "dynamic with a budget": lambda costs: DynamicTrees(3, EACH, Budget(costs, most=10)),
 }
 
 
@@ -49,9 +49,11 @@ class Batches(RuleBasedStateMachine):
         self.contents = {}  # slot -> the token whose K/V it holds
         self.waits, self.overdue = Counter(), {}  # steps waited; the plan before which the bound was reached
 
-    @initialize(drafts=st.sampled_from(sorted(DRAFTERS)))
-    def start(self, drafts):
-        self.scheduler = Scheduler(FEW, DRAFTERS[drafts](), starvation_bound=BOUND)
+    @initialize(drafts=st.sampled_from(sorted(DRAFTERS)), longest=st.sampled_from([0.0, 1.3]))
+    def start(self, drafts, longest):
+        costs = StepCosts(COSTS)
+        drafter = DRAFTERS[drafts](costs)
+        self.scheduler = Scheduler(FEW, drafter, starvation_bound=BOUND, costs=costs, longest_step=longest)
         self.admission = self.scheduler.admission
         self.seen[drafts] += 1
 

@@ -25,9 +25,13 @@ def profile(**changes) -> Profile:
     others=st.integers(0, 5),
     survival=st.lists(st.floats(0.001, 0.98), max_size=12),
     steps=st.booleans(),
+    prompt_scale=st.sampled_from([0.1, 1.0, 1.3, 10.0]),
 )
-def test_the_choice_is_that_of_brute_force(requests, others, survival, steps):
-    costs = StepCosts(profile(steps=steps, extra=[0, 7, 11], speculating=[[2e-3, 3e-3, 4e-3], [4e-3, 4e-3, 5e-3]]))
+def test_the_choice_is_that_of_brute_force(requests, others, survival, steps, prompt_scale):
+    costs = StepCosts(
+        prompt_scale=prompt_scale,
+        profile=profile(steps=steps, extra=[0, 7, 11], speculating=[[2e-3, 3e-3, 4e-3], [4e-3, 4e-3, 5e-3]]),
+    )
     survival = sorted(survival, reverse=True)
     budget = Budget(costs, most=100)
     assert budget.begin(requests, others)
@@ -37,13 +41,18 @@ def test_the_choice_is_that_of_brute_force(requests, others, survival, steps):
         # Sizes that steps may have, up to 31 rows: any at first, then every second; where steps are padded, full ones.
         padded = {0, 7 if requests == 1 else 4, 11 if requests == 1 else 0}
         if n == 0 or (others or n in padded if steps else rows < 16 or rows % 2 == 0):
-            seconds = costs.speculating(requests, np.array([others + n]), prompts=others > 0)[0]
-            prompts = costs.prefilling(requests, np.array([others]))[0] - costs.plain(requests)
-            rates[n] = (requests + sum(survival[:n])) / (seconds - prompts)
+            # Prompts take their time in any case, however long that is: guesses are weighed as if without them.
+            with_them, alone = (
+                costs.speculating(requests, np.array([others + more]), prompts=others > 0)[0] for more in (n, 0)
+            )
+            seconds = costs.speculating(requests, np.array([0]))[0] + with_them - alone if others else with_them
+            rates[n] = (requests + sum(survival[:n])) / seconds
     chosen = budget.choose(np.asarray(survival, dtype=np.float32))
     assert chosen in rates
     assert rates[chosen] == pytest.approx(max(rates.values()), rel=1e-6)
     assert budget.last.expected == pytest.approx(sum(survival[:chosen]), rel=1e-5, abs=1e-9)
+    prompts = costs.prefilling(requests, np.array([others]))[0] - costs.plain(requests)
+    assert budget.last.seconds > prompts
 
 
 def test_heads_rest_where_guesses_do_not_pay_and_are_asked_again_now_and_then():

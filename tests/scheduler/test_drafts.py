@@ -10,6 +10,7 @@ from euryale.scheduler.drafts import DynamicTrees, Sources, StaticTrees, Verdict
 from euryale.scheduler.prefix import PageNames
 from euryale.scheduler.request import FinishReason, Guesses, Request
 from euryale.scheduler.scheduler import Scheduler
+from euryale.scheduler.trace import record
 
 HEARD = [11, 12, 13, 14, 15, 16, 17, 18]
 
@@ -60,6 +61,50 @@ def test_requests_learn_from_others_of_their_salt_only():
         other = without_heads(len(salt) + 1, [], cache_salt=salt)
         take(drafter, other, [12])
         assert (13 in told(drafter, other)) == knows, salt
+
+
+def test_a_key_that_comes_again_finds_nothing_of_its_namesake():
+    drafter = DynamicTrees(3, 6, sources=Sources(traffic=False))
+    for turn in range(2):
+        made = without_heads(7, [])
+        take(drafter, made, HEARD[1:])
+        take(drafter, made, HEARD[:2])
+        assert told(drafter, made)[:3] == [13, 14, 15]
+        again = without_heads(7, [])
+        take(drafter, again, [12])
+        assert 13 not in told(drafter, again), turn
+
+
+def test_a_step_that_only_reads_prompts_says_nothing_of_decoding():
+    profile = Profile(requests=[1], plain=[1e-3], extra=[0, 60], speculating=[[1e-3, 1.5e-3]])
+    costs = StepCosts(profile)
+    scheduler = Scheduler(LIMITS, DynamicTrees(3, 6, Budget(costs, most=8)), costs=costs)
+    scheduler.add(request(0, 3, max_tokens=4))
+    rng = np.random.default_rng(0)
+    while scheduler.has_work:
+        plan = scheduler.plan(1, 0)
+        scheduler.advance(plan, results(plan, rng), 1e-3)
+    scale = costs.scale
+    scheduler.add(request(1, 50, max_tokens=4))
+    plan = scheduler.plan(1, 0)
+    assert not plan.segments[0].samples
+    scheduler.advance(plan, results(plan, rng), 5e-3)
+    assert costs.scale == scale
+    assert record(scheduler, plan, 5e-3, 0.0)["predicted"] is None
+    assert record(scheduler, plan, 5e-3, 0.0)["expected"] is None
+
+
+def test_a_target_of_a_request_that_cannot_guess_keeps_nobody_awake():
+    dear = Profile(requests=[1], plain=[1e-3], extra=[0, 1, 8], speculating=[[1.1e-3, 2.0e-3, 9e-3]])
+    budget = Budget(StepCosts(dear), most=8)
+    scheduler, rng, asked = Scheduler(LIMITS, DynamicTrees(3, 6, budget)), np.random.default_rng(0), 0
+    scheduler.add(request(0, 3, max_tokens=50, latency_target=0.01, speculation=False))
+    scheduler.add(request(1, 3, max_tokens=50))
+    for _ in range(40):
+        plan = scheduler.plan(1, 0)
+        asked += any(segment.wants_candidates for segment in plan.segments)
+        scheduler.advance(plan, results(plan, rng), 1e-3)
+    assert 0 < asked < 10
 
 
 def test_pages_are_shared_within_a_salt_only():

@@ -137,11 +137,23 @@ def test_the_text_counts_what_follows(tmp_path):
     assert shares == pytest.approx({3: 0.75, 4: 0.25}, abs=1e-4)
     assert evidence == SUCCESSORS + 2
     table.save_text(tmp_path)
-    again = NgramTable.load_text(tmp_path)
+    again = NgramTable.load_text(tmp_path, vocab_size=5)
     assert np.array_equal(again.rows[:256], table.rows[:256])
+    with pytest.raises(ValueError, match="beyond the vocabulary of 4"):
+        NgramTable.load_text(tmp_path, vocab_size=4)
     (tmp_path / FILE).write_bytes(b"no table")
     with pytest.raises(ValueError, match="no table of n-grams"):
-        NgramTable.load_text(tmp_path)
+        NgramTable.load_text(tmp_path, vocab_size=5)
+
+
+def test_a_context_may_come_without_end():
+    """Half a million times, and what came last is still known."""
+    for forest in pair():
+        tokens = np.asarray([3, 4] * (250 if forest._native is None else 250_000) + [3, 5], dtype=np.int32)
+        forest.add([(tokens, 0, 3)])
+        shares, *_ = forests.forest_reference.find(forest.table, np.asarray([3, 4, 3], dtype=np.int32), 3)
+        assert shares == {4: 0.75, 5: 0.25}
+        assert forest.table.rows["total"][1 << forest.table.text_bits :].max() < 2 * SUCCESSORS
 
 
 def test_estimates_follow_what_comes_true():

@@ -32,6 +32,8 @@ def test_an_end_token_inside_an_accepted_path_ends_the_answer():
     [
         ([], {}, "the prompt is empty"),
         ([50], {"max_tokens": 1}, "token id 50 is outside the vocabulary of 50"),
+        ([5], {"max_tokens": 1, "logit_bias": ((1 << 40, 1.0),)}, "of the parameters is outside the vocabulary of 50"),
+        ([5], {"max_tokens": 9, "stop_token_ids": (50,), "min_tokens": 2}, "of the parameters is outside"),
         ([-1], {"max_tokens": 1}, "token id -1 is outside"),
         ([1] * 60, {"max_tokens": 1}, "ask for at most 0"),
         ([1] * 50, {"max_tokens": 11}, "ask for at most 10"),

@@ -97,7 +97,7 @@ def test_files_beside_the_heads(calibrated):
     assert not np.array_equal(learned.ratios, Survival(NUM_HEADS).ratios)
     with pytest.raises(ValueError, match=r"survival.hits does not fit 2 heads"):
         Survival.from_json(written["survival"], NUM_HEADS - 1)
-    assert NgramTable.load_text(out).rows["total"].any()
+    assert NgramTable.load_text(out, 1 << 20).rows["total"].any()
     assert [row["nodes"] for row in written["dynamic"]] == list(calibrate.DYNAMIC_SIZES)
     assert all(1 <= row["tokens_per_step"] <= 1 + NUM_HEADS for row in written["trees"])
     assert [row["nodes"] for row in written["compared"]] == [5]  # the guess of a fourth head is cut off
