@@ -57,7 +57,7 @@ def measure(args: argparse.Namespace, engines: dict[str, Engine], prompts: list[
     steps: dict[str, float] = {}
     for turn in range(args.rounds + 1):
         for name, engine in engines.items():
-            found = run_engine(engine, asked, args.max_tokens, load)
+            found = run_engine(engine, asked, args.max_tokens, load, args.temperature)
             if turn:  # the first warms up
                 speeds[name].append(load * args.max_tokens / found.seconds)
                 steps[name] = load * args.max_tokens / found.steps
@@ -112,6 +112,7 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--searched", type=number(1), default=16, help="guesses of the searched tree")
     parser.add_argument("--gsm8k", type=Path, help="measure on GSM8K questions instead of held-out code")
     parser.add_argument("--loads", type=number(1), nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max-tokens", type=number(1), default=128)
     parser.add_argument("--rounds", type=number(2), default=7)
     parser.add_argument("--dtype", default="float32")

@@ -34,10 +34,15 @@ PLAIN, ORACLE = "Euryale, no speculation", "transformers"
 REST = 0.3  # seconds before every measurement: threads of OpenMP may spin for 0.2 after their last work
 
 
-def run_engine(engine: Engine, prompts: list[list[int]], max_tokens: int, batch: int = 1) -> Answered:
-    """Answers to the prompts, ``batch`` of them at a time. Steps are summed over the requests."""
-    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-    requests = [Request(key=i, prompt=np.asarray(p, dtype=np.int32), params=params) for i, p in enumerate(prompts)]
+def run_engine(
+    engine: Engine, prompts: list[list[int]], max_tokens: int, batch: int = 1, temperature: float = 0.0
+) -> Answered:
+    """Answers to the prompts, ``batch`` of them at a time. Steps are summed over the requests. Sampled, each prompt has
+    the seed of its number."""
+    requests = []
+    for i, prompt in enumerate(prompts):
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=temperature, seed=i)
+        requests.append(Request(key=i, prompt=np.asarray(prompt, dtype=np.int32), params=params))
     started = time.perf_counter()
     for first in range(0, len(requests), batch):
         for request in requests[first : first + batch]:
