@@ -11,7 +11,7 @@ other; each takes the longer of its memory traffic and its arithmetic. What the 
 * A kernel in a CUDA graph takes about 2 us at least, and about 6 us to be called from Python without one (assumed).
   Decoding steps are graphs, padded to buckets; steps with prompts are not, and take no less than their calls.
 * The host's part of a step, for which the GPU waits: planning as this simulator's own scheduler took on one core of a
-  shared AMD EPYC (``host_us`` of its report), rounded; 150 us for copying and launching are assumed.
+  shared AMD EPYC (`benchmarks/planning.py`), rounded; 150 us for copying and launching are assumed.
 
 Every figure can be replaced when a machine has been measured.
 """
@@ -60,10 +60,10 @@ class Machine:
     kernel: float = 2e-6
     call: float = 6e-6
     host: float = 150e-6
-    host_per_request: float = 5.5e-6
-    host_per_guess: float = 0.2e-6
-    host_choosing: float = 170e-6
-    host_choosing_per_request: float = 11e-6
+    host_per_request: float = 6e-6
+    host_per_guess: float = 0.4e-6
+    host_choosing: float = 80e-6
+    host_choosing_per_request: float = 12e-6
 
     @property
     def kv_bytes(self) -> float:

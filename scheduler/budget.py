@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from euryale.scheduler.costs import StepCosts
+from euryale.scheduler.survival import Momentum
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 16, 256  # steps without heads
 _MARGIN = 0.01  # of the logarithm of the rates' ratio, for and against a change
@@ -42,6 +43,7 @@ class Budget:
         self.last = Choice()
         self._is_on, self._is_urgent, self._gain = True, False, 0.0
         self._best = 0
+        self._luck = Momentum()  # all requests' together
         self._pause, self._resting, self._load = _SHORTEST_PAUSE, 0, 0
 
     def begin(self, requests: int, others: int, context: int = 0, is_urgent: bool = False) -> bool:
@@ -70,6 +72,7 @@ class Budget:
         """How many of the guesses to take, likeliest first: ``survival`` float32 [N] is the probability of each to be
         accepted, times what its request's tokens are worth."""
         now, costs = self.last, self.costs
+        survival = np.minimum(survival * self._luck.factor, 1.0) if not self._is_urgent else survival
         worth = now.requests + np.concatenate([[0.0], np.cumsum(survival, dtype=np.float64)])
         extra = now.others + np.arange(len(worth))
         seconds = costs.speculating(now.requests, extra, now.context, prompts=now.others > 0)
@@ -91,9 +94,11 @@ class Budget:
         now.seconds += float(seconds[best]) - plain
         return best
 
-    def observe(self, seconds: float) -> None:
-        """Take how long the step took."""
+    def observe(self, seconds: float, accepted: int) -> None:
+        """Take how long the step took, and how many guesses were accepted."""
         now = self.last
+        if now.guesses > 0 and not self._is_urgent:
+            self._luck.learn(accepted, now.expected / self._luck.factor)
         if now.requests and now.seconds:
             is_speculating = now.guesses >= 0
             if not now.others and (is_speculating or not self.wants_heads()):

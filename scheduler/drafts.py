@@ -189,7 +189,7 @@ class DynamicTrees:
             self.forest.learn(np.asarray(reached, dtype=np.int32), np.asarray(truths, dtype=np.int32))
         self._remember([verdict.request for verdict in verdicts])
         if self._budget and seconds:
-            self._budget.observe(seconds)
+            self._budget.observe(seconds, sum(len(verdict.accepted) for verdict in verdicts))
         self._planned = []
 
     def _kept(self, request: Request) -> _Kept:

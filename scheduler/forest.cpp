@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int ORDERS = 3, SUCCESSORS = 4, DOMAINS = 3, EXTRA = DOMAINS * SUCCESSORS, MAX_RANKS = 32;
+constexpr int ORDERS = 3, SUCCESSORS = 4, DOMAINS = 3, EXTRA = DOMAINS * SUCCESSORS, MAX_RANKS = 32, LIKELY_BINS = 8;
 constexpr int OWN = 0, TRAFFIC = 1, TEXT = 2;
 constexpr uint64_t OF_PLACE[] = {0x6A09E667F3BCC909, 0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B};
 constexpr uint64_t OF_ORDER[] = {0x510E527FADE682D1, 0x9B05688C2B3E6C1F, 0x1F83D9ABFB41BD6B};
@@ -61,6 +61,19 @@ void find(const Table& table, const int32_t* last, const int64_t* domains, Known
             known.shares[s] = domains[d] ? 1.0f / known.cases : row.shares[s] / 65535.0f;
         }
     }
+}
+
+// Half octaves below 1/2.
+int halves(float share) {
+    int32_t bits;
+    std::memcpy(&bits, &share, 4);
+    return 251 - (bits >> 22);
+}
+
+int bin_of(float probability, int bins) {
+    const int unlikely = bins - LIKELY_BINS;
+    if (probability < 0.5f) return std::max(unlikely - 1 - halves(probability), 0);
+    return unlikely + std::clamp(halves(1 - probability), 0, LIKELY_BINS - 1);
 }
 
 struct Candidate {
@@ -163,10 +176,7 @@ struct Growth {
             const float own = weight * opinions[OWN][i], probability = own + rest * product[i];
             if (probability < f.slightest) continue;
             const int rank = i < ranks ? std::min(i, 2) : 3;
-            int32_t bits;
-            std::memcpy(&bits, &probability, 4);
-            const int bin = std::clamp((bits >> 22) - (254 - (int)f.bins), 0, (int)f.bins - 1);
-            const int cell = ((cls * f.num_depths + level) * f.rank_classes + rank) * f.bins + bin;
+            const int cell = ((cls * f.num_depths + level) * f.rank_classes + rank) * f.bins + bin_of(probability, f.bins);
             const float chance = std::min(probability * f.ratios[cell] * f.factors[r], f.highest);
             const float survival = f.survival[node] * chance;
             int place = written++;

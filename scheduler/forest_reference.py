@@ -19,7 +19,7 @@ import math
 import numpy as np
 
 from euryale.scheduler.ngrams import DOMAINS, ORDERS, SUCCESSORS, TEXT, keys_of
-from euryale.scheduler.survival import WINDOW
+from euryale.scheduler.survival import LIKELY_BINS, WINDOW
 
 # Fitted to answers of the demo model; the result is flat around these values.
 CONSTANTS = {
@@ -132,8 +132,7 @@ def _expand(f, node: int, last: np.ndarray) -> None:
         if probability < c["slightest"]:
             continue
         rank = min(i, 2) if token in heads else 3
-        place = (int(probability.view(np.int32)) >> 22) - (254 - estimates.bins)
-        cell = (kind, min(depth, estimates.num_depths - 1), rank, min(max(place, 0), estimates.bins - 1))
+        cell = (kind, min(depth, estimates.num_depths - 1), rank, bin_of(probability, estimates.bins))
         chance = min(probability * estimates.ratios[cell] * roots.factors[request], np.float32(c["highest"]))
         flat = np.ravel_multi_index(cell, estimates.ratios.shape)
         f.guesses[f.num_guesses] = (token, flat, f.survival[node] * chance, probability, own)
@@ -141,6 +140,20 @@ def _expand(f, node: int, last: np.ndarray) -> None:
     own = f.guesses[f.first[node] : f.num_guesses]
     own[:] = own[np.argsort(-own["survival"], kind="stable")]
     f.count[node] = len(own)
+
+
+def bin_of(probability: np.float32, bins: int) -> int:
+    """Its place among the bins of ``survival``, by exponent and first bit of the mantissa: of the probability below 1/2,
+    else of what it lacks to 1."""
+    unlikely = bins - LIKELY_BINS
+    if probability < 0.5:
+        return max(unlikely - 1 - _halves(probability), 0)
+    return unlikely + min(max(_halves(np.float32(1) - probability), 0), LIKELY_BINS - 1)
+
+
+def _halves(share: np.float32) -> int:
+    """Half octaves below 1/2."""
+    return 251 - (int(np.float32(share).view(np.int32)) >> 22)
 
 
 def learn(forest, nodes: np.ndarray, tokens: np.ndarray) -> None:

@@ -12,7 +12,8 @@ from euryale.scheduler.params import SamplingParams
 
 NUM_CLASSES = 4
 RANK_CLASSES = 4  # the head's likeliest token, its second, its others, and tokens it did not name
-BINS = 24  # of probability, two for each factor of two below 1
+LIKELY_BINS = 8  # of probabilities from 1/2 on, two for each halving of what they lack to 1
+BINS = 18 + LIKELY_BINS  # of probability, below 1/2 two for each factor of two
 WINDOW = 60.0
 _BELIEF = 4.0  # cases that a starting value counts for
 _LEARNED = ("hits", "stated", "proven", "trust")
