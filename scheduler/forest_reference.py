@@ -143,8 +143,8 @@ def _expand(f, node: int, last: np.ndarray) -> None:
 
 
 def bin_of(probability: np.float32, bins: int) -> int:
-    """Its place among the bins of ``survival``, by exponent and first bit of the mantissa: of the probability below 1/2,
-    else of what it lacks to 1."""
+    """Its place among the bins of ``survival``, by exponent and first bit of the mantissa: of the probability itself
+    below 1/2, else of what it lacks to 1."""
     unlikely = bins - LIKELY_BINS
     if probability < 0.5:
         return max(unlikely - 1 - _halves(probability), 0)
