@@ -1,4 +1,4 @@
-"""Serve a model: ``torchrun --nproc-per-node N launch/serve.py --model DIR [--medusa DIR] [--tree FILE]``.
+"""Serve a model: ``torchrun --nproc-per-node N launch/serve.py --model DIR [--medusa DIR] [--tree dynamic]``.
 
 Rank 0 prints ``ready ADDRESS`` when requests are taken. SIGTERM, Ctrl-C and the client's ``drain`` stop it cleanly.
 """

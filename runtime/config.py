@@ -78,8 +78,16 @@ class EngineConfig:
             raise ValueError(f"--max-tree-nodes must be from 1 to {MAX_NODES - 1}, not {self.max_tree_nodes}")
         if not 0 <= self.max_itl < 1e9:
             raise ValueError(f"--max-itl is a number of milliseconds, 0 for no bound, not {self.max_itl}")
-        if self.max_model_len < 0 or self.kv_cache_memory < 0 or not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError("--max-model-len and --kv-cache-memory must not be negative, utilization within (0, 1]")
+        if self.max_model_len < 0:
+            raise ValueError(
+                f"--max-model-len is a number of tokens, 0 for what the model allows, not {self.max_model_len}"
+            )
+        if not 0 <= self.kv_cache_memory < 1e6:
+            raise ValueError(f"--kv-cache-memory is a number of GiB, 0 for the default, not {self.kv_cache_memory}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"--gpu-memory-utilization is a share above 0 and at most 1, not {self.gpu_memory_utilization}"
+            )
         if self.starvation_bound < 0:
             raise ValueError(f"--starvation-bound must be at least 0 steps, not {self.starvation_bound}")
         if not self.step_timeout >= 5:

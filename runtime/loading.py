@@ -147,7 +147,7 @@ def _calibration(config: EngineConfig, num_heads: int, vocab_size: int) -> tuple
     directory = Path(config.medusa or config.model)
     bits = NgramTable.bits_for(config.max_num_seqs * _USUAL_LENGTH)
     text = NgramTable(live_bits=bits)
-    if (directory / NGRAMS).is_file():
+    if config.draft_from_text and (directory / NGRAMS).is_file():
         text = NgramTable.load_text(directory, vocab_size, bits)
     path = directory / "calibration.json"
     try:

@@ -4,6 +4,7 @@ The result is kept for the next start: in the user's cache directory, under a na
 settings make.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -33,7 +34,7 @@ from euryale.scheduler.tree import DYNAMIC_CANDIDATES, DYNAMIC_DEPTH, MAX_NODES
 logger = logging.getLogger("euryale.profile")
 
 _VERSION = 2  # of what is kept; another one where the code that is timed became quicker or slower
-_REPEATS = 3
+_REPEATS, _LONG = 3, 0.2  # seconds
 _REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _EXTRA = (0, 1, 3, 5, 7, 11, 15, 23, 31, 63, 127, 255, 511, 1023, 2047, 4095)
 _BUCKETS = [rows - 1 for rows in ROWS]
@@ -60,7 +61,9 @@ def measure(
     sizes = [(n, e) for n in requests for e in extra if 0 <= e - start[n] <= min(most - n, n * (MAX_NODES - 1))]
     choosing = {n: time_choice(n) for n in requests}
     plain, speculating = {}, {}
-    for n, e in tqdm([*[(n, None) for n in requests], *sizes], desc="profiling", unit="size", leave=False):
+    for n, e in tqdm(
+        [*[(n, None) for n in requests], *sizes], desc="profiling", unit="size", disable=None, leave=False
+    ):
         if e is None:
             plain[n] = time_step(lambda n=n: run(_segments(limits, n, 0, False)))
         else:
@@ -87,14 +90,17 @@ def cached(key: dict, measure: Callable[[], Profile]) -> Profile:
     try:
         return Profile(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
+        logger.info("measuring what steps cost; kept in %s", path)
         found = measure()
+    draft = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}")
         draft.write_text(json.dumps(found.to_json()))
         draft.replace(path)  # another server may be writing it too
     except OSError as error:
         logger.info("step costs are measured anew at each start: %s", error)
+        with contextlib.suppress(OSError):
+            draft.unlink()
     return found
 
 
@@ -107,10 +113,12 @@ def machine_key(device: torch.device) -> dict:
 
 
 def _time(step: Callable[[], None]) -> float:
-    """Median seconds of a few calls after one that may record."""
+    """Median seconds of a few calls after one that may record; of a single one where they take long."""
+    started = time.perf_counter()
     step()
+    repeats = _REPEATS if time.perf_counter() - started < _LONG else 1
     times = []
-    for _ in range(_REPEATS):
+    for _ in range(repeats):
         started = time.perf_counter()
         step()
         times.append(time.perf_counter() - started)

@@ -64,7 +64,8 @@ class Weights:
 
     def progress(self, steps: Iterable[int]) -> Iterable[int]:
         """Show on one rank how far loading is."""
-        return tqdm(steps, desc="loading", unit="layer", disable=not self.group.is_leader, leave=False)
+        is_hidden = None if self.group.is_leader else True  # None: shown on a terminal
+        return tqdm(steps, desc="loading", unit="layer", disable=is_hidden, leave=False)
 
     def _shards(self, name: str, out_features: int, in_features: int) -> tuple[Shard, Shard]:
         return self.layout.shards(self._style(name), out_features, in_features)

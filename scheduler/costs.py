@@ -6,6 +6,7 @@ and linearly in rows. With ``steps`` decoding steps are padded to buckets: they 
 requests and of rows in all cost. More rows never cost less.
 """
 
+import math
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, field
 
@@ -33,6 +34,11 @@ class Profile:
     steps: bool = False
 
     def __post_init__(self) -> None:
+        times = [*self.plain, *np.ravel(self.speculating).tolist(), self.per_token, self.per_pair]
+        if not all(isinstance(t, (int, float)) and 0 <= t < math.inf for t in times):
+            raise ValueError("a profile's times are numbers of seconds")
+        if not self.requests or not self.extra or not all(isinstance(n, int) for n in (*self.requests, *self.extra)):
+            raise ValueError("a profile's sizes are whole numbers, one at least")
         shape = np.asarray(self.speculating).shape
         if sorted(self.requests) != list(self.requests) or sorted(self.extra) != list(self.extra) or self.extra[0] != 0:
             raise ValueError("a profile lists its sizes in increasing order, extra rows from 0 on")

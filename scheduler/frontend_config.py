@@ -38,13 +38,14 @@ class FrontEndConfig:
         check_bind(self.bind, allow_remote=self.allow_remote)
         for name in ("max_queue", "max_message_bytes", "max_characters_per_token", "max_backlog_bytes"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         for name in ("engine_timeout", "drain_timeout"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be a positive number of seconds, not {getattr(self, name)}")
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} must be a positive number of seconds, not {getattr(self, name)}")
         if self.drain_timeout > MAX_DRAIN_TIMEOUT:
             raise ValueError(
-                f"drain_timeout must be at most {MAX_DRAIN_TIMEOUT:.0f} seconds, not {self.drain_timeout}: torchrun "
+                f"--drain-timeout must be at most {MAX_DRAIN_TIMEOUT:.0f} seconds, not {self.drain_timeout}: torchrun "
                 "kills its workers 30 seconds after it was asked to stop, and answers in progress with them"
             )
 
@@ -60,7 +61,7 @@ def check_bind(address: str, *, allow_remote: bool) -> None:
     if not allow_remote and not _is_loopback(host):
         raise ValueError(
             f"{address!r} can be reached from other machines, and nothing protects it yet: "
-            "use tcp://127.0.0.1:port or ipc://path, or allow remote clients explicitly (allow_remote)"
+            "use tcp://127.0.0.1:port or ipc://path, or allow remote clients explicitly (--allow-remote)"
         )
 
 

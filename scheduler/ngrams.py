@@ -112,10 +112,11 @@ class NgramTable:
             table = cls(len(arrays["total"]).bit_length() - 1, live_bits)
             for name in ROW.names:
                 table.rows[name][: 1 << table.text_bits] = arrays[name]
-            if table.rows["successors"].max() >= vocab_size or table.rows["total"].max() > SUCCESSORS:
+            successors, totals = table.rows["successors"], table.rows["total"]
+            if successors.max() >= vocab_size or successors.min() < -1 or totals.max() > SUCCESSORS:
                 raise ValueError(f"it names tokens beyond the vocabulary of {vocab_size}")
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise ValueError(
-                f"{directory / FILE} is no table of n-grams ({error}): calibrate the heads again"
+                f"{directory / FILE} is no table of n-grams ({error}): calibrate the heads again or remove it"
             ) from error
         return table

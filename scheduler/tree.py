@@ -189,7 +189,9 @@ def load_tree(source: str | Path, num_heads: int) -> TreeShape:
     try:
         paths = json.loads(Path(source).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read the tree {source}: {error}") from error
+        raise ValueError(
+            f"cannot read the tree {source}: {error}; give dynamic, dynamic:N, static:FILE, chain or off"
+        ) from error
     if not isinstance(paths, list) or not paths:
         raise ValueError(f"the tree {source} must be a JSON list of paths such as [[0], [1], [0, 0]]")
     try:

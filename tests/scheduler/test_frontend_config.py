@@ -56,7 +56,7 @@ def test_no_addresses(address):
     "name", ["max_queue", "max_message_bytes", "max_backlog_bytes", "engine_timeout", "drain_timeout"]
 )
 def test_numbers(name):
-    with pytest.raises(ValueError, match=f"{name} must be"):
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be"):
         FrontEndConfig(**{name: 0})
 
 
