@@ -176,7 +176,8 @@ struct Growth {
             const float own = weight * opinions[OWN][i], probability = own + rest * product[i];
             if (probability < f.slightest) continue;
             const int rank = i < ranks ? std::min(i, 2) : 3;
-            const int cell = ((cls * f.num_depths + level) * f.rank_classes + rank) * f.bins + bin_of(probability, f.bins);
+            const int row = (cls * f.num_depths + level) * f.rank_classes + rank;
+            const int cell = row * f.bins + bin_of(probability, f.bins);
             const float chance = std::min(probability * f.ratios[cell] * f.factors[r], f.highest);
             const float survival = f.survival[node] * chance;
             int place = written++;
