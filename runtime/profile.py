@@ -8,9 +8,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -34,7 +34,8 @@ from euryale.scheduler.tree import DYNAMIC_CANDIDATES, DYNAMIC_DEPTH, MAX_NODES
 logger = logging.getLogger("euryale.profile")
 
 _VERSION = 2  # of what is kept; another one where the code that is timed became quicker or slower
-_REPEATS, _LONG = 3, 0.2  # seconds
+_REPEATS, _LONG = 3, 0.2  # calls, and seconds of a call
+_LONGEST = 20.0  # seconds after which nothing is measured twice
 _REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _EXTRA = (0, 1, 3, 5, 7, 11, 15, 23, 31, 63, 127, 255, 511, 1023, 2047, 4095)
 _BUCKETS = [rows - 1 for rows in ROWS]
@@ -59,17 +60,17 @@ def measure(
     # With buckets ``extra`` says how many rows there are in all, and full ones are not padded any further.
     start = {n: n - 1 if steps else 0 for n in requests}
     sizes = [(n, e) for n in requests for e in extra if 0 <= e - start[n] <= min(most - n, n * (MAX_NODES - 1))]
-    choosing = {n: time_choice(n) for n in requests}
-    plain, speculating = {}, {}
-    for n, e in tqdm(
-        [*[(n, None) for n in requests], *sizes], desc="profiling", unit="size", disable=None, leave=False
-    ):
-        if e is None:
-            plain[n] = time_step(lambda n=n: run(_segments(limits, n, 0, False)))
-        else:
-            step = partial(lambda n, e: run(_segments(limits, n, e - start[n], num_heads > 0)), n, e)
-            speculating[n, e] = choosing[n] + time_step(step)
-    rows = [_filled([speculating.get((n, e)) for e in extra], extra) for n in requests]
+    choosing, begun = [time_choice(n) for n in requests], time.perf_counter()
+    times: dict[tuple[int, int | None], float] = {}
+    wanted = [*[(n, None) for n in requests], *sizes]
+    # Twice, one round after the other: what is compared must not be from two times of which one was slow.
+    for n, e in tqdm([*wanted, *wanted], desc="profiling", unit="size", disable=None, leave=False):
+        if (n, e) in times and time.perf_counter() - begun > _LONGEST:
+            break
+        segments = _segments(limits, n, 0, False) if e is None else _segments(limits, n, e - start[n], num_heads > 0)
+        times[n, e] = min(time_step(partial(run, segments)), times.get((n, e), math.inf))
+    plain = {n: times[n, None] for n in requests}
+    rows = [_filled([times.get((n, e)) for e in extra], extra) for n in requests]
     context = min(limits.max_model_len, limits.num_pages * limits.page_size) - 1
     # With as many tokens of context as there are pages: one request's would drown in the step's own noise.
     held = {n: min(context, limits.num_pages // n * limits.page_size - 1) for n in requests}
@@ -79,7 +80,7 @@ def measure(
     chunk = min(64, most, context // 2)
     near, behind = (time_step(lambda at=at: run([_chunk(limits, chunk, at)])) for at in (0, context - chunk))
     per_pair = max(0.0, (behind - near) / max(chunk * (context - chunk), 1))
-    return Profile(requests, [plain[n] for n in requests], extra, rows, per_token, per_pair, steps)
+    return Profile(requests, [plain[n] for n in requests], extra, rows, per_token, per_pair, steps, choosing)
 
 
 def cached(key: dict, measure: Callable[[], Profile]) -> Profile:
@@ -113,7 +114,8 @@ def machine_key(device: torch.device) -> dict:
 
 
 def _time(step: Callable[[], None]) -> float:
-    """Median seconds of a few calls after one that may record; of a single one where they take long."""
+    """Seconds of a call: the least of a few after one that may record, as other work only makes it longer; of a single
+    one where they take long."""
     started = time.perf_counter()
     step()
     repeats = _REPEATS if time.perf_counter() - started < _LONG else 1
@@ -122,7 +124,7 @@ def _time(step: Callable[[], None]) -> float:
         started = time.perf_counter()
         step()
         times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return min(times)
 
 
 def _choice(requests: int, num_heads: int) -> Callable[[], object]:

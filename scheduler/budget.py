@@ -57,7 +57,9 @@ class Budget:
             self._resting -= 1
             if max(requests, self._load) > _OTHER_LOAD * min(requests, self._load):
                 self._resting, self._load = 0, requests
-        self.last.seconds = float(self.costs.prefilling(requests, np.array([others]), context)[0])
+        self.last.seconds = self.costs.plain(requests, context)
+        if others:
+            self.last.seconds = float(self.costs.prefilling(requests, np.array([others]), context)[0])
         return self._is_on or self._resting < 0 or is_urgent
 
     def reach(self) -> int:

@@ -12,15 +12,15 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-_RATE, _RATE_OF_SIZE, _RATE_OF_PROMPTS = 0.05, 0.01, 0.5  # of learning
+_RATE, _RATE_OF_PLAIN, _RATE_OF_GUESSES, _RATE_OF_PROMPTS = 0.05, 0.05, 0.01, 0.5  # of learning
 _DISTURBED = 8.0  # a step that took so much longer than predicted says nothing about its size
 
 
 @dataclass(frozen=True)
 class Profile:
     """Measured seconds. ``requests`` int [P] and ``plain`` float [P]: steps of so many requests without guesses or
-    heads; ``extra`` int [E] and ``speculating`` float [P, E]: with heads and so many further rows (the first: 0), and
-    with the host's choice of guesses;
+    heads; ``extra`` int [E] and ``speculating`` float [P, E]: with heads and so many further rows (the first: 0);
+    ``choosing`` float [P], or empty: what the host takes to choose guesses for so many requests, beside all that;
     ``per_token``: for each token of context; ``per_pair``: for each row of a prompt and token of context before it;
     ``steps``: decoding steps are padded, and ``extra`` are the rows of their buckets beyond the first row, where a
     bucket has as many rows as requests at least."""
@@ -32,9 +32,10 @@ class Profile:
     per_token: float = 0.0
     per_pair: float = 0.0
     steps: bool = False
+    choosing: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        times = [*self.plain, *np.ravel(self.speculating).tolist(), self.per_token, self.per_pair]
+        times = [*self.plain, *np.ravel(self.speculating).tolist(), *self.choosing, self.per_token, self.per_pair]
         if not all(isinstance(t, (int, float)) and 0 <= t < math.inf for t in times):
             raise ValueError("a profile's times are numbers of seconds")
         if not self.requests or not self.extra or not all(isinstance(n, int) for n in (*self.requests, *self.extra)):
@@ -42,6 +43,8 @@ class Profile:
         shape = np.asarray(self.speculating).shape
         if sorted(self.requests) != list(self.requests) or sorted(self.extra) != list(self.extra) or self.extra[0] != 0:
             raise ValueError("a profile lists its sizes in increasing order, extra rows from 0 on")
+        if len(self.choosing) not in (0, len(self.requests)):
+            raise ValueError("a profile has a time for choosing at every number of requests, or none")
         if len(self.plain) != len(self.requests) or shape != (len(self.requests), len(self.extra)):
             raise ValueError("a profile has a time for every size")
         if min(min(self.plain), np.min(self.speculating)) <= 0:
@@ -85,11 +88,14 @@ class StepCosts:
         return self.scale * float(seconds) + self.profile.per_token * context
 
     def speculating(self, requests: int, extra: np.ndarray, context: int = 0, prompts: bool = False) -> np.ndarray:
-        """Seconds, float64 [N], of steps with the heads' work and ``extra`` int [N] more rows than requests, some of
-        them of ``prompts``: such steps are not padded."""
+        """Seconds, float64 [N], of steps with the choice of guesses, the heads' work and ``extra`` int [N] more rows
+        than requests, some of them of ``prompts``: such steps are not padded."""
         low, high, share = self._between(requests)
         added = (1 - share) * self._added[low] + share * self._added[high]
-        return self.plain(requests, context) + self.scale * self._at(extra, added, high, not prompts)
+        host = (
+            float(np.interp(requests, self.profile.requests, self.profile.choosing)) if self.profile.choosing else 0.0
+        )
+        return self.plain(requests, context) + self.scale * (host + self._at(extra, added, high, not prompts))
 
     def are_full(self, requests: int, extra: np.ndarray) -> np.ndarray:
         """Of decoding steps with so many more rows, bool: whether no bucket has room for more guesses. A step that
@@ -108,7 +114,7 @@ class StepCosts:
 
     def learn(self, predicted: float, measured: float, requests: int, extra: int, is_speculating: bool) -> None:
         """Take a step's predicted and measured seconds. What goes for all steps is learned sooner than what goes for
-        steps of this size alone."""
+        steps with guesses of this size alone; steps without come in long runs, and are what the others must beat."""
         if measured > _DISTURBED * predicted:
             return
         ratio = min(2.0, max(0.5, measured / predicted))
@@ -117,9 +123,9 @@ class StepCosts:
         nearest = high if share > 0.5 else low
         if is_speculating:
             place = min(bisect_left(self.profile.extra, extra + self._start(nearest)), len(self.profile.extra) - 1)
-            self._raw_added[nearest, place] *= ratio**_RATE_OF_SIZE
+            self._raw_added[nearest, place] *= ratio**_RATE_OF_GUESSES
         else:
-            self._raw_plain[nearest] *= ratio**_RATE_OF_SIZE
+            self._raw_plain[nearest] *= ratio**_RATE_OF_PLAIN
         self._believe()
 
     def learn_prompts(self, predicted: float, measured: float) -> None:

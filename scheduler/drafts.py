@@ -164,6 +164,8 @@ class DynamicTrees:
         if not drafting:
             return [NO_DRAFT] * len(decoding)
         self._planned = [r for r, _ in drafting]
+        if self._sources.context:
+            self._remember(self._planned)  # not in every step, as many have no guesses
         drafts = iter(self._grow(self._roots([depth for _, depth in drafting], values), room))
         return [next(drafts) if depth else NO_DRAFT for depth in depths]
 
@@ -187,7 +189,8 @@ class DynamicTrees:
             kept.momentum.learn(len(accepted), sum(map(expected.__getitem__, path)))
         if reached:
             self.forest.learn(np.asarray(reached, dtype=np.int32), np.asarray(truths, dtype=np.int32))
-        self._remember([verdict.request for verdict in verdicts])
+        if self._sources.traffic:
+            self._remember([verdict.request for verdict in verdicts if verdict.request.finish_reason])
         if self._budget and seconds:
             self._budget.observe(seconds, sum(len(verdict.accepted) for verdict in verdicts))
         self._planned = []
@@ -251,19 +254,15 @@ class DynamicTrees:
         return [Draft(tokens[a:b], parents[a + 1 : b], depth) if depth else NO_DRAFT for (a, b), depth in ends]
 
     def _remember(self, requests: list[Request]) -> None:
-        """Learn what follows what in the requests' new tokens, and of requests that ended for others."""
+        """Learn what follows what in the requests' new tokens: for themselves, and if they ended for others."""
         heard = []
         for request in requests:
             kept = self._kept(request)
             own, traffic, _ = kept.domains
-            if request.finish_reason:
-                learns, start, domain = self._sources.traffic, 0, traffic
-            else:
-                learns, start, domain = self._sources.context, kept.num_heard, own
-            if learns:
-                start = max(start, request.num_known - _MOST_HEARD)
-                first = max(0, start - ORDERS)
-                heard.append((request.known_tokens(first, request.num_known), start - first, domain))
-                kept.num_heard = request.num_known
+            start, domain = (0, traffic) if request.finish_reason else (kept.num_heard, own)
+            start = max(start, request.num_known - _MOST_HEARD)
+            first = max(0, start - ORDERS)
+            heard.append((request.known_tokens(first, request.num_known), start - first, domain))
+            kept.num_heard = request.num_known
         if heard:
             self.forest.add(heard)

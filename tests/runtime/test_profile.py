@@ -3,11 +3,12 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from euryale.runtime import profile
 from euryale.scheduler.admission import Limits
-from euryale.scheduler.costs import Profile
+from euryale.scheduler.costs import Profile, StepCosts
 
 LIMITS = Limits(max_model_len=256, max_num_seqs=4, max_num_batched_tokens=64, vocab_size=50, num_pages=64, page_size=16)
 MEASURED = Profile(requests=[1, 4], plain=[1.0, 1.2], extra=[0, 8], speculating=[[1.1, 1.6], [1.4, 2.2]])
@@ -83,11 +84,14 @@ def test_requests_that_are_timed_share_no_page():
 
 
 def test_choosing_guesses_is_part_of_a_step_with_guesses():
+    """It is not padded to the next number of requests, as the device's work is."""
     found = profile.measure(
-        lambda segments: None, LIMITS, 3, False, time_step=lambda step: step() or 1.0, time_choice=lambda n: 0.1 * n
+        lambda segments: None, LIMITS, 3, True, time_step=lambda step: step() or 1.0, time_choice=lambda n: 0.1 * n
     )
     assert found.requests == [1, 2, 4]
-    assert found.plain == [1.0, 1.0, 1.0]
-    assert [row[0] for row in found.speculating] == pytest.approx([1.1, 1.2, 1.4])
+    costs = StepCosts(found)
+    for requests in (1, 2, 3, 4):
+        assert costs.plain(requests) == pytest.approx(1.0)
+        assert costs.speculating(requests, np.zeros(1, dtype=int))[0] == pytest.approx(1 + 0.1 * requests)
     real = profile.measure(lambda segments: None, LIMITS, 3, False, time_step=lambda step: step() or 1.0)
-    assert all(1.0 < row[0] < 2.0 for row in real.speculating)
+    assert all(0 < seconds < 1 for seconds in real.choosing)

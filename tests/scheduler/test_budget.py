@@ -84,14 +84,14 @@ def test_heads_rest_though_they_seem_to_cost_nothing():
 
 
 def test_expectations_that_prove_too_low_are_raised():
-    """A guess of 0.3 does not pay by itself; where twice as many come true as expected, it does."""
+    """The second guess does not pay as such; where more come true than expected, it does."""
     costs = StepCosts(profile(speculating=[[1.02e-3, 1.5e-3], [2.04e-3, 2.5e-3]], requests=[1, 2], extra=[0, 1]))
     for right, more in ((0.35, False), (1.0, True)):
         budget, rng, found = Budget(costs, most=4), np.random.default_rng(0), []
         for _ in range(60):
             if budget.begin(1, 0):
-                taken = budget.choose(np.asarray([0.6, 0.4], dtype=np.float32))
-                budget.observe(0.0, int((rng.random(taken) < right).sum()))
+                taken = budget.choose(np.asarray([0.6, 0.5], dtype=np.float32))
+                budget.observe(budget.last.seconds, int((rng.random(taken) < right).sum()))
                 found.append(taken)
         assert (max(found[-5:]) == 2) == more, found
 

@@ -22,7 +22,7 @@ HEADS, RANKS = 3, 10
 LIMITS = Limits(
     max_model_len=200, max_num_seqs=4, max_num_batched_tokens=64, vocab_size=5000, num_pages=60, page_size=16
 )
-COSTS = Profile(requests=[1, 4], plain=[1e-3, 1e-3], extra=[0, 60], speculating=[[1e-3, 1.5e-3], [1e-3, 1.5e-3]])
+COSTS = Profile(requests=[1, 4], plain=[2e-3, 2e-3], extra=[0, 60], speculating=[[2e-3, 2.1e-3], [2e-3, 2.1e-3]])
 
 
 def next_token(tokens: list[int]) -> int:
