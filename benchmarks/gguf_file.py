@@ -56,7 +56,7 @@ def metadata(config: dict) -> dict:
 
 def read_safetensors(directory: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the directory as float32. (The library's numpy half does not know bfloat16.)"""
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in sorted(directory.glob("model*.safetensors")):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
             data = np.frombuffer(file.read(), dtype=np.uint8)
