@@ -1,4 +1,4 @@
-"""Record what a model's Medusa heads say along its own answers, for ``euryale.benchmarks.simulate --recorded``.
+"""Record what a model's Medusa heads say along its own answers, for ``simulate --recorded`` and ``shift``.
 
 ``python -m euryale.benchmarks.record_heads --model demo/model --out heads.npz`` has the model answer held-out code,
 or the prompts of a GSM8K file, and writes the ``.npz`` that ``simulated_heads.RecordedAnswers`` tells of.

@@ -164,8 +164,6 @@ class DynamicTrees:
         if not drafting:
             return [NO_DRAFT] * len(decoding)
         self._planned = [r for r, _ in drafting]
-        if self._sources.context:
-            self._remember(self._planned)  # not in every step, as many have no guesses
         drafts = iter(self._grow(self._roots([depth for _, depth in drafting], values), room))
         return [next(drafts) if depth else NO_DRAFT for depth in depths]
 
@@ -189,8 +187,10 @@ class DynamicTrees:
             kept.momentum.learn(len(accepted), sum(map(expected.__getitem__, path)))
         if reached:
             self.forest.learn(np.asarray(reached, dtype=np.int32), np.asarray(truths, dtype=np.int32))
-        if self._sources.traffic:
-            self._remember([verdict.request for verdict in verdicts if verdict.request.finish_reason])
+        # Of those that go on only before a step that may guess: many have none, and what was missed is caught up on.
+        goes_on = self._sources.context and self.wants_guesses()
+        requests = [verdict.request for verdict in verdicts]
+        self._remember([r for r in requests if (self._sources.traffic if r.finish_reason else goes_on)])
         if self._budget and seconds:
             self._budget.observe(seconds, sum(len(verdict.accepted) for verdict in verdicts))
         self._planned = []

@@ -73,7 +73,7 @@ def test_heads_rest_where_guesses_do_not_pay_and_are_asked_again_now_and_then():
 
 
 def test_heads_rest_though_they_seem_to_cost_nothing():
-    """A profile may say so by its noise; and the host's time for looking it does not know."""
+    """A profile may say so by its noise."""
     budget, looked = Budget(StepCosts(profile(speculating=[[1e-3, 3e-3], [2e-3, 4e-3]])), most=10), 0
     for _ in range(100):
         if budget.begin(8, 0):
