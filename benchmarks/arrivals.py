@@ -19,8 +19,8 @@ from euryale.benchmarks.random_model import SHAPES, make_engine
 from euryale.parallel.group import single
 from euryale.runtime.config import DTYPES
 from euryale.runtime.engine import Engine
-from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.request import Request
+from euryale.scheduler.sampling_params import SamplingParams
 
 
 def prompt_of(rng: np.random.Generator, length: int) -> np.ndarray:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from euryale.frontend.tokenizer import load_tokenizer
 from euryale.parallel.group import single
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
-from euryale.runtime.tokenizer import load_tokenizer
-from euryale.scheduler.params import SamplingParams
-from euryale.scheduler.plan import StepPlan
 from euryale.scheduler.request import Request
+from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import SegmentResult
+from euryale.scheduler.step_plan import StepPlan
 
 COLUMN, ROW, BOX = 190, 34, 26  # pixels
 

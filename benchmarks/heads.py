@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from euryale.benchmarks.peers import run_engine
+from euryale.benchmarks.compare.peers import run_engine
 from euryale.benchmarks.prompts import code_prompts
+from euryale.frontend.tokenizer import load_tokenizer
 from euryale.parallel.group import single
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
-from euryale.runtime.tokenizer import load_tokenizer
-from euryale.scheduler.tree import load_tree
+from euryale.scheduler.speculation.tree import load_tree
 from euryale.training import backbone, losses
 from euryale.training.corpus import is_held_out
 from euryale.training.data import read_pieces, tokenize

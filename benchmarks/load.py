@@ -16,13 +16,13 @@ import torch
 
 from euryale.benchmarks import arguments
 from euryale.benchmarks.arguments import number
+from euryale.benchmarks.compare.peers import run_engine
 from euryale.benchmarks.machine import describe
-from euryale.benchmarks.peers import run_engine
 from euryale.benchmarks.prompts import code_prompts, gsm8k_prompts
+from euryale.frontend.tokenizer import load_tokenizer
 from euryale.parallel.group import single
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
-from euryale.runtime.tokenizer import load_tokenizer
 
 PLAIN, DYNAMIC = "plain", "dynamic"
 

@@ -15,11 +15,11 @@ from euryale.benchmarks import arguments
 from euryale.benchmarks.arguments import number
 from euryale.benchmarks.machine import describe
 from euryale.scheduler.admission import Limits
-from euryale.scheduler.drafts import Drafter, DynamicTrees
-from euryale.scheduler.params import SamplingParams
-from euryale.scheduler.plan import StepPlan
 from euryale.scheduler.request import Guesses, Request
+from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import Scheduler, SegmentResult
+from euryale.scheduler.speculation.drafter import Drafter, DynamicTrees
+from euryale.scheduler.step_plan import StepPlan
 
 VOCAB, HEADS, RANKS, PROMPT, PAGE = 32000, 4, 10, 200, 16
 

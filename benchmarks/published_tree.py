@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from euryale.scheduler.tree import TreeShape, load_tree, search_tree
+from euryale.scheduler.speculation.tree import TreeShape, load_tree, search_tree
 
 NUM_RANKS = 5
 

@@ -13,15 +13,15 @@ from euryale.parallel.layout import Layout
 from euryale.parallel.shard import Shard
 from euryale.runtime.config import EngineConfig, ModelConfig
 from euryale.runtime.engine import Engine
-from euryale.runtime.heads_format import HeadTensors
 from euryale.runtime.kv_cache import KVCache
-from euryale.runtime.loading import Loaded, make_graphs
-from euryale.runtime.medusa import MedusaHeads
-from euryale.runtime.model import SHARDING, Decoder
+from euryale.runtime.model.decoder import SHARDING, Decoder
+from euryale.runtime.model.medusa_checkpoint import HeadTensors
+from euryale.runtime.model.medusa_heads import MedusaHeads
+from euryale.runtime.model.weights import Weights
+from euryale.runtime.startup import Loaded, make_graphs
 from euryale.runtime.step import StepRunner
-from euryale.runtime.weights import Weights
 from euryale.scheduler.admission import Limits
-from euryale.scheduler.tree import TreeChoice, TreeShape
+from euryale.scheduler.speculation.tree import TreeChoice, TreeShape
 
 PAGE, ROWS = 16, 512  # tokens of a page, rows of a step
 # hidden, layers, heads, kv heads, intermediate, vocabulary

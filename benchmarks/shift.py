@@ -15,12 +15,12 @@ import numpy as np
 
 from euryale.benchmarks import arguments
 from euryale.benchmarks.arguments import number
-from euryale.benchmarks.simulated_heads import RecordedAnswers
-from euryale.runtime.tokenizer import load_tokenizer
-from euryale.scheduler.drafts import DynamicTrees
-from euryale.scheduler.ngrams import NgramTable
-from euryale.scheduler.params import SamplingParams
-from euryale.scheduler.survival import Survival
+from euryale.benchmarks.simulate.heads import RecordedAnswers
+from euryale.frontend.tokenizer import load_tokenizer
+from euryale.scheduler.sampling_params import SamplingParams
+from euryale.scheduler.speculation.acceptance_stats import Survival
+from euryale.scheduler.speculation.drafter import DynamicTrees
+from euryale.scheduler.speculation.ngram_table import NgramTable
 from euryale.training.replay import Recorded, replay
 
 

@@ -18,12 +18,12 @@ from euryale.benchmarks import arguments
 from euryale.benchmarks.arguments import number
 from euryale.benchmarks.machine import describe
 from euryale.benchmarks.prompts import code_prompts, gsm8k_prompts
+from euryale.frontend.tokenizer import load_tokenizer
 from euryale.parallel.group import single
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
-from euryale.runtime.tokenizer import load_tokenizer
-from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.request import Request
+from euryale.scheduler.sampling_params import SamplingParams
 
 SOURCES = ("text", "traffic", "context")
 _OFF = {f"draft_from_{source}": False for source in SOURCES}

@@ -8,16 +8,11 @@ import os
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-try:
-    import euryale.client  # noqa: F401
-except ModuleNotFoundError:
-    sys.modules["euryale"] = types.ModuleType("euryale")
-    sys.modules["euryale"].__path__ = [str(ROOT)]
+sys.path.append(str(ROOT / "src"))  # where nothing is installed, this checkout
 
 from euryale.client import Client
 

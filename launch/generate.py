@@ -9,21 +9,16 @@ import json
 import signal
 import sys
 import threading
-import types
 from pathlib import Path
 
-try:
-    import euryale.runtime  # noqa: F401
-except ModuleNotFoundError:
-    sys.modules["euryale"] = types.ModuleType("euryale")
-    sys.modules["euryale"].__path__ = [str(Path(__file__).resolve().parents[1])]
+sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # where nothing is installed, this checkout
 
+from euryale.frontend.tokenizer import load_tokenizer
 from euryale.runtime import offline
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.flags import add_flags, from_flags
-from euryale.runtime.tokenizer import load_tokenizer
 from euryale.runtime.worker import leave, run_worker
-from euryale.scheduler.params import ACCEPTANCE_RULES, SamplingParams
+from euryale.scheduler.sampling_params import ACCEPTANCE_RULES, SamplingParams
 
 # The sampling parameters that are flags as they are; docs/protocol.md says what they mean.
 NUMBERS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "presence_penalty", "frequency_penalty")

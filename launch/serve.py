@@ -5,20 +5,15 @@ Rank 0 prints ``ready ADDRESS`` when requests are taken. SIGTERM, Ctrl-C and the
 
 import argparse
 import sys
-import types
 from pathlib import Path
 
-try:
-    import euryale.runtime  # noqa: F401
-except ModuleNotFoundError:
-    sys.modules["euryale"] = types.ModuleType("euryale")
-    sys.modules["euryale"].__path__ = [str(Path(__file__).resolve().parents[1])]
+sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # where nothing is installed, this checkout
 
+from euryale.frontend.config import FrontEndConfig
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.flags import add_flags, from_flags
 from euryale.runtime.server import Server
 from euryale.runtime.worker import leave, run_worker
-from euryale.scheduler.frontend_config import FrontEndConfig
 
 
 def main() -> int:

@@ -10,27 +10,24 @@ import json
 import logging
 import os
 import sys
-import types
 from pathlib import Path
 
 for noisy in ("torchao", "torch.utils._pytree", "transformers"):  # they warn of what concerns nobody here
     logging.getLogger(noisy).setLevel(logging.ERROR)
 
-try:
-    import euryale.runtime  # noqa: F401
-except ModuleNotFoundError:
-    sys.modules["euryale"] = types.ModuleType("euryale")
-    sys.modules["euryale"].__path__ = [str(Path(__file__).resolve().parents[1])]
+sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # where nothing is installed, this checkout
 
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from euryale.parallel.group import LOADING_TIMEOUT, join
 from euryale.runtime.flags import add_flags, from_flags
 from euryale.runtime.worker import die_with_parent, leave
-from euryale.training import calibrate, demo, distill, medusa1, medusa2, pretrain
-from euryale.training.demo import DemoOptions
+from euryale.training import calibrate, distill, medusa1, medusa2
+from euryale.training.demo import build as demo
+from euryale.training.demo import pretrain
+from euryale.training.demo.build import DemoOptions
+from euryale.training.demo.pretrain import PretrainOptions
 from euryale.training.options import CalibrateOptions, DistillOptions, Medusa1Options, Medusa2Options
-from euryale.training.pretrain import PretrainOptions
 
 COMMANDS = {
     "medusa1": (medusa1.run, Medusa1Options),

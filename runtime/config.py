@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from euryale.kernels.linear.quantize import QUANTIZATIONS
 from euryale.scheduler.admission import STARVATION_BOUND
-from euryale.scheduler.tree import MAX_NODES
+from euryale.scheduler.speculation.tree import MAX_NODES
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -12,11 +12,11 @@ import numpy as np
 
 from euryale.parallel.group import Group
 from euryale.runtime.config import EngineConfig
-from euryale.runtime.loading import Loaded, load
 from euryale.runtime.planning import make_scheduler
-from euryale.scheduler import plan as plans
-from euryale.scheduler.plan import PlanKind, Segment, StepPlan
+from euryale.runtime.startup import Loaded, load
+from euryale.scheduler import step_plan as plans
 from euryale.scheduler.scheduler import Output
+from euryale.scheduler.step_plan import PlanKind, Segment, StepPlan
 from euryale.scheduler.trace import Trace
 
 

@@ -13,10 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from euryale.client.logprobs import Logprobs
+from euryale.frontend.detokenizer import Detokenizer
 from euryale.runtime.engine import Engine
-from euryale.scheduler.detokenizer import Detokenizer
-from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.request import Request
+from euryale.scheduler.sampling_params import SamplingParams
 
 
 @dataclass

@@ -4,14 +4,14 @@ import secrets
 from collections.abc import Callable
 
 from euryale.parallel.group import Group
-from euryale.runtime import profile
+from euryale.runtime import step_profiler as profile
 from euryale.runtime.config import EngineConfig
-from euryale.runtime.loading import Loaded
-from euryale.scheduler.budget import Budget
-from euryale.scheduler.costs import Profile, StepCosts
-from euryale.scheduler.drafts import Drafter, DynamicTrees, Sources, StaticTrees
-from euryale.scheduler.plan import Segment
+from euryale.runtime.startup import Loaded
 from euryale.scheduler.scheduler import Scheduler
+from euryale.scheduler.speculation.draft_budget import Budget
+from euryale.scheduler.speculation.drafter import Drafter, DynamicTrees, Sources, StaticTrees
+from euryale.scheduler.step_cost import Profile, StepCosts
+from euryale.scheduler.step_plan import Segment
 
 
 def make_scheduler(

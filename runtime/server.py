@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from euryale.runtime import generation
+from euryale.frontend import engine_link as links
+from euryale.frontend.config import FrontEndConfig
+from euryale.frontend.engine_link import EngineLink, LinkLost, Output
+from euryale.frontend.frontend import FrontEnd
+from euryale.frontend.tokenizer import load_tokenizer
 from euryale.runtime.engine import Engine
-from euryale.runtime.tokenizer import load_tokenizer
-from euryale.scheduler import link as links
-from euryale.scheduler.frontend import FrontEnd
-from euryale.scheduler.frontend_config import FrontEndConfig
-from euryale.scheduler.link import EngineLink, LinkLost, Output
+from euryale.runtime.model import generation_config
 from euryale.scheduler.request import Request
 from euryale.scheduler.stats import EngineStats
 
@@ -177,7 +177,7 @@ class Server:
             "world_size": self.engine.group.size,
             "num_medusa_heads": heads.num_heads if heads else 0,
             "max_request_tokens": limits.num_pages * limits.page_size,
-            "defaults": generation.default_params(self.engine.config.model),
+            "defaults": generation_config.default_params(self.engine.config.model),
         }
 
 

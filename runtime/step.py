@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from euryale.runtime.acceptance import decide
-from euryale.runtime.adjustments import adjust
-from euryale.runtime.batch import StepBatch
 from euryale.runtime.kv_cache import KVCache
-from euryale.runtime.logprobs import Reports
-from euryale.runtime.medusa import MedusaHeads
-from euryale.runtime.model import Decoder
+from euryale.runtime.model.decoder import Decoder
+from euryale.runtime.model.medusa_heads import MedusaHeads
+from euryale.runtime.sampling.acceptance import decide
+from euryale.runtime.sampling.logits_processors import adjust
+from euryale.runtime.sampling.logprobs import Reports
+from euryale.runtime.step_batch import StepBatch
 from euryale.runtime.step_graphs import StepGraphs
-from euryale.scheduler.plan import StepPlan
 from euryale.scheduler.request import Guesses
 from euryale.scheduler.scheduler import SegmentResult
+from euryale.scheduler.step_plan import StepPlan
 
 
 @dataclass(frozen=True)

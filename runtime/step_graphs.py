@@ -14,9 +14,9 @@ import torch
 from euryale.kernels import graph
 from euryale.kernels.tree_attention.work_list import kinds
 from euryale.parallel.group import Group
-from euryale.runtime.batch import StepBatch, StepKind, padding
 from euryale.runtime.kv_cache import KVCache
-from euryale.scheduler.plan import StepPlan
+from euryale.runtime.step_batch import StepBatch, StepKind, padding
+from euryale.scheduler.step_plan import StepPlan
 
 _REQUESTS = [2**n for n in range(13)]
 ROWS = sorted({2**n for n in range(14)} | {3 * 2**n for n in range(2, 13)})

@@ -6,19 +6,19 @@ again, and is recomputed with what it has answered as known tokens: the worst pr
 last. So the best of them always goes on. A better priority that waits may do the same to a worse one that runs. What
 is preempted keeps its output, and no token changes.
 
-A request that has waited ``starvation_bound`` steps in all is overdue (``scheduler/waiting.py``): nobody passes it any
-more, and no priority preempts it. If it was preempted before, nothing does so again: it is let in with all the pages it
-can ever need. Of two requests that need more than half of the pages each, both come to their ends that way.
+A request that has waited ``starvation_bound`` steps in all is overdue (``scheduler/waiting_queue.py``): nobody passes
+it any more, and no priority preempts it. If it was preempted before, nothing does so again: it is let in with all the
+pages it can ever need. Of two requests that need more than half of the pages each, both come to their ends that way.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from euryale.scheduler.pages import PagePool
+from euryale.scheduler.page_pool import PagePool
 from euryale.scheduler.prefix import PageNames
 from euryale.scheduler.request import FinishReason, Request
-from euryale.scheduler.waiting import WaitingQueue
+from euryale.scheduler.waiting_queue import WaitingQueue
 
 STARVATION_BOUND = 5000
 

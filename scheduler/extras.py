@@ -1,7 +1,8 @@
 """What a plan says of a request that asks for more than tokens of the model's own distribution.
 
 Most requests have none of this and pay nothing for it. It travels as int32 words in the plan, so that ranks keep no
-history themselves. This file does not know what is computed from it (``runtime/adjustments.py``, ``logprobs.py``).
+history themselves. This file does not know what is computed from it (``runtime/sampling/logits_processors.py``,
+``logprobs.py``).
 """
 
 import struct
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.sampling_params import SamplingParams
 
 # repetition, frequency, presence; min_tokens, logprobs, prompt_logprobs, first_target; history, bias, ends, targets
 _HEAD = struct.Struct("<3f8i")

@@ -9,7 +9,7 @@ import numpy as np
 
 from euryale.client.logprobs import Logprobs
 from euryale.scheduler.extras import Extras, History, extras_of_rows, targets_of_rows
-from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.sampling_params import SamplingParams
 
 
 class FinishReason(enum.StrEnum):

@@ -11,11 +11,11 @@ import numpy as np
 
 from euryale.client.logprobs import Logprobs
 from euryale.scheduler.admission import STARVATION_BOUND, Admission, Limits
-from euryale.scheduler.budget import Choice
-from euryale.scheduler.costs import StepCosts
-from euryale.scheduler.drafts import NO_DRAFT, Draft, Drafter, Verdict
-from euryale.scheduler.plan import Segment, StepPlan
 from euryale.scheduler.request import FinishReason, Guesses, Request
+from euryale.scheduler.speculation.draft_budget import Choice
+from euryale.scheduler.speculation.drafter import NO_DRAFT, Draft, Drafter, Verdict
+from euryale.scheduler.step_cost import StepCosts
+from euryale.scheduler.step_plan import Segment, StepPlan
 
 _CAREFUL = 0.75  # of a bound on a step's time is planned with, as steps differ
 

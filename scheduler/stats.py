@@ -6,9 +6,9 @@ from collections import Counter, deque
 
 import numpy as np
 
-from euryale.scheduler.budget import Choice
-from euryale.scheduler.drafts import Verdict
 from euryale.scheduler.scheduler import Output, Scheduler
+from euryale.scheduler.speculation.draft_budget import Choice
+from euryale.scheduler.speculation.drafter import Verdict
 
 logger = logging.getLogger("euryale.scheduler")
 

@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from euryale.scheduler.drafts import Verdict
-from euryale.scheduler.plan import StepPlan
 from euryale.scheduler.scheduler import Scheduler
+from euryale.scheduler.speculation.drafter import Verdict
+from euryale.scheduler.step_plan import StepPlan
 
 logger = logging.getLogger("euryale.scheduler")
 

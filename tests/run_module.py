@@ -1,4 +1,4 @@
-"""Runs a module of the package from a bare checkout: ``run_module.py euryale.benchmarks.step ...``."""
+"""Runs a module of the package from a bare checkout: ``run_module.py euryale.benchmarks.kernels.step ...``."""
 
 import runpy
 import sys

@@ -8,10 +8,10 @@ from support import VOCAB, family_config, head_tensors, make_model, save_heads
 
 from euryale.parallel.group import Group
 from euryale.runtime.config import EngineConfig
-from euryale.runtime.loading import load
+from euryale.runtime.startup import load
 from euryale.runtime.step import StepRunner
-from euryale.scheduler.params import SamplingParams
-from euryale.scheduler.plan import Segment, StepPlan
+from euryale.scheduler.sampling_params import SamplingParams
+from euryale.scheduler.step_plan import Segment, StepPlan
 
 PAGE = 16
 

@@ -188,7 +188,7 @@ class Ranks:
 def row_params(rows: list[tuple]):
     """RowParams from each row's parameters and its position in the answer."""
     from euryale.kernels.tables import Tables
-    from euryale.runtime.sampling import RowParams, row_arrays
+    from euryale.runtime.sampling.sampler import RowParams, row_arrays
 
     is_plain = not any(params.is_filtered for params, _ in rows)
     return RowParams(

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from euryale.kernels.sample.noise import gumbel, stream_key
-from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.sampling_params import SamplingParams
 
 
 def adjusted(

@@ -9,14 +9,14 @@ from typing import TextIO
 
 import numpy as np
 
+from euryale.frontend.tokenizer import load_tokenizer
 from euryale.parallel.group import Group
 from euryale.runtime import offline
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
 from euryale.runtime.offline import Job
-from euryale.runtime.tokenizer import load_tokenizer
-from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.request import Request
+from euryale.scheduler.sampling_params import SamplingParams
 from euryale.training.data import Document
 
 logger = logging.getLogger("euryale.training")

@@ -17,11 +17,11 @@ import torch
 from euryale.parallel import fsdp
 from euryale.parallel.group import Group
 from euryale.runtime.config import EngineConfig
-from euryale.scheduler.drafts import DynamicTrees
-from euryale.scheduler.ngrams import NgramTable
-from euryale.scheduler.params import SamplingParams
-from euryale.scheduler.survival import Survival
-from euryale.scheduler.tree import load_tree
+from euryale.scheduler.sampling_params import SamplingParams
+from euryale.scheduler.speculation.acceptance_stats import Survival
+from euryale.scheduler.speculation.drafter import DynamicTrees
+from euryale.scheduler.speculation.ngram_table import NgramTable
+from euryale.scheduler.speculation.tree import load_tree
 from euryale.training import answers, losses, pictures, tree_search
 from euryale.training import backbone as backbones
 from euryale.training.data import load_documents

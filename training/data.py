@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from euryale.runtime.tokenizer import load_tokenizer
+from euryale.frontend.tokenizer import load_tokenizer
 from euryale.training import corpus
 from euryale.training.corpus import STANDARD_LIBRARY
 from euryale.training.options import DataOptions

@@ -8,7 +8,7 @@ import numpy as np
 
 from euryale.parallel.group import Group
 from euryale.runtime.config import EngineConfig, load_model_config
-from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.sampling_params import SamplingParams
 from euryale.training import answers, options
 from euryale.training.data import load_documents
 from euryale.training.options import DistillOptions

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from euryale.runtime import checkpoint, heads_format
+from euryale.runtime.model import checkpoint, medusa_checkpoint
 from euryale.training.options import TrainOptions
 
 WEIGHTS_NAME = "medusa_lm_head.safetensors"
@@ -59,7 +59,7 @@ class Heads(nn.ModuleList):
     def load(cls, directory: str, model: str, vocab_size: int, hidden_size: int) -> "Heads":
         """The heads in ``directory``, or those merged into ``model`` if it is empty, in float32. ValueError if there
         are none or they do not fit a backbone of these sizes."""
-        read = heads_format.load_heads(directory, checkpoint.Checkpoint(model), hidden_size, vocab_size)
+        read = medusa_checkpoint.load_heads(directory, checkpoint.Checkpoint(model), hidden_size, vocab_size)
         if read is None:
             raise ValueError(f"{model} has no Medusa heads in it: say where they are")
         heads = cls(read.num_heads, read.num_layers, hidden_size, vocab_size if read.lm_heads else 0)

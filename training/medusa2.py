@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from euryale.parallel import fsdp
 from euryale.parallel.group import Group
-from euryale.runtime.heads_format import MERGED_PREFIX
+from euryale.runtime.model.medusa_checkpoint import MERGED_PREFIX
 from euryale.training import backbone as backbones
 from euryale.training import heads, loop, medusa1
 from euryale.training.loop import Training

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from euryale.runtime.config import DTYPES, flag
-from euryale.scheduler.tree import MAX_NODES
+from euryale.scheduler.speculation.tree import MAX_NODES
 from euryale.training.backbone import QUANTIZATIONS
 from euryale.training.corpus import HELD_OUT_PERCENT, STANDARD_LIBRARY
 

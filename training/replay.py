@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from euryale.scheduler.drafts import Drafter, Verdict
-from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.request import FinishReason, Guesses, Request
+from euryale.scheduler.sampling_params import SamplingParams
+from euryale.scheduler.speculation.drafter import Drafter, Verdict
 
 
 @dataclass(frozen=True)

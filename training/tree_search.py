@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from euryale.scheduler.tree import search_tree
+from euryale.scheduler.speculation.tree import search_tree
 
 NUM_RANKS = 10
 TREE_SIZES = (4, 8, 12, 16, 24, 32, 63)

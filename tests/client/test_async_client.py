@@ -162,7 +162,7 @@ def test_drain():
 
 
 def test_a_killed_server_is_noticed_at_once():
-    script = Path(__file__).with_name("serving_rig.py")
+    script = Path(__file__).parents[1] / "serving_rig.py"
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:
         address = process.stdout.readline().strip()
 

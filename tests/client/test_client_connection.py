@@ -126,7 +126,7 @@ def test_a_server_that_talks_nonsense():
 
 @pytest.fixture
 def process():
-    script = Path(__file__).with_name("serving_rig.py")
+    script = Path(__file__).parents[1] / "serving_rig.py"
     process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     process.address = process.stdout.readline().strip()
     yield process
@@ -162,7 +162,7 @@ def test_what_arrived_before_the_server_went_is_still_there():
 
 
 def _begin_drain():
-    from euryale.scheduler.link import BeginDrain
+    from euryale.frontend.engine_link import BeginDrain
 
     return BeginDrain()
 

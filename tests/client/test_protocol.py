@@ -270,9 +270,8 @@ def test_the_protocol_page_names_every_message_and_field():
 
 
 IMPORT = """
-import sys, time, types
-sys.modules["euryale"] = types.ModuleType("euryale")
-sys.modules["euryale"].__path__ = [sys.argv[1]]
+import sys, time
+sys.path.append(sys.argv[1])
 start = time.process_time()
 import euryale.client
 print(time.process_time() - start, *(name for name in sys.argv[2:] if name in sys.modules))
@@ -283,19 +282,12 @@ def test_the_client_is_a_light_import():
     heavy = ["torch", "numpy", "transformers", "asyncio", "euryale.scheduler", "euryale.runtime"]
     runs = [
         subprocess.run(
-            [sys.executable, "-c", IMPORT, str(ROOT), *heavy], capture_output=True, text=True, check=True
+            [sys.executable, "-c", IMPORT, str(ROOT / "src"), *heavy], capture_output=True, text=True, check=True
         ).stdout.split()
         for _ in range(3)
     ]
     assert [run[1:] for run in runs] == [[], [], []]
     assert min(float(run[0]) for run in runs) < 0.15  # seconds of processor time; the best of three, for busy machines
-
-
-def test_the_front_end_needs_no_torch():
-    program = IMPORT.replace("import euryale.client", "import euryale.scheduler.frontend")
-    heavy = ["torch", "transformers"]
-    run = subprocess.run([sys.executable, "-c", program, str(ROOT), *heavy], capture_output=True, text=True, check=True)
-    assert len(run.stdout.split()) == 1
 
 
 def test_exports():

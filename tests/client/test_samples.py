@@ -7,7 +7,7 @@ from serving_rig import TOKENIZER, RawClient, made_up, saying, serving, wait_unt
 
 from euryale import client as euryale
 from euryale.client import AsyncClient, Client, protocol
-from euryale.scheduler.params import PARAMETER_NAMES
+from euryale.scheduler.sampling_params import PARAMETER_NAMES
 
 PROMPT = tuple(TOKENIZER.encode("hello world"))
 
@@ -99,7 +99,7 @@ def test_a_rejected_sample_fails_its_request():
 
 
 def rig_rejection(key: int):
-    from euryale.scheduler import link
+    from euryale.frontend import engine_link as link
 
     return link.Rejected(key=key, code="invalid_request", message="too long")
 

@@ -10,7 +10,7 @@ from support import ROOT, family_config, head_tensors, make_model, oracle_greedy
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.sampling_params import SamplingParams
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from serving import served, wait_until_idle
 from support import ROOT, oracle_greedy, prompts, run_script
 
 from euryale.client import Client, GroupLost, InvalidRequest, ServerLost
-from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.sampling_params import SamplingParams
 
 
 @pytest.mark.parametrize(("loop", "tree"), [("plain", "static"), ("overlapped", "dynamic")])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from euryale.parallel import shard
-from euryale.runtime.checkpoint import cut
+from euryale.runtime.model.checkpoint import cut
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16, 32])

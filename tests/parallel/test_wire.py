@@ -6,8 +6,8 @@ from support import row_params
 
 from euryale.parallel import vocabulary
 from euryale.parallel.vocabulary import VocabShard
-from euryale.runtime.sampling import draw
-from euryale.scheduler.params import SamplingParams
+from euryale.runtime.sampling.sampler import draw
+from euryale.scheduler.sampling_params import SamplingParams
 
 ROWS = 5
 

@@ -5,7 +5,7 @@ import pytest
 from support import answer, family_config, head_tensors, make_model, oracle_greedy, prompts, save_heads
 
 from euryale.runtime.config import EngineConfig
-from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.sampling_params import SamplingParams
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 LENGTH = 20

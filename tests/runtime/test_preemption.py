@@ -7,7 +7,7 @@ from support import HEAD_DIM, KV_HEADS, answer, family_config, head_tensors, mak
 
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.kv_cache import GIB
-from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.sampling_params import SamplingParams
 
 LENGTH, PAGE = 40, 8
 NUM_PAGES = 24  # the longest of the prompts and its answer need 18

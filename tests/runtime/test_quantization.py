@@ -8,7 +8,7 @@ from euryale.kernels import backend
 from euryale.parallel.group import single
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
-from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.sampling_params import SamplingParams
 
 LENGTH = 20
 # Inputs of o_proj and down_proj divide into groups of 32 on two ranks; everything else is odd.

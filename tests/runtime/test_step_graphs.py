@@ -7,7 +7,7 @@ from step_cases import GREEDY, STEPS, agreeable, assert_same, eager_twin, load_r
 from euryale.kernels import graph
 from euryale.kernels.linear import FrozenLinear
 from euryale.parallel.group import single
-from euryale.runtime.batch import padding
+from euryale.runtime.step_batch import padding
 from euryale.runtime.step_graphs import StepGraphs, bucket
 
 

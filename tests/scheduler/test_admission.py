@@ -6,9 +6,9 @@ from unittest.mock import patch
 import numpy as np
 from made_up_model import LIMITS, TREE, deepest, request, results
 
-from euryale.scheduler.drafts import StaticTrees
 from euryale.scheduler.request import Request
 from euryale.scheduler.scheduler import Scheduler
+from euryale.scheduler.speculation.drafter import StaticTrees
 from euryale.scheduler.stats import EngineStats
 
 ONE_SEAT = dataclasses.replace(LIMITS, max_num_seqs=1)

@@ -21,11 +21,11 @@ from hypothesis.stateful import (
 )
 from made_up_model import LIMITS, TREE, deepest, request, results
 
-from euryale.scheduler.budget import Budget
-from euryale.scheduler.costs import Profile, StepCosts
-from euryale.scheduler.drafts import DynamicTrees, StaticTrees
 from euryale.scheduler.request import FinishReason, Request
 from euryale.scheduler.scheduler import Scheduler
+from euryale.scheduler.speculation.draft_budget import Budget
+from euryale.scheduler.speculation.drafter import DynamicTrees, StaticTrees
+from euryale.scheduler.step_cost import Profile, StepCosts
 
 FEW = dataclasses.replace(LIMITS, num_pages=16)  # two large requests do not fit together
 SIZE, BOUND, EACH = FEW.page_size, 12, 9

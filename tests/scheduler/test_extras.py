@@ -7,11 +7,11 @@ from made_up_model import LIMITS, TREE, results
 from test_scheduler import LARGE
 
 from euryale.client.logprobs import Logprobs
-from euryale.scheduler.drafts import StaticTrees
 from euryale.scheduler.extras import History
-from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.request import Request
+from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import Scheduler, SegmentResult
+from euryale.scheduler.speculation.drafter import StaticTrees
 
 
 def request(length: int, key: int = 0, output: list[int] | None = None, **params) -> Request:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from made_up_model import LIMITS, TREE, request, results
 
-from euryale.scheduler.drafts import StaticTrees
-from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.prefix import PageNames
 from euryale.scheduler.request import FinishReason, Request
+from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import Scheduler
+from euryale.scheduler.speculation.drafter import StaticTrees
 
 
 def test_an_end_token_inside_an_accepted_path_ends_the_answer():

@@ -8,15 +8,15 @@ from support import ROOT, run_script
 
 from euryale.benchmarks import plot_trace
 from euryale.scheduler import trace
-from euryale.scheduler.budget import Budget
-from euryale.scheduler.costs import Profile, StepCosts
-from euryale.scheduler.drafts import DynamicTrees, StaticTrees, Verdict
-from euryale.scheduler.params import SamplingParams
 from euryale.scheduler.request import Guesses, Request
+from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import Limits, Scheduler, SegmentResult
+from euryale.scheduler.speculation.draft_budget import Budget
+from euryale.scheduler.speculation.drafter import DynamicTrees, StaticTrees, Verdict
+from euryale.scheduler.speculation.tree import default_tree
 from euryale.scheduler.stats import EngineStats
+from euryale.scheduler.step_cost import Profile, StepCosts
 from euryale.scheduler.trace import Trace
-from euryale.scheduler.tree import default_tree
 
 HEADS, RANKS = 3, 10
 LIMITS = Limits(

@@ -9,11 +9,11 @@ from support import answer
 
 from euryale.parallel.group import single
 from euryale.runtime.config import EngineConfig
-from euryale.scheduler.drafts import DynamicTrees
-from euryale.scheduler.ngrams import NgramTable
-from euryale.scheduler.params import SamplingParams
-from euryale.scheduler.survival import Survival
-from euryale.scheduler.tree import load_tree
+from euryale.scheduler.sampling_params import SamplingParams
+from euryale.scheduler.speculation.acceptance_stats import Survival
+from euryale.scheduler.speculation.drafter import DynamicTrees
+from euryale.scheduler.speculation.ngram_table import NgramTable
+from euryale.scheduler.speculation.tree import load_tree
 from euryale.training import backbone, calibrate, medusa1
 from euryale.training.data import Document, load_documents
 from euryale.training.heads import Heads

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from euryale.runtime.tokenizer import load_tokenizer
+from euryale.frontend.tokenizer import load_tokenizer
 from euryale.training import corpus
 from euryale.training.corpus import is_held_out
 from euryale.training.data import Piece, chat_pieces, read_pieces, tokenize

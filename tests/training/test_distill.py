@@ -7,10 +7,10 @@ import pytest
 import torch
 from support import oracle_greedy
 
+from euryale.frontend.tokenizer import load_tokenizer
 from euryale.parallel.group import single
 from euryale.runtime.config import EngineConfig
-from euryale.runtime.tokenizer import load_tokenizer
-from euryale.scheduler.params import SamplingParams
+from euryale.scheduler.sampling_params import SamplingParams
 from euryale.training import answers, backbone, distill, medusa1
 from euryale.training.data import Document, read_pieces, tokenize
 from euryale.training.options import DistillOptions, Medusa1Options

@@ -19,9 +19,9 @@ from support import ROOT, answer
 
 from euryale.parallel import fsdp
 from euryale.parallel.group import single
-from euryale.runtime import checkpoint, heads_format
 from euryale.runtime.config import EngineConfig
-from euryale.scheduler.params import SamplingParams
+from euryale.runtime.model import checkpoint, medusa_checkpoint
+from euryale.scheduler.sampling_params import SamplingParams
 from euryale.training import backbone, loop, losses, medusa1
 from euryale.training.heads import WEIGHTS_NAME, Heads
 from euryale.training.hidden_states import StoredHiddenStates
@@ -70,7 +70,7 @@ def test_fresh_heads_say_what_the_backbone_says(model_dir):
 def test_first_layout(trained, model_dir):
     out, _ = trained
     assert {t.dtype for t in weights(out).values()} == {torch.bfloat16}  # the backbone's
-    read = heads_format.load_heads(str(out), checkpoint.Checkpoint(model_dir), HIDDEN, VOCAB)
+    read = medusa_checkpoint.load_heads(str(out), checkpoint.Checkpoint(model_dir), HIDDEN, VOCAB)
     assert (read.num_heads, read.num_layers, len(read.lm_heads)) == (3, 1, 3)
     config = json.loads((out / "config.json").read_text())
     assert (config["medusa_num_heads"], config["medusa_num_layers"]) == (3, 1)

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from euryale.parallel import fsdp
 from euryale.parallel.group import single
-from euryale.runtime import checkpoint, heads_format
 from euryale.runtime.config import EngineConfig
-from euryale.scheduler.params import SamplingParams
+from euryale.runtime.model import checkpoint, medusa_checkpoint
+from euryale.scheduler.sampling_params import SamplingParams
 from euryale.training import backbone as backbones
 from euryale.training import medusa2
 from euryale.training.options import Medusa2Options
@@ -46,7 +46,7 @@ def test_both_learn_and_stage_one_comes_first(trained):
 def test_merged_checkpoint_serves(trained):
     """transformers reads the backbone, the engine both: greedy answers are transformers'."""
     out, _ = trained
-    read = heads_format.load_heads("", checkpoint.Checkpoint(str(out)), HIDDEN, VOCAB)
+    read = medusa_checkpoint.load_heads("", checkpoint.Checkpoint(str(out)), HIDDEN, VOCAB)
     assert (read.num_heads, read.num_layers, len(read.lm_heads)) == (3, 1, 3)
     config = json.loads((out / "config.json").read_text())
     assert (config["medusa_num_heads"], config["medusa_num_layers"], config["dtype"]) == (3, 1, "bfloat16")

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from euryale.scheduler.tree import TreeShape, load_tree, search_tree
+from euryale.scheduler.speculation.tree import TreeShape, load_tree, search_tree
 from euryale.training import tree_search
 from euryale.training.tree_search import NUM_RANKS, Continuations
 

@@ -1,0 +1,1 @@
+"""Other systems and the transformers oracle, beside this one."""

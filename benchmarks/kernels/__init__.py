@@ -1,0 +1,1 @@
+"""What kernels, collectives and whole steps cost."""

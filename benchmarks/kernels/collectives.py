@@ -1,0 +1,58 @@
+"""All-reduce over shared memory against gloo, by size, interleaved in one run.
+
+``torchrun --nproc-per-node 4 -m euryale.benchmarks.kernels.collectives``; the smallest of the medians over some rounds,
+since other work on a shared machine only ever adds.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+from euryale.benchmarks.machine import describe
+from euryale.parallel.group import join
+from euryale.parallel.process_group import ProcessGroup
+
+SIZES = {"2 KiB": 512, "32 KiB": 8192, "1 MiB": 1 << 18}
+
+
+def seconds(function, x: torch.Tensor, calls: int) -> float:
+    """Median time of a call."""
+    found = []
+    for _ in range(calls):
+        started = time.perf_counter()
+        function(x)
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=100)
+    args = parser.parse_args()
+    group = join(device="cpu")
+    if group.size == 1 or isinstance(group.collectives, ProcessGroup):
+        raise SystemExit("start this with torchrun and several ranks on one host, the CPU kernels built")
+    shared, gloo = group.collectives, ProcessGroup(group.size, group.device)
+    report = {"machine": describe(), "ranks": group.size, "all_reduce": {}}
+    for name, count in SIZES.items():
+        x = torch.ones(count)
+        rounds = []
+        for _ in range(args.rounds):
+            few = max(5, args.calls // 10)
+            rounds.append((seconds(shared.all_reduce, x, args.calls), seconds(gloo.all_reduce, x, few)))
+        ours, theirs = (min(column) for column in zip(*rounds, strict=True))
+        report["all_reduce"][name] = {"us": round(ours * 1e6, 1), "gloo_us": round(theirs * 1e6, 1)}
+        if group.is_leader:
+            times = f"{ours * 1e6:9.1f} us, gloo {theirs * 1e6:9.1f} us, {theirs / ours:.1f}x"
+            print(f"{group.size} ranks, {name:>7}: {times}")
+    if group.is_leader:
+        print(json.dumps(report))
+    group.close()
+
+
+if __name__ == "__main__":
+    main()

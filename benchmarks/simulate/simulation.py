@@ -1,0 +1,229 @@
+"""The real scheduler, step by step, with a machine, a model and a clock that are simulated.
+
+A step takes what ``simulated_machine`` says, a little more or less; every tree is walked along the request's hidden
+answer, so that each token comes from the same rules as on a real machine. Measured times go back to the scheduler,
+whose own idea of costs comes from a profile of the same machine, taken by the function that profiles real ones.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from euryale.benchmarks.simulate.heads import Answer, Answers
+from euryale.benchmarks.simulate.machine import Machine
+from euryale.runtime import step_profiler as profile
+from euryale.scheduler.admission import Limits
+from euryale.scheduler.request import Request
+from euryale.scheduler.sampling_params import SamplingParams
+from euryale.scheduler.scheduler import Output, Scheduler, SegmentResult
+from euryale.scheduler.speculation.draft_budget import Budget
+from euryale.scheduler.speculation.drafter import Drafter, DynamicTrees, Sources, StaticTrees
+from euryale.scheduler.speculation.tree import TreeShape
+from euryale.scheduler.step_cost import Profile, StepCosts
+from euryale.scheduler.step_plan import Segment, StepPlan
+from euryale.scheduler.trace import record
+
+PAGE = 16
+_NOISE, _PROFILE_NOISE = 0.02, 0.03  # standard deviations of the logarithm of a step's time
+_HICCUP, _HICCUP_FACTOR = 0.001, 3.0  # how often a step takes how many times as long
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is simulated but for the load. ``tree``: a static tree's shape, "dynamic", or None for no speculation."""
+
+    machine: Machine
+    answers: Answers
+    tree: TreeShape | str | None
+    max_num_seqs: int = 1024
+    max_num_batched_tokens: int = 2048
+    max_tree_nodes: int = 64
+    max_model_len: int = 4096
+    seed: int = 0
+    sources: Sources = field(default_factory=lambda: Sources(text=False, traffic=False, context=False))
+
+
+@dataclass(frozen=True)
+class Load:
+    """``count`` requests in all: kept at ``users`` at a time (a closed loop), or, where that is 0, coming at ``rate`` a
+    second in bursts of ``burst`` in the mean (1: a Poisson process)."""
+
+    count: int
+    users: int = 0
+    rate: float = 0.0
+    burst: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.users and not (0 < self.rate < math.inf and 1 <= self.burst < math.inf):
+            raise ValueError(f"requests come at a rate above 0, at least one at once: not {self.rate}, {self.burst}")
+
+    def arrivals(self, seed: int) -> Iterator[float]:
+        """Seconds at which requests come in an open loop."""
+        rng, now = np.random.default_rng([seed, 1]), 0.0
+        while True:
+            now += rng.exponential(self.burst / self.rate)
+            yield from [now] * int(rng.geometric(1 / self.burst))
+
+
+@dataclass
+class Timing:
+    """Of one request: when it came, when each delivery of tokens came, and how many tokens in all. Seconds."""
+
+    arrival: float
+    deliveries: list[float] = field(default_factory=list)
+    tokens: int = 0
+
+    @property
+    def ttft(self) -> float:
+        """Time to first token."""
+        return self.deliveries[0] - self.arrival
+
+    @property
+    def tpot(self) -> float:
+        """Time per output token after the first."""
+        return (self.deliveries[-1] - self.deliveries[0]) / max(1, self.tokens - 1)
+
+
+class Simulation:
+    """One run; afterwards ``timings`` by request, ``requests``, the steps' ``tokens`` and ``ends``, and, if asked for,
+    ``trace``."""
+
+    def __init__(self, setting: Setting, load: Load, keeps_trace: bool = False) -> None:
+        self.setting, self.load, self.now = setting, load, 0.0
+        self.timings: dict[int, Timing] = {}
+        self.requests: dict[int, Request] = {}
+        self.trace: list[dict] | None = [] if keeps_trace else None
+        self.ends: list[float] = []
+        self.tokens: list[int] = []
+        self.issued: list[float] = []
+        self.host_seconds: list[float] = []  # that the scheduler really took here, by step
+        self._rng = np.random.default_rng([setting.seed, 2])
+        self._answers: dict[int, Answer] = {}
+        self.limits = make_limits(setting)
+        self.scheduler = make_scheduler(setting, self.limits)
+
+    def run(self) -> "Simulation":
+        """To the end of the last request."""
+        arrivals = None if self.load.users else self.load.arrivals(self.setting.seed)
+        coming = deque([0.0] * min(self.load.users, self.load.count) if arrivals is None else [next(arrivals)])
+        while coming or self.scheduler.has_work:
+            if not self.scheduler.has_work:
+                self.now = max(self.now, coming[0])
+            while coming and coming[0] <= self.now:
+                self._add(coming.popleft())
+                if arrivals and len(self.issued) < self.load.count:
+                    coming.append(next(arrivals))
+            ended = self._step()
+            if arrivals is None:
+                room = self.load.count - len(self.issued) - len(coming)
+                coming.extend([self.now] * min(ended, room))
+        return self
+
+    def _add(self, when: float) -> None:
+        key = len(self.issued)
+        self.issued.append(when)
+        answer = self._answers[key] = self.setting.answers.make(key)
+        # The seed tells segments of different requests apart.
+        params = SamplingParams(max_tokens=len(answer.truth), ignore_eos=True, seed=key)
+        self.requests[key] = Request(key=key, prompt=answer.prompt, params=params)
+        self.timings[key] = Timing(when)
+        self.scheduler.add(self.requests[key])
+
+    def _step(self) -> int:
+        """One step; returns how many requests ended in it."""
+        begun = time.perf_counter()
+        plan = self.scheduler.plan(0, 0)
+        planned = time.perf_counter() - begun
+        seconds = self._seconds(plan)
+        results = [self._result(segment) for segment in plan.segments if segment.samples]
+        self.now += seconds
+        begun = time.perf_counter()
+        outputs = self.scheduler.advance(plan, results, seconds)
+        self.host_seconds.append(planned + time.perf_counter() - begun)
+        if self.trace is not None:
+            self.trace.append(record(self.scheduler, plan, seconds, self.now))
+        return self._deliver(outputs)
+
+    def _seconds(self, plan: StepPlan) -> float:
+        setting, machine = self.setting, self.setting.machine
+        seconds = machine.seconds(plan.segments, setting.answers.num_heads, setting.max_num_batched_tokens)
+        seconds *= math.exp(_NOISE * self._rng.standard_normal())
+        if self._rng.random() < _HICCUP:
+            seconds *= _HICCUP_FACTOR
+        choice = self.scheduler.choice
+        guesses = sum(segment.num_drafts for segment in plan.segments)
+        return seconds + machine.host_seconds(len(plan.segments), guesses, choice is not None and choice.guesses >= 0)
+
+    def _result(self, segment: Segment) -> SegmentResult:
+        """The longest path of the segment's tree that the hidden answer takes, and the token after it."""
+        answer, known = self._answers[segment.params.seed], segment.position
+        root = segment.num_certain - 1
+        guesses = zip(segment.parents.tolist(), segment.tokens[root + 1 :].tolist(), strict=True)
+        children = {guess: node for node, guess in enumerate(guesses, 1)}
+        path, node = [], 0
+        while children and (node := children.get((node, int(answer.truth[known + len(path)])), 0)):
+            path.append(node)
+        tokens = answer.truth[known : known + len(path) + 1].tolist()
+        guesses = answer.guesses(known + len(tokens)) if segment.wants_candidates else None
+        return SegmentResult(tokens=tokens, accepted_nodes=path, guesses=guesses)
+
+    def _deliver(self, outputs: list[Output]) -> int:
+        ended = 0
+        for output in outputs:
+            timing = self.timings[output.request.key]
+            timing.deliveries.append(self.now)
+            timing.tokens += len(output.tokens)
+            if output.finish_reason:
+                ended += 1
+                del self._answers[output.request.key]
+        self.tokens.append(sum(len(o.tokens) for o in outputs))
+        self.ends.append(self.now)
+        return ended
+
+
+def make_limits(setting: Setting) -> Limits:
+    """What the machine's memory allows."""
+    return Limits(
+        max_model_len=setting.max_model_len,
+        max_num_seqs=setting.max_num_seqs,
+        max_num_batched_tokens=setting.max_num_batched_tokens,
+        vocab_size=setting.answers.vocab_size,
+        num_pages=setting.machine.pages(PAGE, setting.answers.num_heads),
+        page_size=PAGE,
+    )
+
+
+def make_scheduler(setting: Setting, limits: Limits) -> Scheduler:
+    """As an engine's leader makes it (``runtime/planning.py``), but that prefixes, being random, are not shared."""
+    costs, drafter = None, None
+    if isinstance(setting.tree, TreeShape):
+        drafter = StaticTrees(setting.tree)
+    elif setting.tree == "dynamic":
+        costs = StepCosts(make_profile(setting, limits))
+        drafter = _dynamic(setting, limits, costs)
+    return Scheduler(limits, drafter, share_prefixes=False, costs=costs)
+
+
+def _dynamic(setting: Setting, limits: Limits, costs: StepCosts) -> Drafter:
+    budget = Budget(costs, limits.max_num_batched_tokens)
+    return DynamicTrees(setting.answers.num_heads, setting.max_tree_nodes, budget, sources=setting.sources)
+
+
+def make_profile(setting: Setting, limits: Limits) -> Profile:
+    """What the machine's steps cost, as they would be measured at start."""
+    rng = np.random.default_rng([setting.seed, 3])
+
+    def seconds(segments: list[Segment]) -> float:
+        exact = setting.machine.seconds(segments, setting.answers.num_heads, limits.max_num_batched_tokens)
+        return exact * math.exp(_PROFILE_NOISE * rng.standard_normal())
+
+    def choosing(requests: int) -> float:
+        machine = setting.machine
+        return machine.host_seconds(requests, 0, True) - machine.host_seconds(requests, 0, False)
+
+    heads = setting.answers.num_heads
+    return profile.measure(seconds, limits, heads, steps=True, time_step=lambda step: step(), time_choice=choosing)

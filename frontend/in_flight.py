@@ -1,0 +1,156 @@
+"""The requests in flight: what the engine holds, which client waits for it, and what each was told."""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from euryale.client import protocol
+from euryale.frontend import engine_link as engine
+from euryale.frontend.client_socket import ClientPort
+from euryale.frontend.output_stream import OpenRequest, OpenSample
+from euryale.scheduler.sampling_params import SamplingParams
+
+
+class InFlight:
+    """Every request from its acceptance to the engine's last word on it.
+
+    A client has its final message at once when a stop string matches or it cancels, while the engine still holds the
+    request for a step; so ``len()`` counts what the engine holds, every sample of a request.
+    """
+
+    def __init__(self, port: ClientPort, link: engine.FrontEndLink, tokenizer: Any) -> None:
+        self._port = port
+        self._link = link
+        self._tokenizer = tokenizer
+        self._held: dict[int, tuple[OpenRequest, OpenSample]] = {}  # by key
+        self._awaited: dict[bytes, dict[bytes, OpenRequest]] = {}  # by client and request id
+        self._unsent: dict[int, tuple[OpenRequest, OpenSample]] = {}  # samples with tokens since their last delta
+        self._num_keys = 0
+        self._finish_times: deque[float] = deque(maxlen=32)
+        names = ("finished", "cancelled", "failed")
+        self.counts = {f"requests_{name}": 0 for name in names} | {"prompt_tokens": 0, "output_tokens": 0}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def clients(self) -> set[bytes]:
+        """The clients that wait for an answer."""
+        return set(self._awaited)
+
+    def find(self, client: bytes, request_id: bytes) -> OpenRequest | None:
+        """The request that this client knows by this id and still waits for."""
+        return self._awaited.get(client, {}).get(request_id)
+
+    def add(self, client: bytes, request_id: bytes, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Hands a request to the engine."""
+        keys = range(self._num_keys + 1, self._num_keys + params.n + 1)
+        self._num_keys += params.n
+        request = OpenRequest(
+            keys=keys,
+            client=client,
+            request_id=request_id,
+            prompt=prompt,
+            params=params,
+            tokenizer=self._tokenizer,
+        )
+        self._awaited.setdefault(client, {})[request_id] = request
+        self.counts["prompt_tokens"] += len(prompt)
+        for sample in request.samples:
+            self._held[sample.key] = request, sample
+            self._tell_engine(engine.Add(key=sample.key, prompt=prompt, params=sample.params, sample=sample.index))
+
+    def take(self, output: engine.Output) -> None:
+        """Notes what a step gave a sample, and ends its request if that was all."""
+        if output.key not in self._held:
+            return
+        request, sample = self._held[output.key]
+        if output.finish_reason is not None:
+            del self._held[output.key]
+            self._finish_times.append(time.monotonic())
+        if request.closed or sample.end is not None:
+            return  # ended by a stop string or a cancel; the engine had not heard of it yet
+        before = sample.num_tokens
+        sample.take(output)
+        self.counts["output_tokens"] += sample.num_tokens - before
+        if request.has_ended:
+            done = request.done()
+            self._finish(request, done, "cancelled" if done.finish_reason == "cancelled" else "finished")
+            return
+        self._unsent[sample.key] = request, sample
+        if sample.end is not None:
+            self._release(sample)
+
+    def flush(self) -> None:
+        """Sends the deltas of all that was taken since the last call: one per sample, however many steps it covers."""
+        for request, sample in self._unsent.values():
+            self._send_delta(request, sample)
+        self._unsent.clear()
+
+    def reject(self, key: int, error: protocol.Error) -> None:
+        """Ends a request that the engine gave up."""
+        request, _ = self._held.pop(key, (None, None))
+        if request is not None and not request.closed:
+            self._finish(request, error, "failed")
+
+    def cancel(self, request: OpenRequest) -> None:
+        """Ends a request for its client now, and for the engine soon."""
+        self._finish(request, request.cancel(), "cancelled")
+
+    def cancel_all(self) -> None:
+        """Ends all requests."""
+        for requests in list(self._awaited.values()):
+            for request in list(requests.values()):
+                self.cancel(request)
+
+    def forget(self, client: bytes) -> None:
+        """Ends the requests of a client that is gone."""
+        for request in list(self._awaited.get(client, {}).values()):
+            self._close(request, "cancelled")
+
+    def lose(self, error: protocol.Error) -> None:
+        """Ends all requests: the engine is gone."""
+        held, self._held = self._held, {}
+        for request, _ in held.values():
+            if not request.closed:
+                self._finish(request, error, "failed")
+
+    def retry_after(self) -> float:
+        """Seconds until, at the pace of the latest requests, one more will have ended."""
+        times = self._finish_times
+        pace = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1.0
+        return min(30.0, max(0.1, pace))
+
+    def _send_delta(self, request: OpenRequest, sample: OpenSample) -> None:
+        delta = sample.take_delta()
+        if delta is not None:
+            self._port.send(request.client, request.request_id, delta)
+
+    def _finish(self, request: OpenRequest, final: Any, outcome: str) -> None:
+        for sample in request.samples:
+            self._send_delta(request, sample)
+        self._port.send(request.client, request.request_id, final)
+        self._close(request, outcome)
+
+    def _close(self, request: OpenRequest, outcome: str) -> None:
+        """Forgets a request on the client's side, and has the engine end it if it still holds it."""
+        self.counts[f"requests_{outcome}"] += 1
+        request.closed = True
+        requests = self._awaited[request.client]
+        del requests[request.request_id]
+        if not requests:
+            del self._awaited[request.client]
+        for sample in request.samples:
+            self._unsent.pop(sample.key, None)
+            self._release(sample)
+
+    def _release(self, sample: OpenSample) -> None:
+        """Has the engine end a sample that it still holds and nobody waits for."""
+        if sample.key in self._held:
+            self._tell_engine(engine.Cancel(key=sample.key))
+
+    def _tell_engine(self, message: Any) -> None:
+        with contextlib.suppress(engine.LinkLost):  # the loop sees the same from the link's monitor, and ends all
+            self._link.send(message)

@@ -1,0 +1,155 @@
+"""What is made of a request's tokens: the deltas of each of its samples, their ends, and the final message."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from euryale.client import protocol
+from euryale.client.logprobs import Logprobs
+from euryale.frontend.detokenizer import Detokenizer, StopMatcher
+from euryale.frontend.engine_link import Output
+from euryale.scheduler.sampling_params import SamplingParams
+
+
+class OpenSample:
+    """An answer that the engine works on: turns its tokens into deltas.
+
+    ``end`` is set when it is complete. The engine, which knows it by ``key``, may still hold it then. ``tail`` is the
+    end's text that the request's final message has to bring; among several samples it comes with the last delta.
+    """
+
+    def __init__(self, *, key: int, index: int, prompt: Sequence[int], params: SamplingParams, tokenizer: Any) -> None:
+        self.key = key
+        self.index = index
+        # The prompt's log-probabilities are the same for all samples.
+        self.params = params if index == 0 else replace(params, prompt_logprobs=None)
+        self.end: protocol.SampleEnd | None = None
+        self.tail = ""
+        self.num_tokens = self.num_steps = 0
+        self._detokenizer = Detokenizer(tokenizer, context=prompt)
+        self._matcher = StopMatcher(params.stop)
+        self._new_tokens: list[int] = []
+        self._new_steps: list[int] = []
+        self._new_text = ""
+        self._new_logprobs: Logprobs | None = None
+        self._prompt_logprobs: Logprobs | None = None
+
+    def take(self, output: Output) -> None:
+        """Notes what a step gave.
+
+        With stop strings tokens are read one by one, and those after the string are dropped: so the answer does not
+        depend on how many tokens a step happened to accept.
+        """
+        tokens, reason = output.tokens, output.finish_reason
+        stop: str | int | None = None
+        count = 0
+        for piece in ([token] for token in tokens) if self.params.stop else ([tokens] if tokens else ()):
+            count += len(piece)
+            text, stop = self._matcher.push(self._detokenizer.push(piece))
+            self._new_text += text
+            if stop is not None:
+                break
+        if count:
+            self._note(output, count)
+        if stop is not None:
+            self._close("stop", "", stop)
+        elif reason is not None:
+            tail, stop = self._matcher.push(self._detokenizer.finish())
+            if stop is not None:
+                self._close("stop", tail, stop)
+            else:
+                last = tokens[-1] if reason == "stop" and tokens else None
+                self._close(reason, tail + self._matcher.finish(), last)
+
+    def cancel(self) -> None:
+        """Cuts the answer off here, unless it is complete."""
+        if self.end is None:
+            self._close("cancelled", "", None)
+
+    def take_delta(self) -> protocol.Delta | None:
+        """What is new since the last call."""
+        if not self._new_tokens and not self._new_text:
+            return None
+        delta = protocol.Delta(
+            index=self.num_tokens - len(self._new_tokens),
+            tokens=tuple(self._new_tokens),
+            text=self._new_text,
+            accepted=tuple(self._new_steps),
+            sample=self.index,
+            logprobs=self._new_logprobs,
+            prompt_logprobs=self._prompt_logprobs,
+        )
+        self._new_tokens, self._new_steps, self._new_text = [], [], ""
+        self._new_logprobs = self._prompt_logprobs = None
+        return delta
+
+    def _note(self, output: Output, count: int) -> None:
+        """Adds the first ``count`` tokens of a step to what is new."""
+        self._new_tokens += output.tokens[:count]
+        self._new_steps.append(count)
+        self.num_steps += 1
+        self.num_tokens += count
+        if output.logprobs is not None:
+            self._new_logprobs = (self._new_logprobs or Logprobs()) + output.logprobs[:count]
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs = output.prompt_logprobs
+
+    def _close(self, finish_reason: str, tail: str, stop: str | int | None) -> None:
+        if self.params.n == 1:
+            self.tail = tail
+        else:
+            self._new_text += tail
+        self.end = protocol.SampleEnd(
+            finish_reason=finish_reason, stop=stop, output_tokens=self.num_tokens, decode_steps=self.num_steps
+        )
+
+
+class OpenRequest:
+    """A request with one sample for each of ``keys``. ``closed`` is set with the client's final message."""
+
+    def __init__(
+        self,
+        *,
+        keys: Sequence[int],
+        client: bytes,
+        request_id: bytes,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        tokenizer: Any,
+    ) -> None:
+        self.client = client
+        self.request_id = request_id
+        self.closed = False
+        self.samples = [
+            OpenSample(key=key, index=index, prompt=prompt, params=params, tokenizer=tokenizer)
+            for index, key in enumerate(keys)
+        ]
+        self._prompt_length = len(prompt)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all samples are complete."""
+        return all(sample.end is not None for sample in self.samples)
+
+    def cancel(self) -> protocol.Done:
+        """The final message of a request that is cut off here."""
+        for sample in self.samples:
+            sample.cancel()
+        return self.done()
+
+    def done(self) -> protocol.Done:
+        """The final message of a request that has ended, to be sent after the last deltas."""
+        first, ends = self.samples[0], tuple(sample.end for sample in self.samples)
+        is_cancelled = any(end.finish_reason == "cancelled" for end in ends)
+        usage = protocol.Usage(
+            prompt_tokens=self._prompt_length,
+            output_tokens=sum(end.output_tokens for end in ends),
+            decode_steps=sum(end.decode_steps for end in ends),
+        )
+        return protocol.Done(
+            finish_reason="cancelled" if is_cancelled else first.end.finish_reason,
+            text=first.tail,
+            usage=usage,
+            stop=first.end.stop,
+            samples=ends if len(ends) > 1 else None,
+        )

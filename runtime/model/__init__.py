@@ -1,0 +1,1 @@
+"""The decoder and the Medusa heads, their configuration and their weights."""

@@ -1,0 +1,118 @@
+"""The decoder: Llama, Mistral, Qwen2 and Qwen3 in one description that reads like a single-GPU model.
+
+What is shared out among ranks is said once, as data, in SHARDING. Legend: R rows of a step, D hidden, H local
+query heads, K local kv heads, d head dimension.
+"""
+
+import torch
+
+from euryale.kernels.geometry import StepGeometry
+from euryale.kernels.silu_mul import silu_mul
+from euryale.parallel.linear import (
+    ColumnParallelLinear,
+    ResidualNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from euryale.parallel.vocabulary import VocabShard
+from euryale.runtime.config import ModelConfig
+from euryale.runtime.kv_cache import KVCache
+from euryale.runtime.model import rope
+from euryale.runtime.model.weights import Weights
+
+Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines [positions, d / 2]
+
+# How each matrix of a checkpoint is shared out (the styles are parallel.layout's); all others are held whole.
+SHARDING = {
+    "model.embed_tokens": "vocabulary",
+    "lm_head": "vocabulary",
+    "self_attn.q_proj": "query_heads",
+    "self_attn.k_proj": "kv_heads",
+    "self_attn.v_proj": "kv_heads",
+    "self_attn.o_proj": "query_heads_in",
+    "mlp.gate_proj": "column",
+    "mlp.up_proj": "column",
+    "mlp.down_proj": "row",
+}
+
+
+class Attention:
+    def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv_proj = ColumnParallelLinear(*weights.matrices(sizes, config.hidden_size, config.has_qkv_bias))
+        o_proj = weights.matrix("o_proj", config.hidden_size, q_size, config.has_o_bias)
+        self.o_proj = RowParallelLinear(weights.group, *o_proj)
+        self.layer, self.eps = layer, config.rms_norm_eps
+        has_norm = config.has_qk_norm
+        self.q_norm = weights.vector("q_norm.weight", config.head_dim) if has_norm else None
+        self.k_norm = weights.vector("k_norm.weight", config.head_dim) if has_norm else None
+
+    def __call__(self, x_RD: torch.Tensor, rotary: Rotary, cache: KVCache, geometry: StepGeometry) -> torch.Tensor:
+        qkv = self.qkv_proj(x_RD)
+        return self.o_proj(cache.attend(self.layer, qkv, rotary, (self.q_norm, self.k_norm, self.eps), geometry))
+
+
+class MLP:
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        hidden, width, has_bias = config.hidden_size, config.intermediate_size, config.has_mlp_bias
+        sizes = {"gate_proj": width, "up_proj": width}
+        self.gate_up_proj = ColumnParallelLinear(*weights.matrices(sizes, hidden, has_bias))
+        self.down_proj = RowParallelLinear(weights.group, *weights.matrix("down_proj", hidden, width, has_bias))
+
+    def __call__(self, x_RD: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(silu_mul(self.gate_up_proj(x_RD)))
+
+
+class DecoderLayer:
+    """``x_RD`` is what is still to be added to the residual stream, this rank's share of the sum: the norm that comes
+    next adds it up over the ranks."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:
+        self.input_layernorm = _norm(config, weights, "input_layernorm.weight")
+        self.self_attn = Attention(config, weights.scope("self_attn"), layer)
+        self.post_attention_layernorm = _norm(config, weights, "post_attention_layernorm.weight")
+        self.mlp = MLP(config, weights.scope("mlp"))
+
+    def __call__(self, x_RD, residual_RD, rotary: Rotary, cache: KVCache, geometry: StepGeometry):
+        x_RD, residual_RD = self.input_layernorm(x_RD, residual_RD)
+        x_RD = self.self_attn(x_RD, rotary, cache, geometry)
+        x_RD, residual_RD = self.post_attention_layernorm(x_RD, residual_RD)
+        return self.mlp(x_RD), residual_RD
+
+
+def _norm(config: ModelConfig, weights: Weights, name: str) -> ResidualNorm:
+    return ResidualNorm(weights.group, weights.vector(name, config.hidden_size), config.rms_norm_eps)
+
+
+class Decoder:
+    """A backbone with the weights of this rank."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, num_positions: int) -> None:
+        vocab, hidden = config.vocab_size, config.hidden_size
+        embedding = weights.table("model.embed_tokens", vocab, hidden)
+        self.embed_tokens = VocabParallelEmbedding(weights.group, embedding)
+        layers = weights.progress(range(config.num_layers))
+        self.layers = [DecoderLayer(config, weights.scope(f"model.layers.{i}"), i) for i in layers]
+        self.norm = _norm(config, weights, "model.norm.weight")
+        lm_head = (
+            weights.quantized(embedding, is_lm_head=True)
+            if config.tied
+            else weights.matrix("lm_head", vocab, hidden)[0]
+        )
+        self.lm_head = ColumnParallelLinear([lm_head], [None])
+        self.shard = VocabShard(weights.group, vocab, len(lm_head))
+        self.rotary = rope.tables(config, num_positions, weights.group.device)
+
+    def transform(self, x_RD: torch.Tensor, cache: KVCache, geometry: StepGeometry) -> torch.Tensor:
+        """Embedded rows of a step, as ``embed_tokens`` gives them, to final-norm hidden states [R, D] on every rank.
+        ``x_RD`` is consumed."""
+        residual_RD = None
+        for layer in self.layers:
+            x_RD, residual_RD = layer(x_RD, residual_RD, self.rotary, cache, geometry)
+        hidden_RD, _ = self.norm(x_RD, residual_RD)
+        return hidden_RD
+
+    def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        """Logits over this rank's vocabulary shard, padding included: [R, V]."""
+        return self.lm_head(hidden_RD)

@@ -1,0 +1,1 @@
+"""From logits to tokens: processors, filters, drawing, acceptance, log-probabilities."""

@@ -1,0 +1,121 @@
+"""Next tokens drawn over a shared-out vocabulary.
+
+Each rank reduces its own shard of a row to a few numbers, one small gather merges them, and every rank decides
+from the gathered numbers only, so that all decide the same. Legend: N rows, V local vocabulary, S ranks, C
+candidates a rank sends.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from euryale.kernels.sample import sample
+from euryale.kernels.sample.noise import gumbel, stream_key
+from euryale.kernels.top_k import values_and_ids
+from euryale.parallel import vocabulary
+from euryale.parallel.vocabulary import VocabShard
+from euryale.runtime.sampling.top_p import Merged, thresholds
+from euryale.scheduler.sampling_params import SamplingParams
+
+NUM_CANDIDATES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowParams:
+    """Sampling parameters of each row. ``temperature`` float32 [N] (0: greedy), ``top_k`` int64 [N] (0: off),
+    ``top_p``, ``min_p`` float32 [N], ``keys`` int64 [N] (noise of the row's position). ``is_plain``: no row is filtered
+    and nothing but the drawn tokens is wanted."""
+
+    ARRAYS: ClassVar = ("temperature", "keys", "top_k", "top_p", "min_p")
+
+    temperature: torch.Tensor
+    keys: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    is_plain: bool
+
+    @property
+    def filtered(self) -> torch.Tensor:
+        """Rows that are drawn under top-k, top-p or min-p: bool [N]."""
+        return (self.temperature > 0) & ((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0))
+
+
+def row_arrays(rows: list[tuple[SamplingParams, int, int]]) -> dict[str, np.ndarray]:
+    """The tensors of RowParams, as the host makes them from parameters, sample and position of each row."""
+    params = [p for p, _, _ in rows]
+    return {
+        "temperature": np.asarray([p.temperature for p in params], dtype=np.float32),
+        "keys": np.asarray([stream_key(p.seed, *at) if p.temperature else 0 for p, *at in rows], dtype=np.int64),
+        "top_k": np.asarray([p.top_k for p in params], dtype=np.int64),
+        "top_p": np.asarray([p.top_p for p in params], dtype=np.float32),
+        "min_p": np.asarray([p.min_p for p in params], dtype=np.float32),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """``tokens`` int32 [N], the next token of each row by the exact rule; ``child_logp`` float32 [N] (or None),
+    log-probability of the asked-for token at temperature, -inf if a filter excludes it; ``entropy`` float32 [N]
+    in nats."""
+
+    tokens: torch.Tensor
+    child_logp: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+
+
+def draw(shard: VocabShard, logits_NV: torch.Tensor, params: RowParams, asked: torch.Tensor | None) -> Draw:
+    """Draw each row's next token (design: Gumbel-max; argmax at temperature 0), in one gather unless a nucleus
+    is wider than the candidates that travel.
+
+    ``asked`` int64 [M, 2], or None: (row, token) pairs whose log-probability under the row is wanted.
+    """
+    best = sample(logits_NV, params.temperature, params.keys, shard.num_valid, shard.offset)
+    if params.is_plain and asked is None:
+        return Draw(tokens=vocabulary.merge(shard, best)[1, :, 0])
+    logits_NV, is_greedy = shard.hide_padding(logits_NV), params.temperature == 0
+    scaled = logits_NV / torch.where(is_greedy, 1.0, params.temperature)[:, None]
+    filtered = params.filtered
+    is_filtered = bool(filtered.any())
+    if asked is not None:
+        asked_values = shard.group.all_gather(shard.pick(scaled[asked[:, 0]], asked[:, 1])).max(dim=0).values
+    merged = Merged.gather(shard, *_local_columns(shard, scaled, best, is_filtered))
+    tokens = vocabulary.best(merged.best_values, merged.best_ids)
+    borders = None
+    if is_filtered:
+        borders, is_proven = thresholds(shard, scaled, merged, params)
+        keys = params.keys
+        if bool(is_proven.all()):
+            scores = merged.candidate_values + gumbel(keys[:, None], merged.candidate_ids)
+            scores = torch.where(merged.candidate_values >= borders[:, None], scores, -torch.inf)
+            picked = vocabulary.best(scores.T, merged.candidate_ids.T)
+        else:
+            noisy = scaled + gumbel(keys[:, None], torch.arange(shard.length, device=keys.device) + shard.offset)
+            picked = vocabulary.argmax(shard, torch.where(scaled >= borders[:, None], noisy, -torch.inf))
+        tokens = torch.where(filtered, picked, tokens)
+    tokens = tokens.to(torch.int32)
+    if asked is None:
+        return Draw(tokens=tokens)
+    logp = asked_values - merged.log_total[asked[:, 0]]
+    if borders is not None:
+        logp = torch.where(asked_values >= borders[asked[:, 0]], logp, -torch.inf)
+    return Draw(tokens=tokens, child_logp=logp, entropy=merged.entropy)
+
+
+def _local_columns(
+    shard: VocabShard, scaled: torch.Tensor, best: torch.Tensor, is_filtered: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What this rank says of its shard: maximum, sum of exp, sum of l * exp, best score and its id, candidates."""
+    top = scaled.max(dim=1).values
+    shift = torch.where(top == -torch.inf, 0.0, top)
+    weights = (scaled - shift[:, None]).exp()
+    first_moment = torch.where(weights > 0, scaled * weights, 0.0).sum(dim=1)
+    best_values, best_ids = values_and_ids(best)
+    columns, ids = [top, weights.sum(dim=1), first_moment, best_values[:, 0]], [best_ids[:, 0]]
+    if is_filtered:
+        values, tokens = vocabulary.local_top_k(shard, scaled, NUM_CANDIDATES)
+        columns += values.unbind(1)
+        ids += tokens.unbind(1)
+    return columns, ids

@@ -1,0 +1,187 @@
+"""The step plan: what one step computes, as plain data and as one int32 buffer.
+
+Every request in a plan is a *segment* of rows: first its certain rows (prompt or answer tokens not yet
+computed, a chain), then its draft rows (a candidate tree whose root is the last certain row). A segment carries
+all a rank has to know of its request, so that ranks keep no state between steps but the KV cache.
+
+Buffer layout, in int32 words: a header, then per segment its fields, then row tokens, row parents, page ids, extras.
+This file does not know how the buffer travels.
+"""
+
+import enum
+import struct
+import zlib
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+from euryale.scheduler import extras as more
+from euryale.scheduler.extras import Extras
+from euryale.scheduler.sampling_params import ACCEPTANCE_RULES, SamplingParams
+
+MAGIC = 0x45555259  # "EURY"
+VERSION = 2
+# magic, version, checksum, length, kind, epoch, step, digest, segments, rows, pages, words of extras
+_HEADER = struct.Struct("<12I")
+# certain rows, drafts, context, pages, words of extras, samples, wants_candidates, position, sample; temperature,
+# top_k, top_p, min_p, seed, acceptance, epsilon, delta
+_SEGMENT = struct.Struct("<9i" + "fiffQiff")
+_CHECKSUM = slice(8, 12)  # bytes of the buffer
+
+
+class PlanKind(enum.IntEnum):
+    STEP = 0
+    HEARTBEAT = 1  # nothing to compute: tells the other ranks that rank 0 lives
+    STOP = 2  # leave the loop
+
+
+class PlanError(Exception):
+    """A plan buffer that cannot be what rank 0 sent, or that belongs to another run of the group."""
+
+
+@dataclass(slots=True, kw_only=True)  # not frozen, which takes four times as long to make: there are many in a step
+class Segment:
+    """One request's rows of a step.
+
+    ``tokens`` int32 [num_certain + num_drafts]; ``parents`` int32 [num_drafts], the parent's node in the
+    candidate tree (0: the root, i.e. the last certain row); ``pages`` int32, the request's pages in order;
+    ``context`` tokens are committed already. ``samples``: the last certain row is the last known token, so the
+    step emits tokens for this request. ``position``: output tokens so far, the counter of the noise; ``sample``: which
+    of the request's independent answers this is. ``extras``: what goes beyond ``params``, None for most requests.
+    """
+
+    tokens: np.ndarray
+    parents: np.ndarray
+    pages: np.ndarray
+    context: int
+    samples: bool
+    wants_candidates: bool
+    position: int
+    params: SamplingParams
+    sample: int = 0
+    extras: Extras | None = None
+
+    @property
+    def has_result(self) -> bool:
+        """Whether the step finds anything for this request: tokens, or log-probabilities of its prompt."""
+        return self.samples or (self.extras is not None and len(self.extras.targets) > 0)
+
+    @property
+    def num_drafts(self) -> int:
+        return len(self.parents)
+
+    @property
+    def num_certain(self) -> int:
+        return len(self.tokens) - len(self.parents)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """``digest`` is rank 0's digest of all tokens accepted so far; a rank with another one has diverged."""
+
+    kind: PlanKind = PlanKind.STEP
+    epoch: int = 0
+    step: int = 0
+    digest: int = 0
+    segments: list[Segment] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(s.tokens) for s in self.segments)
+
+
+def encode(plan: StepPlan) -> np.ndarray:
+    """The plan as one int32 buffer."""
+    segments = plan.segments
+    fields = b"".join(_SEGMENT.pack(*_fields(s)) for s in segments)
+    extras = [more.pack(s.extras) for s in segments if s.extras is not None]
+    body = [s.tokens for s in segments]
+    # Certain rows have no parent in the tree.
+    body += [part for s in segments for part in (np.full(s.num_certain, -1, dtype=np.int32), s.parents)]
+    body += [s.pages for s in segments] + extras
+    payload = fields + (np.concatenate(body).astype(np.int32, copy=False).tobytes() if body else b"")
+    counts = (len(segments), plan.num_rows, sum(len(s.pages) for s in segments), sum(map(len, extras)))
+    length = (_HEADER.size + len(payload)) // 4
+    marks = (plan.epoch & 0xFFFFFFFF, plan.step & 0xFFFFFFFF, plan.digest & 0xFFFFFFFF)
+    buffer = bytearray(_HEADER.pack(MAGIC, VERSION, 0, length, int(plan.kind), *marks, *counts) + payload)
+    buffer[_CHECKSUM] = zlib.crc32(buffer).to_bytes(4, "little")
+    return np.frombuffer(buffer, dtype=np.int32)
+
+
+def decode(buffer: np.ndarray, epoch: int) -> StepPlan:
+    """The plan that ``encode`` wrote; PlanError if the buffer is damaged or from another epoch."""
+    raw = bytearray(buffer.tobytes())
+    if len(raw) < _HEADER.size:
+        raise PlanError(f"not a plan: {len(raw)} bytes")
+    magic, version, checksum, length, kind, its_epoch, step, digest, *counts = _HEADER.unpack_from(raw)
+    if magic != MAGIC or version != VERSION or length != len(buffer):
+        raise PlanError(f"not a plan of version {VERSION} with {len(buffer)} words but {version}, {length}")
+    raw[_CHECKSUM] = bytes(4)
+    if checksum != zlib.crc32(raw):
+        raise PlanError(f"the checksum of the plan of step {step} does not match")
+    if its_epoch != epoch & 0xFFFFFFFF:
+        raise PlanError(f"a plan of epoch {its_epoch} reached a rank of epoch {epoch}")
+    num_segments, num_rows, num_pages, num_words = counts
+    sizes = [(_HEADER.size + num_segments * _SEGMENT.size) // 4, num_rows, num_rows, num_pages, num_words]
+    if sum(sizes) != len(buffer):
+        raise PlanError(f"the plan of step {step} does not add up: {sizes}, {len(buffer)} words")
+    head, tokens, parents, pages, extras = np.split(buffer, np.cumsum(sizes)[:-1])
+    segments, row, page, word = [], 0, 0, 0
+    for certain, drafts, context, num, words, samples, wants, position, sample, *params in _SEGMENT.iter_unpack(
+        head.tobytes()[_HEADER.size :]
+    ):
+        stop = row + certain + drafts
+        segments.append(
+            Segment(
+                tokens=tokens[row:stop],
+                parents=parents[row + certain : stop],
+                pages=pages[page : page + num],
+                context=context,
+                samples=bool(samples),
+                wants_candidates=bool(wants),
+                position=position,
+                params=_params(*params),
+                sample=sample,
+                extras=more.unpack(extras[word : word + words]) if words else None,
+            )
+        )
+        row, page, word = stop, page + num, word + words
+    return StepPlan(kind=PlanKind(kind), epoch=its_epoch, step=step, digest=digest, segments=segments)
+
+
+def _fields(segment: Segment) -> tuple:
+    params = segment.params
+    return (
+        segment.num_certain,
+        segment.num_drafts,
+        segment.context,
+        len(segment.pages),
+        0 if segment.extras is None else more.num_words(segment.extras),
+        segment.samples,
+        segment.wants_candidates,
+        segment.position,
+        segment.sample,
+        params.temperature,
+        params.top_k,
+        params.top_p,
+        params.min_p,
+        params.seed,
+        ACCEPTANCE_RULES.index(params.acceptance),
+        params.epsilon,
+        params.delta,
+    )
+
+
+@lru_cache(maxsize=4096)  # a request's are the same in all its steps
+def _params(temperature, top_k, top_p, min_p, seed, acceptance, epsilon, delta) -> SamplingParams:
+    return SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        acceptance=ACCEPTANCE_RULES[acceptance],
+        epsilon=epsilon,
+        delta=delta,
+    )

@@ -1,0 +1,160 @@
+"""What requests are given to guess with: sources switched off, isolation, latency targets, idle heads."""
+
+import numpy as np
+import pytest
+from made_up_model import LIMITS, TREE, request, results
+
+from euryale.scheduler.prefix import PageNames
+from euryale.scheduler.request import FinishReason, Guesses, Request
+from euryale.scheduler.scheduler import Scheduler
+from euryale.scheduler.speculation.draft_budget import Budget
+from euryale.scheduler.speculation.drafter import DynamicTrees, Sources, StaticTrees, Verdict
+from euryale.scheduler.step_cost import Profile, StepCosts
+from euryale.scheduler.trace import record
+
+HEARD = [11, 12, 13, 14, 15, 16, 17, 18]
+
+
+def without_heads(key: int, output: list[int], **params) -> Request:
+    made = request(key, 1, first=11, max_tokens=100, **params)
+    made.output = list(output)
+    return made
+
+
+def take(drafter, made: Request, tokens: list[int], ends: bool = False) -> None:
+    made.output += tokens
+    made.finish_reason = FinishReason.LENGTH if ends else None
+    drafter.learn([Verdict(made, tokens, [])], 0.01)
+
+
+def told(drafter, made: Request, room: int = 6) -> list[int]:
+    return drafter.draft([made], [8], room, 0)[0].tokens[1:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("sources", "own", "others"),
+    [
+        (Sources(), True, True),
+        (Sources(traffic=False), True, False),
+        (Sources(context=False), False, True),
+        (Sources(traffic=False, context=False), False, False),
+    ],
+)
+def test_sources_can_be_switched_off(sources, own, others):
+    """The heads say nothing here: what is guessed was heard before."""
+    drafter = DynamicTrees(3, 6, sources=sources)
+    first = without_heads(0, [])
+    take(drafter, first, HEARD[1:])
+    take(drafter, first, HEARD[:2])
+    assert (told(drafter, first)[:3] == [13, 14, 15]) == own
+    take(drafter, first, [19], ends=True)
+    second = without_heads(1, [])
+    take(drafter, second, [12])
+    assert (13 in told(drafter, second)) == others
+
+
+def test_requests_learn_from_others_of_their_salt_only():
+    drafter = DynamicTrees(3, 6)
+    secret = without_heads(0, [], cache_salt="mine")
+    take(drafter, secret, HEARD[1:], ends=True)
+    for salt, knows in (("", False), ("theirs", False), ("mine", True)):
+        other = without_heads(len(salt) + 1, [], cache_salt=salt)
+        take(drafter, other, [12])
+        assert (13 in told(drafter, other)) == knows, salt
+
+
+def test_a_key_that_comes_again_finds_nothing_of_its_namesake():
+    drafter = DynamicTrees(3, 6, sources=Sources(traffic=False))
+    for turn in range(2):
+        made = without_heads(7, [])
+        take(drafter, made, HEARD[1:])
+        take(drafter, made, HEARD[:2])
+        assert told(drafter, made)[:3] == [13, 14, 15]
+        again = without_heads(7, [])
+        take(drafter, again, [12])
+        assert 13 not in told(drafter, again), turn
+
+
+def test_a_step_that_only_reads_prompts_says_nothing_of_decoding():
+    profile = Profile(requests=[1], plain=[1e-3], extra=[0, 60], speculating=[[1e-3, 1.5e-3]])
+    costs = StepCosts(profile)
+    scheduler = Scheduler(LIMITS, DynamicTrees(3, 6, Budget(costs, most=8)), costs=costs)
+    scheduler.add(request(0, 3, max_tokens=4))
+    rng = np.random.default_rng(0)
+    while scheduler.has_work:
+        plan = scheduler.plan(1, 0)
+        scheduler.advance(plan, results(plan, rng), 1e-3)
+    scale = costs.scale
+    scheduler.add(request(1, 50, max_tokens=4))
+    plan = scheduler.plan(1, 0)
+    assert not plan.segments[0].samples
+    scheduler.advance(plan, results(plan, rng), 5e-3)
+    assert costs.scale == scale
+    assert record(scheduler, plan, 5e-3, 0.0)["predicted"] is None
+    assert record(scheduler, plan, 5e-3, 0.0)["expected"] is None
+
+
+def test_a_target_of_a_request_that_cannot_guess_keeps_nobody_awake():
+    dear = Profile(requests=[1], plain=[1e-3], extra=[0, 1, 8], speculating=[[1.1e-3, 2.0e-3, 9e-3]])
+    budget = Budget(StepCosts(dear), most=8)
+    scheduler, rng, asked = Scheduler(LIMITS, DynamicTrees(3, 6, budget)), np.random.default_rng(0), 0
+    scheduler.add(request(0, 3, max_tokens=50, latency_target=0.01, speculation=False))
+    scheduler.add(request(1, 3, max_tokens=50))
+    for _ in range(40):
+        plan = scheduler.plan(1, 0)
+        asked += any(segment.wants_candidates for segment in plan.segments)
+        scheduler.advance(plan, results(plan, rng), 1e-3)
+    assert 0 < asked < 10
+
+
+def test_pages_are_shared_within_a_salt_only():
+    names, found = PageNames(4), {}
+    for salt in ("", "a", "b"):
+        found[salt] = []
+        names.extend(found[salt], np.arange(8, dtype=np.int32), salt)
+    assert len({name for chain in found.values() for name in chain}) == 6
+    again: list[bytes] = []
+    names.extend(again, np.arange(8, dtype=np.int32), "a")
+    assert again == found["a"]
+
+
+def test_guesses_go_first_to_requests_behind_their_target():
+    """Two requests whose heads say the same; rows for three guesses."""
+    ids = np.arange(20, 32, dtype=np.int32).reshape(3, 4)
+    guesses = Guesses(ids, np.tile(np.asarray([3, 1, 0, -1], dtype=np.float32), (3, 1)))
+    drafter = DynamicTrees(3, 6, sources=Sources(traffic=False, context=False))
+    relaxed, behind = (without_heads(key, [], latency_target=target) for key, target in ((0, 0.0), (1, 5.0)))
+    for made in (relaxed, behind):
+        take(drafter, made, [12])
+        made.guesses = guesses
+    assert [len(d.parents) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0)] == [2, 2]
+    take(drafter, behind, [12])  # 10 ms for a token that should take 5
+    drafts = [len(d.parents) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0)]
+    assert drafts[1] > drafts[0]
+
+
+def test_an_urgent_request_gets_guesses_where_others_do_not_pay():
+    """A guess costs four times what it brings."""
+    dear = Profile(requests=[1], plain=[1e-3], extra=[0, 1, 8], speculating=[[1.1e-3, 2.0e-3, 9e-3]])
+    for target, pays in ((0.0, False), (0.5, True)):
+        scheduler = Scheduler(LIMITS, DynamicTrees(3, 6, Budget(StepCosts(dear), most=8)))
+        scheduler.add(request(0, 3, max_tokens=30, latency_target=target))
+        rng, drafts = np.random.default_rng(0), []
+        for _ in range(20):
+            plan = scheduler.plan(1, 0)
+            drafts.append(plan.segments[0].num_drafts)
+            found = results(plan, rng)
+            found = [type(f)(tokens=f.tokens[-1:], accepted_nodes=[], guesses=f.guesses) for f in found]
+            scheduler.advance(plan, found, 1e-3)
+        assert (sum(drafts[3:]) > 0) == pays
+
+
+def test_static_trees_share_rows_equally():
+    drafter = StaticTrees(TREE)
+    made = [without_heads(key, [1]) for key in range(3)]
+    for r in made[:2]:
+        r.guesses = Guesses(np.arange(30, dtype=np.int32).reshape(3, 10), np.zeros((3, 10), dtype=np.float32))
+    drafts = drafter.draft(made, [8, 8, 8], 7, 0)
+    assert [len(d.parents) for d in drafts] == [4, 3, 0]
+    assert len(drafter.draft(made, [8, 1, 8], 100, 0)[0].parents) == TREE.num_drafts
+    assert all(d.depth <= 1 for d in drafter.draft(made, [1, 1, 1], 100, 0))

@@ -1,0 +1,1 @@
+"""What only builds the demo checkpoint."""

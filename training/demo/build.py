@@ -1,0 +1,144 @@
+"""Rebuild the whole demo checkpoint: backbone, Medusa-1, Medusa-2, calibrated tree, model card.
+
+A stage whose output is already in ``DIR/work`` is skipped, and a killed one goes on at its last checkpoint when the
+same command is given again. ``DIR/work`` is no part of the result: remove it when all is done.
+"""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from euryale.parallel.group import Group
+from euryale.runtime.config import flag
+from euryale.training import calibrate, medusa1, medusa2
+from euryale.training.corpus import STANDARD_LIBRARY
+from euryale.training.demo import model_card, pretrain
+from euryale.training.demo.pretrain import PretrainOptions
+from euryale.training.options import CalibrateOptions, Medusa1Options, Medusa2Options
+
+MAX_BYTES = 24_000_000
+RESULT = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "tree.json",
+    "calibration.json",
+    "ngrams.safetensors",
+    "tree.png",
+    "accuracy.png",
+)
+WRITTEN = ("generation_config.json", "README.md")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """The demo checkpoint from nothing but the standard library's source. The defaults make the committed one."""
+
+    out: str = flag("", "directory of the checkpoint")
+    vocab_size: int = flag(PretrainOptions.vocab_size, "size of the vocabulary")
+    hidden_size: int = flag(PretrainOptions.hidden_size, "width of the backbone")
+    num_layers: int = flag(PretrainOptions.num_layers, "decoder layers")
+    tokens: float = flag(PretrainOptions.tokens, "tokens of the backbone's training")
+    polish_steps: int = flag(PretrainOptions.polish_steps, "steps that show beginnings")
+    heads_tokens: float = flag(1.5e6, "tokens of Medusa-1")
+    joint_tokens: float = flag(1.2e6, "tokens of Medusa-2")
+    length: int = flag(512, "tokens of a window in both")
+    batch: int = flag(8, "windows of a step in all trainings")
+    num_heads: int = flag(4, "Medusa heads; they share the lm_head: their own would nearly double the model")
+    head_layers: int = flag(2, "residual blocks of a head")
+    nodes: int = flag(5, "guesses of the tree: with the root 6 rows, for which the weights are read once")
+    calibration_prompts: int = flag(CalibrateOptions.num_prompts, "held-out prompts the tree is searched on")
+    compile: bool = flag(True, "compile the model")
+
+    def __post_init__(self) -> None:
+        if not self.out:
+            raise ValueError("--out is missing")
+
+    @property
+    def work(self) -> Path:
+        return Path(self.out, "work")
+
+    def for_backbone(self) -> PretrainOptions:
+        names = ("vocab_size", "hidden_size", "num_layers", "tokens", "polish_steps", "batch", "compile")
+        shared = {name: getattr(self, name) for name in names}
+        return PretrainOptions(out=str(self.work / "backbone"), length=2 * self.length, **shared)
+
+    def _from_backbone(self, out: str) -> dict:
+        return {"model": str(self.work / "backbone"), "out": str(self.work / out)}
+
+    def _training(self) -> dict:
+        names = ("length", "batch", "num_heads", "compile")
+        of_heads = {"num_layers": self.head_layers, "shared_lm_head": True}
+        return {"data": (STANDARD_LIBRARY,)} | of_heads | {name: getattr(self, name) for name in names}
+
+    def for_heads(self) -> Medusa1Options:
+        return Medusa1Options(**self._from_backbone("heads"), **self._training(), tokens=self.heads_tokens, lr=3e-3)
+
+    def for_joint(self) -> Medusa2Options:
+        recipe = {"tokens": self.joint_tokens, "lr": 3e-4, "heads": self.for_heads().out}
+        return Medusa2Options(**self._from_backbone("joint"), **self._training(), **recipe)
+
+    def for_tree(self) -> CalibrateOptions:
+        joint = self.for_joint().out
+        sizes = {"nodes": self.nodes, "num_prompts": self.calibration_prompts, "length": self.length}
+        return CalibrateOptions(model=joint, data=(STANDARD_LIBRARY,), dtype="float32", **sizes)
+
+    def command(self) -> str:
+        """The command line that repeats this."""
+        default = DemoOptions(out=self.out)
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("out", "compile")]
+        changed = [n for n in names if getattr(self, n) != getattr(default, n)]
+        return " ".join(
+            ["python launch/train.py demo --out DIR", *(f"--{n.replace('_', '-')} {getattr(self, n)}" for n in changed)]
+        )
+
+
+def assemble(args: DemoOptions) -> None:
+    """Copy the result out of ``work`` and write what comes on top."""
+    out, joint = Path(args.out), Path(args.for_joint().out)
+    for name in RESULT:
+        shutil.copyfile(joint / name, out / name)
+    config = json.loads((out / "config.json").read_text())
+    end = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
+    generation = json.dumps(end | model_card.SAMPLING, indent=2)
+    (out / "generation_config.json").write_text(generation + "\n")
+    if not (out / "README.md").exists():
+        trainings = {
+            "backbone": (args.for_backbone(), "Muon (matrices), AdamW (embedding, norms)"),
+            "heads, backbone frozen (Medusa-1)": (args.for_heads(), "AdamW"),
+            "heads and backbone (Medusa-2)": (args.for_joint(), "AdamW"),
+        }
+        card = model_card.write(out, args.work / "backbone", trainings, args.command())
+        (out / "README.md").write_text(card)
+
+
+def check_size(directory: Path) -> int:
+    """Bytes of the finished checkpoint; ValueError if a file is missing or it is too large to be committed."""
+    names = (*RESULT, *WRITTEN)
+    if missing := [name for name in names if not (directory / name).is_file()]:
+        raise ValueError(f"{directory} is incomplete, {', '.join(missing)} missing: run the command again")
+    size = sum((directory / name).stat().st_size for name in names)
+    if size > MAX_BYTES:
+        raise ValueError(f"{directory} weighs {size / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:.0f}: lower the sizes")
+    return size
+
+
+def run(args: DemoOptions, group: Group) -> dict:
+    """Run the stages whose output is missing; returns the result's place and size."""
+    work = args.work
+    stages = (
+        (work / "backbone" / "model.safetensors", pretrain.run, args.for_backbone()),
+        (work / "heads" / "report.json", medusa1.run, args.for_heads()),
+        (work / "joint" / "report.json", medusa2.run, args.for_joint()),
+        (work / "joint" / "tree.json", calibrate.run, args.for_tree()),
+    )
+    for result, stage, options in stages:
+        if not result.exists():
+            stage(options, group)
+            result.touch()
+    assemble(args)
+    return {"out": args.out, "megabytes": round(check_size(Path(args.out)) / 1e6, 1)}
