@@ -61,7 +61,7 @@ def trees_of(calibration: dict, published: Path | None, directory: Path) -> dict
 
     if published:
         whole = load_tree(published, 1 << 10)
-        cut = whole.limited(whole.num_drafts, num_heads).paths()
+        cut = whole.limited(whole.num_draft_tokens, num_heads).paths()
         same = next((row["paths"] for row in calibration["trees"] if row["nodes"] == len(cut)), None)
         if same is None:
             sizes = [row["nodes"] for row in calibration["trees"]]

@@ -15,7 +15,7 @@ from euryale.benchmarks import arguments
 from euryale.benchmarks.arguments import number
 from euryale.benchmarks.machine import describe
 from euryale.scheduler.admission import Limits
-from euryale.scheduler.request import Guesses, Request
+from euryale.scheduler.request import HeadCandidates, Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import Scheduler, SegmentResult
 from euryale.scheduler.speculation.drafter import Drafter, DynamicTrees
@@ -38,7 +38,7 @@ def made_up_results(plan: StepPlan, rng: np.random.Generator) -> list[SegmentRes
         tokens = [int(segment.tokens[root + n]) for n in path] + [int(rng.zipf(1.3)) % VOCAB]
         ids = rng.integers(0, VOCAB, (HEADS, RANKS)).astype(np.int32)
         logits = -np.sort(rng.exponential(2.0, (HEADS, RANKS)).astype(np.float32), axis=1)
-        found.append(SegmentResult(tokens=tokens, accepted_nodes=path, guesses=Guesses(ids, logits)))
+        found.append(SegmentResult(tokens=tokens, accepted_nodes=path, head_candidates=HeadCandidates(ids, logits)))
     return found
 
 
@@ -69,7 +69,7 @@ def measure(requests: int, drafter: Drafter | None, steps: int) -> dict[str, flo
         if step > 3:
             found["plan"].append(1e3 * (planned - started))
             found["advance"].append(1e3 * (time.perf_counter() - begun))
-            found["guesses"].append(sum(s.num_drafts for s in plan.segments) / requests)
+            found["guesses"].append(sum(s.num_draft_tokens for s in plan.segments) / requests)
     return {name: statistics.median(values) for name, values in found.items()}
 
 

@@ -41,9 +41,9 @@ def main() -> None:
     report = {}
     for name, accuracy in accuracies(args.accuracy).items():
         published = load_tree(args.tree, len(accuracy))
-        searched = search_tree(accuracy, published.num_drafts)
+        searched = search_tree(accuracy, published.num_draft_tokens)
         report[name] = {
-            "guesses": published.num_drafts,
+            "guesses": published.num_draft_tokens,
             "published": round(expected_tokens(published, accuracy), 4),
             "searched": round(expected_tokens(searched, accuracy), 4),
         }

@@ -16,7 +16,7 @@ from euryale.runtime.sampling.logits_processors import adjust
 from euryale.runtime.sampling.logprobs import Reports
 from euryale.runtime.step_batch import StepBatch
 from euryale.runtime.step_graphs import StepGraphs
-from euryale.scheduler.request import Guesses
+from euryale.scheduler.request import HeadCandidates
 from euryale.scheduler.scheduler import SegmentResult
 from euryale.scheduler.step_plan import StepPlan
 
@@ -103,7 +103,7 @@ class StepRunner:
         accepted = decide(self.decoder.shard, logits_NV, batch)
         self.cache.commit(accepted.kept)
         candidates = None
-        if self.heads is not None and batch.kind.wants_candidates:
+        if self.heads is not None and batch.kind.wants_head_candidates:
             after = accepted.last if batch.wanted is None else accepted.last[batch.wanted]
             candidates = self.heads.candidates(hidden_RD, after, self.num_candidates)
         return Outcome(accepted.next_tokens, accepted.last, candidates, reports)
@@ -121,10 +121,12 @@ class StepRunner:
             path.reverse()
             emitted = [*tokens[path].tolist(), int(bonus)]
             root, guesses = starts[i] + segment.num_certain - 1, None
-            if candidates is not None and segment.wants_candidates:
+            if candidates is not None and segment.wants_head_candidates:
                 mine = candidates[:, :, i if batch.wanted is None else place].copy()  # its place is written over
-                guesses = Guesses(ids=mine[1], logits=mine[0].view(np.float32))
+                guesses = HeadCandidates(ids=mine[1], logits=mine[0].view(np.float32))
                 place += 1
-            results.append(SegmentResult(tokens=emitted, accepted_nodes=[r - root for r in path], guesses=guesses))
+            results.append(
+                SegmentResult(tokens=emitted, accepted_nodes=[r - root for r in path], head_candidates=guesses)
+            )
             self.digest = zlib.crc32(np.asarray(emitted, dtype=np.int32).tobytes(), self.digest)
         return results

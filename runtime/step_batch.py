@@ -20,14 +20,14 @@ _GREEDY = SamplingParams()
 class StepKind:
     """What a plan asks for. ``is_decode``: every segment samples and has one certain row, so that every row is decided.
     ``is_sampled``: some request draws; ``is_filtered``: one that draws leaves out some tokens or accepts by the typical
-    rule; ``has_extras``: some request changes logits or wants to be told of them. ``wants_candidates``: some request
-    guesses on."""
+    rule; ``has_extras``: some request changes logits or wants to be told of them. ``wants_head_candidates``: some
+    request guesses on."""
 
     is_decode: bool
     is_sampled: bool
     is_filtered: bool
     has_extras: bool
-    wants_candidates: bool
+    wants_head_candidates: bool
 
     @property
     def is_plain(self) -> bool:
@@ -42,7 +42,7 @@ class StepKind:
             is_sampled=bool(drawing),
             is_filtered=any(p.is_filtered or p.acceptance == "typical" for p in drawing),
             has_extras=any(s.extras is not None for s in plan.segments),
-            wants_candidates=any(s.wants_candidates for s in plan.segments),
+            wants_head_candidates=any(s.wants_head_candidates for s in plan.segments),
         )
 
 
@@ -133,7 +133,9 @@ class StepBatch:
         samples = np.asarray([s.samples for s in self.segments])
         is_decided = samples[of_row] & (np.arange(len(of_row)) >= roots[of_row])
         arrays["decided"] = is_decided.nonzero()[0]
-        arrays["wanted"] = np.asarray([i for i, s in enumerate(self.segments) if s.wants_candidates], dtype=np.int64)
+        arrays["wanted"] = np.asarray(
+            [i for i, s in enumerate(self.segments) if s.wants_head_candidates], dtype=np.int64
+        )
         self.host_decided_at = arrays["decided_at"] = np.where(is_decided, is_decided.cumsum() - 1, -1)
 
     def _sample(self, arrays: dict[str, np.ndarray]) -> None:

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from euryale.runtime.step_graphs import ROWS
-from euryale.scheduler.request import Guesses, Request
+from euryale.scheduler.request import HeadCandidates, Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import Limits
 from euryale.scheduler.speculation.draft_budget import SHORTEST_REACH
@@ -134,8 +134,8 @@ def _choice(requests: int, num_heads: int) -> Callable[[], object]:
     for key in range(requests):
         prompt, ids = rng.integers(0, 1000, ORDERS), rng.integers(0, 1000, shape)
         logits = -np.sort(rng.exponential(2.0, shape), axis=1)
-        guesses = Guesses(ids.astype(np.int32), logits.astype(np.float32))
-        made.append(Request(key=key, prompt=prompt.astype(np.int32), params=SamplingParams(), guesses=guesses))
+        guesses = HeadCandidates(ids.astype(np.int32), logits.astype(np.float32))
+        made.append(Request(key=key, prompt=prompt.astype(np.int32), params=SamplingParams(), head_candidates=guesses))
     trees, room = DynamicTrees(num_heads, MAX_NODES - 1), max(SHORTEST_REACH, 2 * requests)
     return lambda: trees.draft(made, [DYNAMIC_DEPTH] * requests, room, 0)
 
@@ -165,7 +165,7 @@ def _segment(limits: Limits, rows: int, nodes: int, context: int, page: int, *, 
         pages=(page + np.arange(used, dtype=np.int32)) % limits.num_pages,
         context=context,
         samples=samples,
-        wants_candidates=heads,
+        wants_head_candidates=heads,
         position=0,
         params=SamplingParams(),
     )

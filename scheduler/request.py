@@ -20,7 +20,7 @@ class FinishReason(enum.StrEnum):
     CANCELLED = "cancelled"
 
 
-class Guesses(NamedTuple):
+class HeadCandidates(NamedTuple):
     """What the heads say after the last output token: ``ids`` int32 [heads, k], likeliest first, and their ``logits``
     float32 [heads, k]."""
 
@@ -44,7 +44,7 @@ class Request:
     page_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))  # the same, int32
     page_names: list[bytes] = field(default_factory=list)  # of the full pages of the known tokens, as far as made
     num_published: int = 0  # of the page names, those by which others can find the pages
-    guesses: Guesses | None = None  # None: the heads did not run
+    head_candidates: HeadCandidates | None = None  # None: the heads did not run
     drafting: object | None = None  # what the drafter keeps of it
     accepted: list[int] = field(default_factory=list)  # tokens emitted by each decoding step
     finish_reason: FinishReason | None = None

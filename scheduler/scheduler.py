@@ -11,7 +11,7 @@ import numpy as np
 
 from euryale.client.logprobs import Logprobs
 from euryale.scheduler.admission import STARVATION_BOUND, Admission, Limits
-from euryale.scheduler.request import FinishReason, Guesses, Request
+from euryale.scheduler.request import FinishReason, HeadCandidates, Request
 from euryale.scheduler.speculation.draft_budget import Choice
 from euryale.scheduler.speculation.drafter import NO_DRAFT, Draft, Drafter, Verdict
 from euryale.scheduler.step_cost import StepCosts
@@ -28,7 +28,7 @@ class SegmentResult:
 
     tokens: list[int]
     accepted_nodes: list[int]
-    guesses: Guesses | None = None
+    head_candidates: HeadCandidates | None = None
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
 
@@ -62,7 +62,7 @@ class Scheduler:
         self.drafter = drafter
         self.admission = Admission(limits, share_prefixes, starvation_bound)
         self.step = 0
-        self.num_first_guesses = self.num_first_right = 0  # of the first head's likeliest token
+        self.num_first_head_candidates = self.num_first_head_correct = 0  # of the first head's likeliest token
         self.verdicts: list[Verdict] = []  # what the last step found
         self._costs, self._longest_step = costs, longest_step
         self._predicted = 0.0  # seconds of a step with rows of prompts that streams wait for
@@ -92,15 +92,15 @@ class Scheduler:
         self._planned = decoding
         # Rows that no guess takes are the prompts', unless running streams would wait too long for them.
         if not self._bounds_prompts(len(decoding)):
-            prompt_rows = room - sum(s.num_drafts for s in segments)
+            prompt_rows = room - sum(s.num_draft_tokens for s in segments)
         if self._bounds_prompts(len(decoding)) and prompt_rows:
-            extra = np.array([prompt_rows + sum(s.num_drafts for s in segments)])
+            extra = np.array([prompt_rows + sum(s.num_draft_tokens for s in segments)])
             self._predicted = float(self._costs.prefilling(len(decoding), extra, before=before)[0])
         for request in prefilling:
             if prompt_rows <= 0:
                 break
             rows = min(request.num_uncomputed, prompt_rows)
-            segments.append(self._segment(request, rows, NO_DRAFT, self._wants_guesses))
+            segments.append(self._segment(request, rows, NO_DRAFT, self._wants_heads))
             self._planned.append(request)
             prompt_rows -= rows
         self.step += 1
@@ -120,15 +120,15 @@ class Scheduler:
                 continue
             taken = request.append(result.tokens, self.limits.end_ids)
             request.num_computed += len(result.accepted_nodes)
-            named = request.guesses
+            named = request.head_candidates
             if named is not None:
-                self.num_first_guesses += 1
-                self.num_first_right += result.tokens[0] == named.ids[0, 0]
-            request.guesses = result.guesses
+                self.num_first_head_candidates += 1
+                self.num_first_head_correct += result.tokens[0] == named.ids[0, 0]
+            request.head_candidates = result.head_candidates
             request.accepted.append(len(taken))
             self.admission.settle(request)
             outputs.append(Output(request, taken, request.finish_reason, *request.reports(result.logprobs, taken)))
-            verdicts.append(Verdict(request, result.tokens, result.accepted_nodes, segment.num_drafts, named))
+            verdicts.append(Verdict(request, result.tokens, result.accepted_nodes, segment.num_draft_tokens, named))
             if request.finish_reason:
                 self.admission.end(request)
         if self.drafter:
@@ -145,8 +145,8 @@ class Scheduler:
         return self.drafter.choice if self.drafter else None
 
     @property
-    def _wants_guesses(self) -> bool:
-        return self.drafter is not None and self.drafter.wants_guesses()
+    def _wants_heads(self) -> bool:
+        return self.drafter is not None and self.drafter.wants_heads()
 
     def _bounds_prompts(self, num_decoding: int) -> bool:
         return bool(num_decoding and self._costs and self._longest_step)
@@ -174,10 +174,10 @@ class Scheduler:
             drafts = self.drafter.draft(decoding, depths, room, others)
             for request, draft in zip(decoding, drafts, strict=True):
                 self.admission.hold_for_drafts(request, draft.depth)
-        wants = self._wants_guesses
+        wants = self._wants_heads
         return [self._segment(request, 1, draft, wants) for request, draft in zip(decoding, drafts, strict=True)]
 
-    def _segment(self, request: Request, certain: int, draft: Draft, wants_guesses: bool) -> Segment:
+    def _segment(self, request: Request, certain: int, draft: Draft, wants_heads: bool) -> Segment:
         """The next ``certain`` known tokens, the last of which is the draft's root if there is one."""
         context = request.num_computed
         tokens = draft.tokens if draft.depth else request.known_tokens(context, context + certain)
@@ -190,7 +190,7 @@ class Scheduler:
             pages=request.page_ids[:used],
             context=context,
             samples=samples,
-            wants_candidates=wants_guesses and samples and request.params.speculation,
+            wants_head_candidates=wants_heads and samples and request.params.speculation,
             position=len(request.output),
             params=request.params,
             sample=request.sample,

@@ -18,7 +18,7 @@ _USELESS = 0.02  # share of them that are right
 _PUT_OFF = 256  # accepted paths whose ranks are looked up together
 
 
-class GuessStats:
+class DraftStats:
     """Counts guesses: how many were offered, chosen and accepted, at which depths and of which ranks."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class GuessStats:
         """Take what a step tested, what was chosen for it, and how long it took."""
         chosen = 0
         for test in verdicts:
-            chosen += test.num_guesses
+            chosen += test.num_draft_tokens
             if test.accepted:
                 self._paths.append(test)
         self._chosen += chosen
@@ -68,11 +68,11 @@ class GuessStats:
         for length, count in Counter(len(test.accepted) for test in self._paths).items():
             self._accepted += length * count
             self._depths.update(dict.fromkeys(range(1, length + 1), count))
-        named = [test for test in self._paths if test.guesses is not None]
+        named = [test for test in self._paths if test.head_candidates is not None]
         found = 0
         if named:
-            heads = len(named[0].guesses.ids)
-            ids = np.concatenate([test.guesses.ids for test in named])
+            heads = len(named[0].head_candidates.ids)
+            ids = np.concatenate([test.head_candidates.ids for test in named])
             tokens: list[int] = []
             rows: list[int] = []  # of ``ids``
             for number, test in enumerate(named):
@@ -95,7 +95,7 @@ class EngineStats:
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self.num_steps = self.num_tokens = self.num_decodes = self.num_finished = self.num_cancelled = 0
         self._lengths: Counter[int] = Counter()
-        self._guesses = GuessStats()
+        self._guesses = DraftStats()
         self._has_judged = False
 
     def count_step(self, outputs: list[Output], seconds: float) -> None:
@@ -141,7 +141,7 @@ class EngineStats:
 
     def _judge_heads(self) -> None:
         """Warn once if the heads are almost never right: heads of another model load without an error."""
-        count, right = self._scheduler.num_first_guesses, self._scheduler.num_first_right
+        count, right = self._scheduler.num_first_head_candidates, self._scheduler.num_first_head_correct
         if self._has_judged or count < _JUDGED_AFTER:
             return
         self._has_judged = True

@@ -24,7 +24,7 @@ MAGIC = 0x45555259  # "EURY"
 VERSION = 2
 # magic, version, checksum, length, kind, epoch, step, digest, segments, rows, pages, words of extras
 _HEADER = struct.Struct("<12I")
-# certain rows, drafts, context, pages, words of extras, samples, wants_candidates, position, sample; temperature,
+# certain rows, drafts, context, pages, words of extras, samples, wants_head_candidates, position, sample; temperature,
 # top_k, top_p, min_p, seed, acceptance, epsilon, delta
 _SEGMENT = struct.Struct("<9i" + "fiffQiff")
 _CHECKSUM = slice(8, 12)  # bytes of the buffer
@@ -44,7 +44,7 @@ class PlanError(Exception):
 class Segment:
     """One request's rows of a step.
 
-    ``tokens`` int32 [num_certain + num_drafts]; ``parents`` int32 [num_drafts], the parent's node in the
+    ``tokens`` int32 [num_certain + num_draft_tokens]; ``parents`` int32 [num_draft_tokens], the parent's node in the
     candidate tree (0: the root, i.e. the last certain row); ``pages`` int32, the request's pages in order;
     ``context`` tokens are committed already. ``samples``: the last certain row is the last known token, so the
     step emits tokens for this request. ``position``: output tokens so far, the counter of the noise; ``sample``: which
@@ -56,7 +56,7 @@ class Segment:
     pages: np.ndarray
     context: int
     samples: bool
-    wants_candidates: bool
+    wants_head_candidates: bool
     position: int
     params: SamplingParams
     sample: int = 0
@@ -68,7 +68,7 @@ class Segment:
         return self.samples or (self.extras is not None and len(self.extras.targets) > 0)
 
     @property
-    def num_drafts(self) -> int:
+    def num_draft_tokens(self) -> int:
         return len(self.parents)
 
     @property
@@ -139,7 +139,7 @@ def decode(buffer: np.ndarray, epoch: int) -> StepPlan:
                 pages=pages[page : page + num],
                 context=context,
                 samples=bool(samples),
-                wants_candidates=bool(wants),
+                wants_head_candidates=bool(wants),
                 position=position,
                 params=_params(*params),
                 sample=sample,
@@ -154,12 +154,12 @@ def _fields(segment: Segment) -> tuple:
     params = segment.params
     return (
         segment.num_certain,
-        segment.num_drafts,
+        segment.num_draft_tokens,
         segment.context,
         len(segment.pages),
         0 if segment.extras is None else more.num_words(segment.extras),
         segment.samples,
-        segment.wants_candidates,
+        segment.wants_head_candidates,
         segment.position,
         segment.sample,
         params.temperature,

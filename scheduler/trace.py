@@ -76,8 +76,8 @@ def record(scheduler: Scheduler, plan: StepPlan, seconds: float, now: float) -> 
     """What there is to say about a step; ``now``: seconds since the trace began."""
     admission, choice = scheduler.admission, scheduler.choice
     decoding = [s for s in plan.segments if s.samples and s.num_certain == 1]
-    chosen = sum(test.num_guesses for test in scheduler.verdicts)
-    expected = choice.expected if choice and choice.guesses >= 0 else None
+    chosen = sum(test.num_draft_tokens for test in scheduler.verdicts)
+    expected = choice.expected if choice and choice.num_draft_tokens >= 0 else None
     return {
         "t": round(now, 6),
         "step": plan.step,
@@ -93,7 +93,7 @@ def record(scheduler: Scheduler, plan: StepPlan, seconds: float, now: float) -> 
         "seconds": round(seconds, 6),
         "pages_free": admission.pages.num_free,
         "requests": [
-            {"key": t.request.key, "chosen": t.num_guesses, "accepted": len(t.accepted), "ranks": path_ranks(t)}
+            {"key": t.request.key, "chosen": t.num_draft_tokens, "accepted": len(t.accepted), "ranks": path_ranks(t)}
             for t in scheduler.verdicts
         ],
     }
@@ -101,7 +101,7 @@ def record(scheduler: Scheduler, plan: StepPlan, seconds: float, now: float) -> 
 
 def path_ranks(test: Verdict) -> list[int | None]:
     """Of each accepted guess its rank among those of the head of its depth; None if that did not name it."""
-    named = test.guesses.ids.tolist() if test.accepted and test.guesses is not None else []
+    named = test.head_candidates.ids.tolist() if test.accepted and test.head_candidates is not None else []
     ranks: list[int | None] = []
     for depth, token in enumerate(test.tokens[: len(test.accepted)]):
         is_named = depth < len(named) and token in named[depth]

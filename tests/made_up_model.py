@@ -3,7 +3,7 @@
 import numpy as np
 
 from euryale.scheduler.admission import Limits
-from euryale.scheduler.request import Guesses, Request
+from euryale.scheduler.request import HeadCandidates, Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import SegmentResult
 from euryale.scheduler.speculation.tree import default_tree
@@ -44,10 +44,12 @@ def results(plan, rng, token=9) -> list[SegmentResult]:
         root = segment.num_certain - 1
         tokens = [int(segment.tokens[root + n]) for n in path] + [token]
         guesses = None
-        if segment.wants_candidates:
+        if segment.wants_head_candidates:
             logits = np.sort(rng.normal(size=(3, CANDIDATES)), axis=1)[:, ::-1].astype(np.float32)
-            guesses = Guesses(rng.integers(10, 50, size=(3, CANDIDATES)).astype(np.int32), np.ascontiguousarray(logits))
-        out.append(SegmentResult(tokens=tokens, accepted_nodes=path, guesses=guesses))
+            guesses = HeadCandidates(
+                rng.integers(10, 50, size=(3, CANDIDATES)).astype(np.int32), np.ascontiguousarray(logits)
+            )
+        out.append(SegmentResult(tokens=tokens, accepted_nodes=path, head_candidates=guesses))
     return out
 
 

@@ -60,7 +60,7 @@ def plan_of(seed: int, vocab: int, shapes: list[tuple[int, int]], params: list[S
                 pages=mine,
                 context=length,
                 samples=True,
-                wants_candidates=i % 3 < 2,
+                wants_head_candidates=i % 3 < 2,
                 position=seed,
                 params=params[i % len(params)],
             )
@@ -73,7 +73,7 @@ def agreeable(runner: StepRunner, plan: StepPlan) -> StepPlan:
     twin = eager_twin(runner)
     result = twin.run(StepPlan(segments=[_without_drafts(s) for s in plan.segments]))
     for segment, found in zip(plan.segments, result, strict=True):
-        for node in range(segment.num_drafts):
+        for node in range(segment.num_draft_tokens):
             if segment.parents[node] == 0:
                 segment.tokens[segment.num_certain + node] = found.tokens[0]
                 break
@@ -92,11 +92,11 @@ def assert_same(runner: StepRunner, twin: StepRunner, plan: StepPlan, limit: flo
     assert [r.tokens for r in got] == [r.tokens for r in expected]
     assert [r.accepted_nodes for r in got] == [r.accepted_nodes for r in expected]
     for a, b in zip(got, expected, strict=True):
-        assert (a.guesses is None) == (b.guesses is None)
-        if a.guesses:
-            assert np.array_equal(a.guesses.ids, b.guesses.ids)
+        assert (a.head_candidates is None) == (b.head_candidates is None)
+        if a.head_candidates:
+            assert np.array_equal(a.head_candidates.ids, b.head_candidates.ids)
             # A step with padding has more rows, which moves a product's last bits.
-            np.testing.assert_allclose(a.guesses.logits, b.guesses.logits, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(a.head_candidates.logits, b.head_candidates.logits, rtol=0, atol=1e-5)
     assert runner.digest == twin.digest
     assert float((runner.cache.pages - twin.cache.pages).abs().max()) <= limit
     return sum(len(r.accepted_nodes) for r in got)

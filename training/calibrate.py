@@ -153,9 +153,9 @@ def compare_with(args: CalibrateOptions, searched: Continuations, measured: Cont
         whole = load_tree(source, num_heads=1 << 10)
         if whole.num_candidates > NUM_RANKS:
             raise ValueError(f"{source} asks for rank {whole.num_candidates - 1}: ranks below {NUM_RANKS} are measured")
-        paths = whole.limited(whole.num_drafts, num_heads).paths()
+        paths = whole.limited(whole.num_draft_tokens, num_heads).paths()
         best = tree_search.search_walked_tree(searched, len(paths))
-        row = {"tree": Path(source).stem, "nodes": len(paths), "nodes_before_cut": whole.num_drafts}
+        row = {"tree": Path(source).stem, "nodes": len(paths), "nodes_before_cut": whole.num_draft_tokens}
         row["tokens_per_step"] = round(tree_search.tokens_per_step(measured, paths), 4)
         rows.append(row | {"searched": round(tree_search.tokens_per_step(measured, best), 4)})
     return rows

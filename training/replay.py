@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from euryale.scheduler.request import FinishReason, Guesses, Request
+from euryale.scheduler.request import FinishReason, HeadCandidates, Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.speculation.drafter import Drafter, Verdict
 
@@ -72,5 +72,5 @@ def _take(drafter: Drafter, request: Request, record: Recorded, emitted: list[in
     at = len(request.output) - 1
     if at == len(record.answer) - 1:
         request.finish_reason = FinishReason.LENGTH
-    request.guesses = Guesses(record.ids_PKR[at], record.logits_PKR[at])
+    request.head_candidates = HeadCandidates(record.ids_PKR[at], record.logits_PKR[at])
     drafter.learn([Verdict(request, emitted, path[: len(emitted)])], 0.0)

@@ -44,7 +44,7 @@ def accuracy_by_rank(ranks_NK: np.ndarray) -> np.ndarray:
     return np.stack([(ranks_NK == r).mean(axis=0) for r in range(NUM_RANKS)], axis=1)
 
 
-def search_joint_tree(ranks_NK: np.ndarray, num_drafts: int, prior_count: float = 64.0) -> list[list[int]]:
+def search_joint_tree(ranks_NK: np.ndarray, num_draft_tokens: int, prior_count: float = 64.0) -> list[list[int]]:
     """The paths of the best static tree, in decreasing order of gain: any prefix of the list is the best tree of
     its size.
 
@@ -61,7 +61,7 @@ def search_joint_tree(ranks_NK: np.ndarray, num_drafts: int, prior_count: float 
         counts.update(map(tuple, ranks_NK[:, :depth].tolist()))
     heap: list[tuple[float, tuple[int, ...]]] = [(-1.0, ())]
     paths: list[list[int]] = []
-    while heap and len(paths) <= num_drafts:
+    while heap and len(paths) <= num_draft_tokens:
         negative_gain, path = heapq.heappop(heap)
         paths.append(list(path))
         if len(path) == num_heads:
@@ -102,7 +102,7 @@ def tokens_per_step(measured: Continuations, paths: list[list[int]]) -> float:
     return 1 + float(accepted_lengths(measured.ranks_SPK[starts], paths).mean())
 
 
-def search_walked_tree(measured: Continuations, num_drafts: int, rounds: int = 6) -> list[list[int]]:
+def search_walked_tree(measured: Continuations, num_draft_tokens: int, rounds: int = 6) -> list[list[int]]:
     """The best of a few joint trees, in decreasing order of gain.
 
     A decoder does not stop everywhere: it skips what it accepted, so that steps start where guessing is harder than on
@@ -110,7 +110,7 @@ def search_walked_tree(measured: Continuations, num_drafts: int, rounds: int = 6
     """
     best, candidates = [], measured.flat()
     for _ in range(rounds):
-        paths = search_joint_tree(candidates, num_drafts)
+        paths = search_joint_tree(candidates, num_draft_tokens)
         if not best or tokens_per_step(measured, paths) > tokens_per_step(measured, best):
             best = paths
         candidates = measured.ranks_SPK[visited(measured, paths)]

@@ -71,7 +71,7 @@ def parts(runner: StepRunner, plan: StepPlan, rounds: int) -> dict[str, float]:
     on_gpu = device.type == "cuda"
     run = lambda: runner.run(plan)  # noqa: E731
     found = _of_kernels(run, rounds) if on_gpu else _of_recording(recording, run, rounds)
-    if plan.segments[0].wants_candidates:
+    if plan.segments[0].wants_head_candidates:
         hidden = torch.zeros(1, runner.decoder.lm_head.in_features, dtype=runner.cache.pages.dtype, device=device)
         rows = torch.zeros(1, dtype=torch.int32, device=device)
         heads = graph.record(lambda: (runner.heads.candidates(hidden, rows, runner.num_candidates),), device)

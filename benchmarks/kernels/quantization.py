@@ -37,7 +37,7 @@ def logits_of(engine: Engine, tokens: torch.Tensor) -> torch.Tensor:
         pages=np.arange(-(-len(tokens) // size), dtype=np.int32),
         context=0,
         samples=False,
-        wants_candidates=False,
+        wants_head_candidates=False,
         position=0,
         params=SamplingParams(),
     )

@@ -30,7 +30,7 @@ from euryale.scheduler.step_plan import Segment, StepPlan
 def make_plan(runner: StepRunner, rows: int, context: int) -> StepPlan:
     """One request whose tree has ``rows`` nodes, five guesses below the root, chains below these; 0: one row and no
     heads, which is a step of plain decoding."""
-    wants_candidates, rows = rows > 0, max(rows, 1)
+    wants_head_candidates, rows = rows > 0, max(rows, 1)
     parents = np.asarray([max(0, node - 5) for node in range(1, rows)], dtype=np.int32)
     pages = np.random.default_rng(0).permutation(runner.cache.pages.shape[2]).astype(np.int32)
     segment = Segment(
@@ -39,7 +39,7 @@ def make_plan(runner: StepRunner, rows: int, context: int) -> StepPlan:
         pages=pages[: -(-(context + rows) // PAGE)],
         context=context,
         samples=True,
-        wants_candidates=wants_candidates,
+        wants_head_candidates=wants_head_candidates,
         position=0,
         params=SamplingParams(),
     )

@@ -25,7 +25,7 @@ from typing import Protocol
 
 import numpy as np
 
-from euryale.scheduler.request import Guesses
+from euryale.scheduler.request import HeadCandidates
 
 RANKS = 10
 SPREAD = 1.5
@@ -43,9 +43,9 @@ class Answer:
     ids: np.ndarray
     logits: np.ndarray
 
-    def guesses(self, known: int) -> Guesses:
+    def head_candidates(self, known: int) -> HeadCandidates:
         """With so many tokens of the answer known."""
-        return Guesses(self.ids[known], self.logits[known])
+        return HeadCandidates(self.ids[known], self.logits[known])
 
 
 class Answers(Protocol):

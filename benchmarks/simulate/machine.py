@@ -61,7 +61,7 @@ class Machine:
     call: float = 6e-6
     host: float = 150e-6
     host_per_request: float = 6e-6
-    host_per_guess: float = 0.4e-6
+    host_per_draft_token: float = 0.4e-6
     host_choosing: float = 80e-6
     host_choosing_per_request: float = 12e-6
 
@@ -88,19 +88,19 @@ class Machine:
             rows, requests = bucket(rows, requests, most_rows)
             sampled = rows
         else:
-            sampled = sum(s.num_drafts + 1 for s in segments if s.samples)
+            sampled = sum(s.num_draft_tokens + 1 for s in segments if s.samples)
         device = model.layers * self._product(model.layer_weights, rows) + self._product(
             model.hidden * model.vocab, sampled
         )
         device += self._attention(segments) + self._small(rows) + self._reduce(2 * model.layers + 1, rows)
-        if any(s.wants_candidates for s in segments):
+        if any(s.wants_head_candidates for s in segments):
             device += self._product(num_medusa * model.hidden**2, requests) + 2 * self._reduce(1, 0)
             device += self._product(num_medusa * model.hidden * model.vocab, requests)
         return device if is_decode else max(device, model.layers * _KERNELS * self.call)
 
     def host_seconds(self, requests: int, guesses: int, is_choosing: bool) -> float:
         """What the scheduler adds to a step of so many requests and guesses, chosen for the step or not."""
-        seconds = self.host + self.host_per_request * requests + self.host_per_guess * guesses
+        seconds = self.host + self.host_per_request * requests + self.host_per_draft_token * guesses
         return seconds + is_choosing * (self.host_choosing + self.host_choosing_per_request * requests)
 
     def _product(self, weights: float, rows: int) -> float:

@@ -100,7 +100,7 @@ def settings_of(args: argparse.Namespace, answers: Answers, count: int) -> dict[
     }
     machine = MACHINES[args.machine]
     if not args.host:
-        names = ("host", "host_per_request", "host_per_guess", "host_choosing", "host_choosing_per_request")
+        names = ("host", "host_per_request", "host_per_draft_token", "host_choosing", "host_choosing_per_request")
         machine = dataclasses.replace(machine, **dict.fromkeys(names, 0.0))
     common = {"machine": machine, "answers": answers, "seed": args.seed, "sources": sources}
     return {name: Setting(tree=trees[name], **common) for name in args.policies}

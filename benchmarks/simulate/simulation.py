@@ -155,8 +155,10 @@ class Simulation:
         if self._rng.random() < _HICCUP:
             seconds *= _HICCUP_FACTOR
         choice = self.scheduler.choice
-        guesses = sum(segment.num_drafts for segment in plan.segments)
-        return seconds + machine.host_seconds(len(plan.segments), guesses, choice is not None and choice.guesses >= 0)
+        guesses = sum(segment.num_draft_tokens for segment in plan.segments)
+        return seconds + machine.host_seconds(
+            len(plan.segments), guesses, choice is not None and choice.num_draft_tokens >= 0
+        )
 
     def _result(self, segment: Segment) -> SegmentResult:
         """The longest path of the segment's tree that the hidden answer takes, and the token after it."""
@@ -168,8 +170,8 @@ class Simulation:
         while children and (node := children.get((node, int(answer.truth[known + len(path)])), 0)):
             path.append(node)
         tokens = answer.truth[known : known + len(path) + 1].tolist()
-        guesses = answer.guesses(known + len(tokens)) if segment.wants_candidates else None
-        return SegmentResult(tokens=tokens, accepted_nodes=path, guesses=guesses)
+        guesses = answer.head_candidates(known + len(tokens)) if segment.wants_head_candidates else None
+        return SegmentResult(tokens=tokens, accepted_nodes=path, head_candidates=guesses)
 
     def _deliver(self, outputs: list[Output]) -> int:
         ended = 0

@@ -26,7 +26,7 @@ class Choice:
     predicted to take ``seconds``; ``guesses`` -1: none were considered."""
 
     requests: int = 0
-    guesses: int = -1
+    num_draft_tokens: int = -1
     offered: int = 0
     expected: float = 0.0
     others: int = 0
@@ -91,7 +91,7 @@ class Budget:
             gain = math.log(rates[best] * plain / now.requests)
             # Where no guess is taken, heads may look free; but the host has looked for nothing.
             self._weigh(gain if best else min(gain, -2 * _MARGIN))
-        now.guesses, now.offered = best, len(survival)
+        now.num_draft_tokens, now.offered = best, len(survival)
         now.expected = float(worth[best]) - now.requests
         now.seconds += float(seconds[best]) - plain
         return best
@@ -99,12 +99,12 @@ class Budget:
     def observe(self, seconds: float, accepted: int) -> None:
         """Take how long the step took, and how many guesses were accepted."""
         now = self.last
-        if now.guesses > 0 and not self._is_urgent:
+        if now.num_draft_tokens > 0 and not self._is_urgent:
             self._luck.learn(accepted, now.expected / self._luck.factor)
         if now.requests and now.seconds:
-            is_speculating = now.guesses >= 0
+            is_speculating = now.num_draft_tokens >= 0
             if not now.others and (is_speculating or not self.wants_heads()):
-                self.costs.learn(now.seconds, seconds, now.requests, max(now.guesses, 0), is_speculating)
+                self.costs.learn(now.seconds, seconds, now.requests, max(now.num_draft_tokens, 0), is_speculating)
 
     def _weigh(self, gain: float) -> None:
         """Take the logarithm of the best rate with heads over the rate without."""

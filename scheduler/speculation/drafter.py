@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from euryale.scheduler.request import Guesses, Request
+from euryale.scheduler.request import HeadCandidates, Request
 from euryale.scheduler.speculation.acceptance_stats import Momentum, Survival, class_of
 from euryale.scheduler.speculation.draft_budget import Budget, Choice
 from euryale.scheduler.speculation.ngram_table import ORDERS, TEXT, NgramTable
@@ -35,17 +35,17 @@ NO_DRAFT = Draft(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32), 0)
 
 class Verdict(NamedTuple):
     """What a step found out: the request's new ``tokens``, accepted guesses and the bonus token, and the numbers of the
-    accepted guesses, of ``num_guesses``; ``guesses`` is what the heads had named, None if they had not run."""
+    accepted guesses, of ``num_draft_tokens``; ``guesses`` is what the heads had named, None if they had not run."""
 
     request: Request
     tokens: list[int]
     accepted: list[int]
-    num_guesses: int = 0
-    guesses: Guesses | None = None
+    num_draft_tokens: int = 0
+    head_candidates: HeadCandidates | None = None
 
 
 class Drafter(Protocol):
-    """For each step the scheduler calls ``draft``, then ``wants_guesses``, then, when the step is done, ``learn``.
+    """For each step the scheduler calls ``draft``, then ``wants_heads``, then, when the step is done, ``learn``.
     ``depth``: of the deepest guess; ``choice``: what was chosen for the last step, None if that is not a question."""
 
     depth: int
@@ -57,7 +57,7 @@ class Drafter(Protocol):
         """Guesses of each decoding request, of at most ``depths`` and ``room`` rows in all, beside ``others``, the
         prompts' rows."""
 
-    def wants_guesses(self) -> bool:
+    def wants_heads(self) -> bool:
         """Whether the heads are to run in this step."""
 
     def learn(self, verdicts: list[Verdict], seconds: float) -> None:
@@ -74,7 +74,7 @@ class StaticTrees:
 
     def draft(self, decoding: list[Request], depths: list[int], room: int, others: int) -> list[Draft]:
         """See Drafter. Equal shares, the first requests one more."""
-        drafting = [i for i, r in enumerate(decoding) if r.guesses is not None and depths[i]]
+        drafting = [i for i, r in enumerate(decoding) if r.head_candidates is not None and depths[i]]
         share, extra = divmod(max(room, 0), max(1, len(drafting)))
         drafts = [NO_DRAFT] * len(decoding)
         for place, i in enumerate(drafting):
@@ -82,11 +82,11 @@ class StaticTrees:
             if not shape.depth:
                 continue
             request = decoding[i]
-            tokens = np.array([*request.last_tokens(1), *shape.tokens(request.guesses.ids)], dtype=np.int32)
+            tokens = np.array([*request.last_tokens(1), *shape.tokens(request.head_candidates.ids)], dtype=np.int32)
             drafts[i] = Draft(tokens, shape.parents[1:], shape.depth)
         return drafts
 
-    def wants_guesses(self) -> bool:
+    def wants_heads(self) -> bool:
         """See Drafter."""
         return True
 
@@ -148,7 +148,7 @@ class DynamicTrees:
         """See Drafter."""
         return self._budget.last if self._budget else None
 
-    def wants_guesses(self) -> bool:
+    def wants_heads(self) -> bool:
         """See Drafter."""
         return self._budget is None or self._budget.wants_heads()
 
@@ -188,7 +188,7 @@ class DynamicTrees:
         if reached:
             self.forest.learn(np.asarray(reached, dtype=np.int32), np.asarray(truths, dtype=np.int32))
         # Of those that go on only before a step that may guess: many have none, and what was missed is caught up on.
-        goes_on = self._sources.context and self.wants_guesses()
+        goes_on = self._sources.context and self.wants_heads()
         requests = [verdict.request for verdict in verdicts]
         self._remember([r for r in requests if (self._sources.traffic if r.finish_reason else goes_on)])
         if self._budget and seconds:
@@ -213,10 +213,10 @@ class DynamicTrees:
         return bool(target) and since is not None and 1000 * (self._now - since) > target * (len(request.output) - 1)
 
     def _roots(self, depths: list[int], values: list[float]) -> Roots:
-        guesses = [r.guesses for r in self._planned]
+        guesses = [r.head_candidates for r in self._planned]
         if None in guesses:
             shape = next((g.ids.shape for g in guesses if g), (0, 0))
-            none = Guesses(np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32))
+            none = HeadCandidates(np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32))
             guesses = [g or none for g in guesses]
         kept = [self._kept(r) for r in self._planned]
         return Roots(

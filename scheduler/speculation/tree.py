@@ -64,7 +64,7 @@ class TreeShape:
         return depths
 
     @property
-    def num_drafts(self) -> int:
+    def num_draft_tokens(self) -> int:
         """Nodes without the root."""
         return len(self.parents) - 1
 
@@ -77,11 +77,11 @@ class TreeShape:
         """How many of each head's likeliest tokens the tree can ask for."""
         return int(self.ranks.max()) + 1
 
-    def limited(self, num_drafts: int, depth: int) -> "TreeShape":
-        """The first ``num_drafts`` guesses no deeper than ``depth``; still closed under ancestors."""
-        if num_drafts >= self.num_drafts and depth >= self.depth:
+    def limited(self, num_draft_tokens: int, depth: int) -> "TreeShape":
+        """The first ``num_draft_tokens`` guesses no deeper than ``depth``; still closed under ancestors."""
+        if num_draft_tokens >= self.num_draft_tokens and depth >= self.depth:
             return self
-        keep = np.flatnonzero(self.depths <= depth)[: max(num_drafts, 0) + 1]
+        keep = np.flatnonzero(self.depths <= depth)[: max(num_draft_tokens, 0) + 1]
         renumbered = np.full(len(self.parents), -1, dtype=np.int32)
         renumbered[keep] = np.arange(len(keep), dtype=np.int32)
         parents = np.where(self.parents[keep] < 0, -1, renumbered[self.parents[keep]]).astype(np.int32)
@@ -104,8 +104,8 @@ class TreeShape:
         return paths[1:]
 
 
-def search_tree(accuracy: np.ndarray, num_drafts: int) -> TreeShape:
-    """The static tree of ``num_drafts`` guesses that maximises the expected accepted length if heads were
+def search_tree(accuracy: np.ndarray, num_draft_tokens: int) -> TreeShape:
+    """The static tree of ``num_draft_tokens`` guesses that maximises the expected accepted length if heads were
     independent (Medusa paper, section 2.3.3): greedily the largest products along paths.
 
     ``accuracy`` [heads, ranks]: probability that the head's guess of that rank is right.
@@ -114,7 +114,7 @@ def search_tree(accuracy: np.ndarray, num_drafts: int) -> TreeShape:
     heap: list[tuple[float, tuple[int, ...]]] = [(-float(accuracy[0, rank]), (rank,)) for rank in range(num_ranks)]
     heapq.heapify(heap)
     paths: list[tuple[int, ...]] = []
-    while heap and len(paths) < num_drafts:
+    while heap and len(paths) < num_draft_tokens:
         negative, path = heapq.heappop(heap)
         paths.append(path)
         if len(path) < num_heads:
@@ -123,14 +123,14 @@ def search_tree(accuracy: np.ndarray, num_drafts: int) -> TreeShape:
     return TreeShape.from_paths(paths)
 
 
-def default_tree(num_heads: int, num_drafts: int = 15) -> TreeShape:
+def default_tree(num_heads: int, num_draft_tokens: int = 15) -> TreeShape:
     """A tree for heads nothing is known of."""
     top1 = np.asarray([_GENERIC_TOP1[min(h, len(_GENERIC_TOP1) - 1)] for h in range(num_heads)])
     ranks = np.arange(8)
     # A rank's share of what the ranks above it left over.
     fall = _GENERIC_RANK_FALL * (1 - _GENERIC_RANK_FALL) ** np.maximum(ranks - 1, 0) / 1.5
     accuracy = np.where(ranks == 0, top1[:, None], (1 - top1[:, None]) * fall)
-    return search_tree(accuracy, num_drafts)
+    return search_tree(accuracy, num_draft_tokens)
 
 
 def chain(num_heads: int) -> TreeShape:
@@ -159,7 +159,7 @@ class TreeChoice:
     @property
     def most_nodes(self) -> int:
         """Guesses that one request gets in any case."""
-        return self.shape.num_drafts if self.shape else self.nodes
+        return self.shape.num_draft_tokens if self.shape else self.nodes
 
     def __str__(self) -> str:
         return str(self.shape.paths()) if self.shape else f"dynamic:{self.nodes}"

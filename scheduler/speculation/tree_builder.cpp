@@ -92,7 +92,7 @@ struct Growth {
     std::vector<int32_t> lasts, nodes_of;
     std::vector<float> powers;  // of the heads' probabilities, of each head R and one for what it does not name
     std::vector<bool> has_powers;
-    int64_t nodes = 0, guesses = 0;
+    int64_t nodes = 0, children = 0;
 
     explicit Growth(Forest& f)
         : f(f),
@@ -119,7 +119,7 @@ struct Growth {
         const int64_t node = nodes++;
         f.request[node] = request, f.parent[node] = parent, f.token[node] = token, f.survival[node] = survival;
         f.depth[node] = parent < 0 ? 0 : f.depth[parent] + 1;
-        f.expected[node] = 0, f.evidence[node] = -1, f.first[node] = guesses, f.count[node] = 0;
+        f.expected[node] = 0, f.evidence[node] = -1, f.first[node] = children, f.count[node] = 0;
         int32_t* last = lasts.data() + node * ORDERS;
         last[0] = token;
         std::copy_n(parent < 0 ? f.last + request * ORDERS + 1 : lasts.data() + parent * ORDERS, ORDERS - 1, last + 1);
@@ -128,20 +128,20 @@ struct Growth {
     // Put a guess below a node on the heap, if it is worth a thought.
     void offer(int node, int guess) {
         if (guess == f.count[node]) return;
-        const double key = (double)f.guesses[f.first[node] + guess].survival * f.values[f.request[node]];
+        const double key = (double)f.children[f.first[node] + guess].survival * f.values[f.request[node]];
         if (key >= f.least) heap.push({key, node, guess});
     }
 
     void expand(int node) {
         const int request = f.request[node];
         if (f.depth[node] >= f.depths[request] || (double)f.survival[node] * f.values[request] < f.least) return;
-        f.first[node] = guesses;
-        guesses += f.count[node] = name(node, f.guesses + guesses);
+        f.first[node] = children;
+        children += f.count[node] = name(node, f.children + children);
         offer(node, 0);
     }
 
-    // Write a node's guesses, likeliest first; returns how many.
-    int name(int node, Guess* out) {
+    // Write a node's children, likeliest first; returns how many.
+    int name(int node, Child* out) {
         const int r = f.request[node], depth = f.depth[node];
         const int64_t head = r * f.heads + depth;
         const int ranks = depth < f.heads && f.ids[head * f.ranks] >= 0 ? f.ranks : 0;
@@ -196,7 +196,7 @@ struct Growth {
             const int request = f.request[best.parent];
             if (nodes_of[request] == f.each) continue;
             ++nodes_of[request];
-            const Guess& guess = f.guesses[f.first[best.parent] + best.guess];
+            const Child& guess = f.children[f.first[best.parent] + best.guess];
             f.expected[best.parent] += guess.survival / f.survival[best.parent];
             add(request, best.parent, guess.token, guess.survival);
             offer(best.parent, best.guess + 1);
@@ -222,7 +222,7 @@ extern "C" void forest_learn(const Forest* forest, int64_t count, const int32_t*
         if (f.evidence[node] < 0) continue;  // it never got guesses
         double own = 0;
         for (int g = f.first[node]; g < f.first[node] + f.count[node]; ++g) {
-            const Guess& guess = f.guesses[g];
+            const Child& guess = f.children[g];
             const bool is_right = guess.token == truths[i];
             if (is_right) own = guess.own / guess.probability;
             double &hits = f.hits[guess.cell], &stated = f.stated[guess.cell];
@@ -259,4 +259,4 @@ extern "C" void ngrams_add(const Table* table, int64_t count, const int32_t* tok
 }
 
 // To notice a build from sources with other structs.
-extern "C" int64_t forest_bytes() { return sizeof(Forest) + sizeof(Guess) + sizeof(Row); }
+extern "C" int64_t forest_bytes() { return sizeof(Forest) + sizeof(Child) + sizeof(Row); }

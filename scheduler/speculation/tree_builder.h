@@ -14,7 +14,7 @@ struct Table {
 };
 
 // A named successor of a node.
-struct Guess {
+struct Child {
     int32_t token, cell;
     float survival, probability, own;
 };
@@ -32,9 +32,9 @@ struct Forest {
     // Estimates.
     float *weights, *ratios;
     double *hits, *stated, *proven, *trust;
-    // Nodes, and their guesses.
+    // Nodes, and their children.
     int32_t *request, *parent, *token, *depth;
     float *survival, *expected;
     int32_t *evidence, *first, *count;
-    Guess* guesses;
+    Child* children;
 };

@@ -25,7 +25,7 @@ from euryale.scheduler.speculation.ngram_table import DOMAINS, ROW, SUCCESSORS, 
 logger = logging.getLogger("euryale.scheduler")
 
 MAX_RANKS = 32
-GUESS = np.dtype([("token", "i4"), ("cell", "i4"), ("survival", "f4"), ("probability", "f4"), ("own", "f4")])
+CHILD = np.dtype([("token", "i4"), ("cell", "i4"), ("survival", "f4"), ("probability", "f4"), ("own", "f4")])
 _REQUESTS = ("last", "ids", "logits", "depths", "classes", "factors", "values", "domains")
 _ESTIMATES = ("weights", "ratios", "hits", "stated", "proven", "trust")
 _NODES = dict.fromkeys(("request", "parent", "token", "depth"), np.int32)
@@ -65,7 +65,7 @@ class _Forest(ctypes.Structure):
         *((n, c_int64) for n in ("num_depths", "rank_classes", "bins", "evidences")),
         ("least", c_float),
         *((name, c_float) for name in forest_reference.CONSTANTS),
-        *((name, c_void_p) for name in (*_REQUESTS, *_ESTIMATES, *_NODES, "guesses")),
+        *((name, c_void_p) for name in (*_REQUESTS, *_ESTIMATES, *_NODES, "children")),
     )
 
 
@@ -77,7 +77,7 @@ class Forest:
 
     def __init__(self, table: NgramTable, survival: Survival) -> None:
         self.table, self.estimates = table, survival
-        self.num_nodes = self.num_guesses = 0
+        self.num_nodes = self.num_children = 0
         self._native = _library()
         self._struct = _Forest(**forest_reference.CONSTANTS)
         self._struct.table = _Table(table.rows.ctypes.data, table.text_bits, table.live_bits)
@@ -131,9 +131,9 @@ class Forest:
                 setattr(self, name, np.empty(2 * nodes, dtype=dtype))
                 setattr(self._struct, name, getattr(self, name).ctypes.data)
         room = len(self.request) * (ranks + DOMAINS * SUCCESSORS)
-        if room > len(self.__dict__.get("guesses", ())):
-            self.guesses = np.empty(room, dtype=GUESS)
-            self._struct.guesses = self.guesses.ctypes.data
+        if room > len(self.__dict__.get("children", ())):
+            self.children = np.empty(room, dtype=CHILD)
+            self._struct.children = self.children.ctypes.data
 
 
 def _address(array: np.ndarray) -> int:
@@ -152,7 +152,7 @@ def _library() -> ctypes.CDLL | None:
         library.forest_bytes.restype = library.forest_grow.restype = c_int64
         library.forest_learn.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
         library.ngrams_add.argtypes = [c_void_p, c_int64, *[c_void_p] * 4]
-        if library.forest_bytes() != ctypes.sizeof(_Forest) + GUESS.itemsize + ROW.itemsize:
+        if library.forest_bytes() != ctypes.sizeof(_Forest) + CHILD.itemsize + ROW.itemsize:
             raise OSError("it was built from sources with other structs")
     except (OSError, AttributeError) as error:
         logger.warning("trees are planned in Python, far slower (%s): install a C++ compiler and install again", error)

@@ -59,14 +59,14 @@ def grow(forest) -> int:
     f, roots = forest, forest.roots
     settings = f._struct
     lasts: list[np.ndarray] = []
-    f.num_guesses = 0
+    f.num_children = 0
     heap: list[tuple[float, int, int]] = []
     taken = [0] * len(roots.last)
 
     def offer(node: int, place: int) -> None:
         """Put a guess below a node on the heap, if it is worth a thought."""
         if place < f.count[node]:
-            key = float(f.guesses["survival"][f.first[node] + place]) * float(roots.values[f.request[node]])
+            key = float(f.children["survival"][f.first[node] + place]) * float(roots.values[f.request[node]])
             if key >= settings.least:
                 heapq.heappush(heap, (-key, node, place))
 
@@ -76,7 +76,7 @@ def grow(forest) -> int:
         lasts.append(np.asarray(before, dtype=np.int32))
         f.request[node], f.parent[node], f.token[node], f.survival[node] = request, parent, token, survival
         f.depth[node] = 0 if parent < 0 else f.depth[parent] + 1
-        f.expected[node], f.evidence[node], f.first[node], f.count[node] = 0, -1, f.num_guesses, 0
+        f.expected[node], f.evidence[node], f.first[node], f.count[node] = 0, -1, f.num_children, 0
 
     def expand(node: int) -> None:
         value = float(f.survival[node]) * float(roots.values[f.request[node]])
@@ -94,7 +94,7 @@ def grow(forest) -> int:
         if taken[request] == settings.each:
             continue
         taken[request] += 1
-        guess = f.guesses[f.first[parent] + place]
+        guess = f.children[f.first[parent] + place]
         f.expected[parent] += guess["survival"] / f.survival[parent]
         add(request, parent, int(guess["token"]), float(guess["survival"]))
         offer(parent, place + 1)
@@ -103,7 +103,7 @@ def grow(forest) -> int:
 
 
 def _expand(f, node: int, last: np.ndarray) -> None:
-    """Write a node's guesses, likeliest first."""
+    """Write a node's children, likeliest first."""
     roots, estimates, c = f.roots, f.estimates, CONSTANTS
     request, depth = int(f.request[node]), int(f.depth[node])
     known = [find(f.table, last, int(domain)) for domain in roots.domains[request]]
@@ -125,7 +125,7 @@ def _expand(f, node: int, last: np.ndarray) -> None:
     total = sum(products) + c["other"]
     kind = int(roots.classes[request])
     weight = float(estimates.weights[kind, known[_OWN][1]])
-    f.evidence[node], f.first[node] = known[_OWN][1], f.num_guesses
+    f.evidence[node], f.first[node] = known[_OWN][1], f.num_children
     for i, token in enumerate(tokens):
         own = weight * known[_OWN][0].get(token, 0)
         probability = np.float32(own + (1 - weight) * products[i] / total)
@@ -135,9 +135,9 @@ def _expand(f, node: int, last: np.ndarray) -> None:
         cell = (kind, min(depth, estimates.num_depths - 1), rank, bin_of(probability, estimates.bins))
         chance = min(probability * estimates.ratios[cell] * roots.factors[request], np.float32(c["highest"]))
         flat = np.ravel_multi_index(cell, estimates.ratios.shape)
-        f.guesses[f.num_guesses] = (token, flat, f.survival[node] * chance, probability, own)
-        f.num_guesses += 1
-    own = f.guesses[f.first[node] : f.num_guesses]
+        f.children[f.num_children] = (token, flat, f.survival[node] * chance, probability, own)
+        f.num_children += 1
+    own = f.children[f.first[node] : f.num_children]
     own[:] = own[np.argsort(-own["survival"], kind="stable")]
     f.count[node] = len(own)
 
@@ -163,7 +163,7 @@ def learn(forest, nodes: np.ndarray, tokens: np.ndarray) -> None:
         if f.evidence[node] < 0:
             continue  # it never got guesses
         own = 0.0
-        for guess in f.guesses[f.first[node] : f.first[node] + f.count[node]]:
+        for guess in f.children[f.first[node] : f.first[node] + f.count[node]]:
             cell, is_right = np.unravel_index(guess["cell"], estimates.hits.shape), guess["token"] == truth
             own = float(guess["own"] / guess["probability"]) if is_right else own
             estimates.hits[cell] += is_right

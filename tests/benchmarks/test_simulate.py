@@ -168,7 +168,7 @@ def test_recorded_heads_are_replayed(tmp_path):
     answer = source.make(3)
     assert answer.prompt.tolist() == tokens[12:17].tolist()
     assert answer.truth.tolist() == tokens[17:].tolist()
-    assert [int(answer.guesses(n).ids[0, 1]) for n in range(1, 4)] == answer.truth[1:].tolist()
+    assert [int(answer.head_candidates(n).ids[0, 1]) for n in range(1, 4)] == answer.truth[1:].tolist()
     run = Simulation(
         setting("static", answers=source, tree=search_tree(np.array([[0.1, 0.9]]), 2)), Load(4, users=2)
     ).run()
@@ -185,7 +185,7 @@ def test_dynamic_trees_are_not_slower_than_the_others(users):
     """In simulated time, which is the same in every run. The scheduler's own time is left out, as the machine decides
     how much that is; 2 % is what the design allows."""
     free = dict.fromkeys(
-        ("host", "host_per_request", "host_per_guess", "host_choosing", "host_choosing_per_request"), 0.0
+        ("host", "host_per_request", "host_per_draft_token", "host_choosing", "host_choosing_per_request"), 0.0
     )
     machine = type(MACHINES["7b"])(**vars(MACHINES["7b"]) | free)
     found = {}

@@ -96,8 +96,8 @@ class Batches(RuleBasedStateMachine):
         self.check_who_runs(before)
         self.waits.update(r.key for r in self.admission.waiting)
         assert plan.num_rows <= FEW.max_num_batched_tokens
-        assert all(segment.num_drafts <= EACH for segment in plan.segments)
-        self.seen["guesses"] += any(segment.num_drafts for segment in plan.segments)
+        assert all(segment.num_draft_tokens <= EACH for segment in plan.segments)
+        self.seen["guesses"] += any(segment.num_draft_tokens for segment in plan.segments)
         assert len(plan.segments) > 0 or not self.scheduler.has_work, "nobody makes progress"
         found = results(plan, self.rng, token)
         self.write(plan, found)

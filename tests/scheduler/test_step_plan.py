@@ -40,14 +40,16 @@ def extras(draw):
 
 @st.composite
 def segments(draw):
-    num_certain, num_drafts = draw(st.integers(1, 5)), draw(st.integers(0, 6))
+    num_certain, num_draft_tokens = draw(st.integers(1, 5)), draw(st.integers(0, 6))
     return Segment(
-        tokens=np.asarray(draw(st.lists(int32s, min_size=num_certain + num_drafts, max_size=num_certain + num_drafts))),
-        parents=np.asarray([draw(st.integers(0, i)) for i in range(num_drafts)], dtype=np.int32),
+        tokens=np.asarray(
+            draw(st.lists(int32s, min_size=num_certain + num_draft_tokens, max_size=num_certain + num_draft_tokens))
+        ),
+        parents=np.asarray([draw(st.integers(0, i)) for i in range(num_draft_tokens)], dtype=np.int32),
         pages=np.asarray(draw(st.lists(int32s, max_size=4)), dtype=np.int32),
         context=draw(int32s),
         samples=draw(st.booleans()),
-        wants_candidates=draw(st.booleans()),
+        wants_head_candidates=draw(st.booleans()),
         position=draw(int32s),
         sample=draw(int32s),
         extras=draw(st.none() | extras()),
@@ -72,7 +74,7 @@ def as_plain(plan: StepPlan):
             s.pages.tolist(),
             s.context,
             s.samples,
-            s.wants_candidates,
+            s.wants_head_candidates,
             s.position,
             s.sample,
             s.params,

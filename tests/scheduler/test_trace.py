@@ -8,7 +8,7 @@ from support import ROOT, run_script
 
 from euryale.benchmarks import plot_trace
 from euryale.scheduler import trace
-from euryale.scheduler.request import Guesses, Request
+from euryale.scheduler.request import HeadCandidates, Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import Limits, Scheduler, SegmentResult
 from euryale.scheduler.speculation.draft_budget import Budget
@@ -49,9 +49,9 @@ def results(plan, known: dict[int, list[int]], rng) -> list[SegmentResult]:
             ids[h] = 4999 - np.arange(RANKS) - 1 * (ahead[-1] > 4980) * 100
             if (rank := rng.integers(RANKS + 1)) < RANKS:
                 ids[h, rank] = ahead[-1]
-        guesses = Guesses(ids, -np.arange(RANKS, dtype=np.float32) * np.ones((HEADS, 1), dtype=np.float32))
+        guesses = HeadCandidates(ids, -np.arange(RANKS, dtype=np.float32) * np.ones((HEADS, 1), dtype=np.float32))
         taken = tokens[len(tokens) - len(path) - 1 :]
-        found.append(SegmentResult(tokens=taken, accepted_nodes=path, guesses=guesses))
+        found.append(SegmentResult(tokens=taken, accepted_nodes=path, head_candidates=guesses))
     return found
 
 
@@ -90,7 +90,7 @@ def test_statistics_count_what_was_tested(kind):
     stats, records, tested = run(drafter(kind))
     values = stats.values()
     accepted = [len(t.accepted) for t in tested]
-    assert values["guesses_chosen"] == sum(t.num_guesses for t in tested) == sum(r["chosen"] for r in records)
+    assert values["guesses_chosen"] == sum(t.num_draft_tokens for t in tested) == sum(r["chosen"] for r in records)
     assert values["guesses_accepted"] == sum(accepted) == sum(r["accepted"] for r in records)
     assert values["guesses_wasted"] == values["guesses_chosen"] - values["guesses_accepted"]
     assert values["guesses_offered"] == sum(r["offered"] for r in records) >= values["guesses_chosen"]
@@ -111,7 +111,7 @@ def test_statistics_count_what_was_tested(kind):
 
 def test_ranks_of_a_path():
     ids = np.array([[4, 5, 6], [7, 8, 9]], dtype=np.int32)
-    guesses = Guesses(ids, np.zeros((2, 3), dtype=np.float32))
+    guesses = HeadCandidates(ids, np.zeros((2, 3), dtype=np.float32))
     request = Request(key=0, prompt=np.ones(1, dtype=np.int32), params=SamplingParams())
     path = [6, 7, 4, 1]  # the third one lies deeper than there are heads, the last one is the bonus token
     assert trace.path_ranks(Verdict(request, path, [3, 4, 5], 8, guesses)) == [2, 0, None]

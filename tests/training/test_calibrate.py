@@ -89,7 +89,7 @@ def test_ranks_are_places_among_the_sorted_guesses(model_dir, text_file, heads_d
 def test_files_beside_the_heads(calibrated):
     out, result = calibrated
     tree = load_tree(out / "tree.json", NUM_HEADS)
-    assert tree.num_drafts == 6
+    assert tree.num_draft_tokens == 6
     written = json.loads((out / "calibration.json").read_text())
     assert written["tree"]["paths"] == tree.paths() == result["tree"]["paths"]
     assert [len(row) for row in written["accuracy"]] == [NUM_RANKS] * NUM_HEADS

@@ -96,7 +96,7 @@ def test_no_other_tree_expects_more_of_the_published_accuracies(size):
     ]
     gained = [np.prod([accuracy[depth, rank] for depth, rank in enumerate(path)]) for path in paths]
     assert sum(gained) == pytest.approx(sum(sorted(products)[-size:]))
-    assert TreeShape.from_paths(paths).num_drafts == size
+    assert TreeShape.from_paths(paths).num_draft_tokens == size
 
 
 def test_survival_of_a_trees_guesses_adds_up_to_its_length():

@@ -96,7 +96,7 @@ def test_typical_is_the_formula():
             pages=np.zeros(8, dtype=np.int32),
             context=5,
             samples=True,
-            wants_candidates=False,
+            wants_head_candidates=False,
             position=trial,
             params=params,
         )

@@ -172,7 +172,7 @@ def random_segment(rng, params: SamplingParams, vocab: int) -> tuple[Segment, li
         pages=np.zeros(12, dtype=np.int32),
         context=len(prompt) + len(output) - 1,
         samples=True,
-        wants_candidates=False,
+        wants_head_candidates=False,
         position=len(output),
         params=params,
         extras=owner.extras(1, True, frozenset([END])),

@@ -5,7 +5,7 @@ import pytest
 from made_up_model import LIMITS, TREE, request, results
 
 from euryale.scheduler.prefix import PageNames
-from euryale.scheduler.request import FinishReason, Guesses, Request
+from euryale.scheduler.request import FinishReason, HeadCandidates, Request
 from euryale.scheduler.scheduler import Scheduler
 from euryale.scheduler.speculation.draft_budget import Budget
 from euryale.scheduler.speculation.drafter import DynamicTrees, Sources, StaticTrees, Verdict
@@ -102,7 +102,7 @@ def test_a_target_of_a_request_that_cannot_guess_keeps_nobody_awake():
     scheduler.add(request(1, 3, max_tokens=50))
     for _ in range(40):
         plan = scheduler.plan(1, 0)
-        asked += any(segment.wants_candidates for segment in plan.segments)
+        asked += any(segment.wants_head_candidates for segment in plan.segments)
         scheduler.advance(plan, results(plan, rng), 1e-3)
     assert 0 < asked < 10
 
@@ -121,12 +121,12 @@ def test_pages_are_shared_within_a_salt_only():
 def test_guesses_go_first_to_requests_behind_their_target():
     """Two requests whose heads say the same; rows for three guesses."""
     ids = np.arange(20, 32, dtype=np.int32).reshape(3, 4)
-    guesses = Guesses(ids, np.tile(np.asarray([3, 1, 0, -1], dtype=np.float32), (3, 1)))
+    guesses = HeadCandidates(ids, np.tile(np.asarray([3, 1, 0, -1], dtype=np.float32), (3, 1)))
     drafter = DynamicTrees(3, 6, sources=Sources(traffic=False, context=False))
     relaxed, behind = (without_heads(key, [], latency_target=target) for key, target in ((0, 0.0), (1, 5.0)))
     for made in (relaxed, behind):
         take(drafter, made, [12])
-        made.guesses = guesses
+        made.head_candidates = guesses
     assert [len(d.parents) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0)] == [2, 2]
     take(drafter, behind, [12])  # 10 ms for a token that should take 5
     drafts = [len(d.parents) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0)]
@@ -142,9 +142,9 @@ def test_an_urgent_request_gets_guesses_where_others_do_not_pay():
         rng, drafts = np.random.default_rng(0), []
         for _ in range(20):
             plan = scheduler.plan(1, 0)
-            drafts.append(plan.segments[0].num_drafts)
+            drafts.append(plan.segments[0].num_draft_tokens)
             found = results(plan, rng)
-            found = [type(f)(tokens=f.tokens[-1:], accepted_nodes=[], guesses=f.guesses) for f in found]
+            found = [type(f)(tokens=f.tokens[-1:], accepted_nodes=[], head_candidates=f.head_candidates) for f in found]
             scheduler.advance(plan, found, 1e-3)
         assert (sum(drafts[3:]) > 0) == pays
 
@@ -153,8 +153,10 @@ def test_static_trees_share_rows_equally():
     drafter = StaticTrees(TREE)
     made = [without_heads(key, [1]) for key in range(3)]
     for r in made[:2]:
-        r.guesses = Guesses(np.arange(30, dtype=np.int32).reshape(3, 10), np.zeros((3, 10), dtype=np.float32))
+        r.head_candidates = HeadCandidates(
+            np.arange(30, dtype=np.int32).reshape(3, 10), np.zeros((3, 10), dtype=np.float32)
+        )
     drafts = drafter.draft(made, [8, 8, 8], 7, 0)
     assert [len(d.parents) for d in drafts] == [4, 3, 0]
-    assert len(drafter.draft(made, [8, 1, 8], 100, 0)[0].parents) == TREE.num_drafts
+    assert len(drafter.draft(made, [8, 1, 8], 100, 0)[0].parents) == TREE.num_draft_tokens
     assert all(d.depth <= 1 for d in drafter.draft(made, [1, 1, 1], 100, 0))

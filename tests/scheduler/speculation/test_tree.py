@@ -17,7 +17,7 @@ def test_every_listed_path_is_in_the_tree_and_parents_come_first(listed):
     shape = TreeShape.from_paths(listed)
     found = [tuple(p) for p in shape.paths()]
     assert set(listed) <= set(found)
-    assert len(set(found)) == len(found) == shape.num_drafts
+    assert len(set(found)) == len(found) == shape.num_draft_tokens
     assert all(0 <= shape.parents[i] < i for i in range(1, len(shape.parents)))
     for path, depth in zip(found, shape.depths[1:], strict=True):
         assert len(path) == depth
@@ -26,14 +26,14 @@ def test_every_listed_path_is_in_the_tree_and_parents_come_first(listed):
 
 
 @given(paths, st.integers(0, 30), st.integers(0, 5))
-def test_a_limited_tree_is_a_part_of_the_tree(listed, num_drafts, depth):
+def test_a_limited_tree_is_a_part_of_the_tree(listed, num_draft_tokens, depth):
     shape = TreeShape.from_paths(listed)
-    part = shape.limited(num_drafts, depth)
+    part = shape.limited(num_draft_tokens, depth)
     kept = [tuple(p) for p in part.paths()]
-    assert part.num_drafts <= num_drafts
+    assert part.num_draft_tokens <= num_draft_tokens
     assert part.depth <= depth
     whole = [tuple(p) for p in shape.paths() if len(p) <= depth]
-    assert kept == whole[:num_drafts]
+    assert kept == whole[:num_draft_tokens]
 
 
 def test_tokens_follow_head_and_rank():
@@ -50,22 +50,22 @@ def test_search_is_optimal_for_small_cases():
         value = {(a,): accuracy[0, a] for a in range(3)}
         value |= {(a, b): accuracy[0, a] * accuracy[1, b] for a in range(3) for b in range(3)}
 
-        def best(num_drafts, value=value):
+        def best(num_draft_tokens, value=value):
             sets = {frozenset()}
-            for _ in range(num_drafts):
+            for _ in range(num_draft_tokens):
                 sets = {s | {p} for s in sets for p in value if p not in s and (len(p) == 1 or p[:1] in s)}
             return max(sum(value[p] for p in s) for s in sets)
 
-        for num_drafts in (1, 3, 5):
-            found = search_tree(accuracy, num_drafts)
+        for num_draft_tokens in (1, 3, 5):
+            found = search_tree(accuracy, num_draft_tokens)
             got = sum(value[tuple(p)] for p in found.paths())
-            assert got == pytest.approx(best(num_drafts))
+            assert got == pytest.approx(best(num_draft_tokens))
 
 
 @pytest.mark.parametrize("num_heads", [1, 2, 5, 8])
 def test_there_is_a_tree_for_any_number_of_heads(num_heads):
     assert default_tree(num_heads).depth <= num_heads
-    assert default_tree(num_heads).num_drafts > 0
+    assert default_tree(num_heads).num_draft_tokens > 0
     assert chain(num_heads).paths() == [[0] * (d + 1) for d in range(num_heads)]
 
 

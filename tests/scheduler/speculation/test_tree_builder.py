@@ -165,13 +165,13 @@ def test_estimates_follow_what_comes_true():
     for true_share in (0.25, 0.9):
         for _ in range(600):
             forest.grow(made, 4, 4, 1e-3)
-            guess = forest.guesses[forest.first[0]]
+            guess = forest.children[forest.first[0]]
             right = rng.random() < true_share
             forest.learn(
                 np.zeros(1, dtype=np.int32), np.asarray([guess["token"] if right else VOCAB + 1], dtype=np.int32)
             )
         forest.grow(made, 4, 4, 1e-3)
-        stated = forest.guesses[forest.first[0]]
+        stated = forest.children[forest.first[0]]
         assert stated["survival"] == pytest.approx(true_share, abs=0.12)
     assert survival.ratios.shape == (NUM_CLASSES, HEADS + 1, 4, BINS)
 

@@ -81,7 +81,7 @@ def test_the_engine_serves_it(built):
 
 def test_tree_and_calibration(built, options):
     tree = load_tree(built / "tree.json", options.num_heads)
-    assert tree.num_drafts == options.nodes
+    assert tree.num_draft_tokens == options.nodes
     calibration = json.loads((built / "calibration.json").read_text())
     assert [len(row) for row in calibration["accuracy"]] == [NUM_RANKS] * options.num_heads
     assert [row["nodes"] for row in calibration["trees"]] == list(TREE_SIZES)
