@@ -47,7 +47,7 @@ def best_step(engine: Engine, prompt: list[int], max_tokens: int) -> Step:
         engine.scheduler.advance(plan, results)
         segment, path = plan.segments[0], results[0].accepted_nodes if results else []
         if segment.num_draft_tokens and (best is None or len(path) > len(best.accepted)):
-            tree = segment.tokens[segment.num_certain - 1 :].tolist()
+            tree = segment.tokens[segment.num_new_tokens - 1 :].tolist()
             best = Step(tree, [-1, *segment.parents.tolist()], path, results[0].tokens[-1], before)
     return best
 

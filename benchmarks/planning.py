@@ -34,7 +34,7 @@ def made_up_results(plan: StepPlan, rng: np.random.Generator) -> list[SegmentRes
         while node in parents[node:] and rng.random() < 0.5:
             node = parents.index(node, node) + 1
             path.append(node)
-        root = segment.num_certain - 1
+        root = segment.num_new_tokens - 1
         tokens = [int(segment.tokens[root + n]) for n in path] + [int(rng.zipf(1.3)) % VOCAB]
         ids = rng.integers(0, VOCAB, (HEADS, RANKS)).astype(np.int32)
         logits = -np.sort(rng.exponential(2.0, (HEADS, RANKS)).astype(np.float32), axis=1)

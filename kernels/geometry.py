@@ -1,8 +1,8 @@
 """Who sees whom in one step: the shapes every kernel of a step reads.
 
-Rows of a step lie segment by segment (one segment per request): certain rows first, a chain, then draft rows, a
-tree whose root (node 0) is the last certain row and whose node n is the n-th draft row. Legend: R rows, W words of
-ancestor bits.
+Rows of a step lie segment by segment (one segment per request): rows of known tokens first, a chain, then draft rows, a
+tree whose root (node 0) is the last row of a known token and whose node n is the n-th draft row. Legend: R rows, W
+words of ancestor bits.
 """
 
 from dataclasses import dataclass, field
@@ -21,14 +21,14 @@ MAX_WORDS = 2  # of ancestor bits: trees of up to 128 nodes
 class SegmentShape:
     """Host-side shape of one segment; ``parents`` int32 [drafts], tree nodes; ``pages`` int32 [pages]."""
 
-    num_certain: int
+    num_new_tokens: int
     context: int
     parents: np.ndarray
     pages: np.ndarray
 
     @property
     def num_rows(self) -> int:
-        return self.num_certain + len(self.parents)
+        return self.num_new_tokens + len(self.parents)
 
 
 @lru_cache(maxsize=4096)
@@ -51,7 +51,8 @@ def tree_tables(parents: bytes) -> tuple[np.ndarray, np.ndarray]:
 @dataclass(frozen=True)
 class _RowTables:
     """What a segment's shape alone says of its rows: ``places`` after the context, ``depths``, ``parents`` (rows of the
-    segment, -1 for certain rows), each int64 [n]; ``ancestors`` int64 [n, MAX_WORDS], bits of the tree's nodes."""
+    segment, -1 for rows of known tokens), each int64 [n]; ``ancestors`` int64 [n, MAX_WORDS], bits of the tree's
+    nodes."""
 
     places: np.ndarray
     depths: np.ndarray
@@ -60,29 +61,29 @@ class _RowTables:
 
 
 @lru_cache(maxsize=4096)
-def _row_tables(num_certain: int, parents: bytes) -> _RowTables:
+def _row_tables(num_new_tokens: int, parents: bytes) -> _RowTables:
     node_depths, bits = tree_tables(parents)
-    root, drafts = num_certain - 1, len(node_depths) - 1
+    root, drafts = num_new_tokens - 1, len(node_depths) - 1
     if bits.shape[1] > MAX_WORDS:
         raise ValueError(f"a tree has {drafts + 1} nodes: at most {MAX_WORDS * WORD} are supported")
     depths = np.concatenate([np.zeros(root, dtype=np.int64), node_depths])
     places = np.concatenate([np.arange(root), root + node_depths])
-    parent_rows = np.concatenate([np.full(num_certain, -1), root + np.frombuffer(parents, dtype=np.int32)])
-    ancestors = np.zeros((num_certain + drafts, MAX_WORDS), dtype=np.uint64)
+    parent_rows = np.concatenate([np.full(num_new_tokens, -1), root + np.frombuffer(parents, dtype=np.int32)])
+    ancestors = np.zeros((num_new_tokens + drafts, MAX_WORDS), dtype=np.uint64)
     ancestors[root:, : bits.shape[1]] = bits
     return _RowTables(places.astype(np.int64), depths, parent_rows.astype(np.int64), ancestors.view(np.int64))
 
 
 @lru_cache(maxsize=512)
 def _shape_arrays(shapes: tuple[tuple[int, bytes], ...]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """What the segments' shapes (certain rows, parents) alone say of a step, and every row's place after its context.
-    The arrays are the same objects whenever the shapes are the same."""
+    """What the segments' shapes (rows of known tokens, parents) alone say of a step, and every row's place after its
+    context. The arrays are the same objects whenever the shapes are the same."""
     tables = [_row_tables(*shape) for shape in shapes]
     counts = [len(t.places) for t in tables]
     starts, of_row = np.cumsum([0, *counts]), np.repeat(np.arange(len(shapes)), counts)
     parents = np.concatenate([t.parents for t in tables])
     arrays = {
-        "num_certain": np.asarray([num_certain for num_certain, _ in shapes]),
+        "num_new_tokens": np.asarray([num_new_tokens for num_new_tokens, _ in shapes]),
         "starts": starts,
         "segment_of_row": of_row,
         "parent_rows": np.where(parents < 0, -1, parents + starts[of_row]),
@@ -98,10 +99,10 @@ class StepGeometry:
     said:
 
     of rows: ``positions`` [R] (context + place in the chain or depth), ``segment_of_row`` [R], ``parent_rows`` [R] (-1
-    for certain rows), ``depths`` [R] (0 for certain rows), ``slots`` [R] (where in the paged cache a row goes if it is
-    committed: page * page_size + offset, -1 where the row can never be), ``ancestors`` [R, MAX_WORDS] (bits of the
-    tree's nodes, unused for certain rows); of segments: ``starts`` [B + 1], ``num_certain``, ``contexts`` and
-    ``page_starts`` [B], where a segment's pages begin in ``pages`` int32."""
+    for rows of known tokens), ``depths`` [R] (0 for rows of known tokens), ``slots`` [R] (where in the paged cache a
+    row goes if it is committed: page * page_size + offset, -1 where the row can never be), ``ancestors`` [R, MAX_WORDS]
+    (bits of the tree's nodes, unused for rows of known tokens); of segments: ``starts`` [B + 1], ``num_new_tokens``,
+    ``contexts`` and ``page_starts`` [B], where a segment's pages begin in ``pages`` int32."""
 
     segments: list[SegmentShape]
     page_size: int
@@ -114,7 +115,7 @@ class StepGeometry:
     slots: torch.Tensor
     ancestors: torch.Tensor
     starts: torch.Tensor
-    num_certain: torch.Tensor
+    num_new_tokens: torch.Tensor
     contexts: torch.Tensor
     page_starts: torch.Tensor
     pages: torch.Tensor
@@ -155,7 +156,7 @@ GEOMETRY_ARRAYS = (
     "slots",
     "ancestors",
     "starts",
-    "num_certain",
+    "num_new_tokens",
     "contexts",
     "page_starts",
     "pages",
@@ -164,7 +165,7 @@ GEOMETRY_ARRAYS = (
 
 def geometry_arrays(segments: list[SegmentShape], page_size: int) -> dict[str, np.ndarray]:
     """The tensors of a StepGeometry, as the host makes them."""
-    arrays, places = _shape_arrays(tuple((s.num_certain, s.parents.tobytes()) for s in segments))
+    arrays, places = _shape_arrays(tuple((s.num_new_tokens, s.parents.tobytes()) for s in segments))
     of_row = arrays["segment_of_row"]
     num_pages, contexts = np.asarray([len(s.pages) for s in segments]), np.asarray([s.context for s in segments])
     page_starts = num_pages.cumsum() - num_pages

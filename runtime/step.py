@@ -120,7 +120,7 @@ class StepRunner:
                 row = int(parents[row])
             path.reverse()
             emitted = [*tokens[path].tolist(), int(bonus)]
-            root, guesses = starts[i] + segment.num_certain - 1, None
+            root, guesses = starts[i] + segment.num_new_tokens - 1, None
             if candidates is not None and segment.wants_head_candidates:
                 mine = candidates[:, :, i if batch.wanted is None else place].copy()  # its place is written over
                 guesses = HeadCandidates(ids=mine[1], logits=mine[0].view(np.float32))

@@ -18,10 +18,10 @@ _GREEDY = SamplingParams()
 
 @dataclass(frozen=True)
 class StepKind:
-    """What a plan asks for. ``is_decode``: every segment samples and has one certain row, so that every row is decided.
-    ``is_sampled``: some request draws; ``is_filtered``: one that draws leaves out some tokens or accepts by the typical
-    rule; ``has_extras``: some request changes logits or wants to be told of them. ``wants_head_candidates``: some
-    request guesses on."""
+    """What a plan asks for. ``is_decode``: every segment samples and has one row of a known token, so that every row is
+    decided. ``is_sampled``: some request draws; ``is_filtered``: one that draws leaves out some tokens or accepts by
+    the typical rule; ``has_extras``: some request changes logits or wants to be told of them.
+    ``wants_head_candidates``: some request guesses on."""
 
     is_decode: bool
     is_sampled: bool
@@ -38,7 +38,7 @@ class StepKind:
     def of(cls, plan: StepPlan) -> "StepKind":
         drawing = [s.params for s in plan.segments if s.samples and s.params.temperature > 0]
         return cls(
-            is_decode=all(s.samples and s.num_certain == 1 for s in plan.segments),
+            is_decode=all(s.samples and s.num_new_tokens == 1 for s in plan.segments),
             is_sampled=bool(drawing),
             is_filtered=any(p.is_filtered or p.acceptance == "typical" for p in drawing),
             has_extras=any(s.extras is not None for s in plan.segments),
@@ -97,7 +97,7 @@ class StepBatch:
     def decided_rows(self, segment: int) -> slice:
         """Where the tree of a sampling segment, root first, lies among the decided rows."""
         start, stop = self.geometry.row_starts[segment : segment + 2]
-        start += self.segments[segment].num_certain - 1
+        start += self.segments[segment].num_new_tokens - 1
         first = start if self.host_decided_at is None else int(self.host_decided_at[start])
         return slice(first, first + stop - start)
 
@@ -105,7 +105,7 @@ class StepBatch:
         self.segments: list[Segment] = plan.segments
         self.__dict__.pop("sampling", None)
         self._shapes = [
-            SegmentShape(num_certain=s.num_certain, context=s.context, parents=s.parents, pages=s.pages)
+            SegmentShape(num_new_tokens=s.num_new_tokens, context=s.context, parents=s.parents, pages=s.pages)
             for s in plan.segments
         ]
         tokens = [s.tokens for s in plan.segments]
@@ -123,13 +123,13 @@ class StepBatch:
 
     def _pad(self, tokens: list[np.ndarray], counts: list[int]) -> None:
         for count in counts:
-            self._shapes.append(SegmentShape(num_certain=count, context=0, parents=_NONE, pages=_NONE))
+            self._shapes.append(SegmentShape(num_new_tokens=count, context=0, parents=_NONE, pages=_NONE))
             tokens.append(np.zeros(count, dtype=np.int32))
 
     def _decide(self, arrays: dict[str, np.ndarray]) -> None:
         """Which rows' next tokens are needed."""
         of_row = arrays["segment_of_row"]
-        roots = arrays["starts"][:-1] + arrays["num_certain"] - 1
+        roots = arrays["starts"][:-1] + arrays["num_new_tokens"] - 1
         samples = np.asarray([s.samples for s in self.segments])
         is_decided = samples[of_row] & (np.arange(len(of_row)) >= roots[of_row])
         arrays["decided"] = is_decided.nonzero()[0]
@@ -143,7 +143,7 @@ class StepBatch:
         rows, starts, depths = [], arrays["starts"], arrays["depths"]
         for i in self.sampling:
             segment = self.segments[i]
-            for row in range(starts[i] + segment.num_certain - 1, starts[i + 1]):
+            for row in range(starts[i] + segment.num_new_tokens - 1, starts[i + 1]):
                 rows.append((segment.params, segment.sample, segment.position + int(depths[row])))
         if self.kind.is_decode:
             rows += [(_GREEDY, 0, 0)] * (len(depths) - len(rows))

@@ -28,8 +28,8 @@ class Extras:
     fewer than ``min_tokens`` output tokens precede; ``logprobs``, how many likeliest tokens are reported (-1: none, nor
     the chosen one).
 
-    Of the certain rows: ``targets`` int32 [T], the prompt tokens that follow the rows from ``first_target`` on, whose
-    log-probabilities are reported with the ``prompt_logprobs`` likeliest.
+    Of the rows of known tokens: ``targets`` int32 [T], the prompt tokens that follow the rows from ``first_target`` on,
+    whose log-probabilities are reported with the ``prompt_logprobs`` likeliest.
     """
 
     repetition: float = 1.0
@@ -90,11 +90,12 @@ def extras_of_rows(params: SamplingParams, history: History, output: list[int], 
     return fields
 
 
-def targets_of_rows(prompt: np.ndarray, context: int, num_certain: int, num_scored: int) -> dict:
-    """The fields of Extras that concern the certain rows, which follow ``context`` tokens: what comes after them in the
-    prompt, as far as it is not among the ``num_scored`` tokens, the first left out, that were reported already."""
+def targets_of_rows(prompt: np.ndarray, context: int, num_new_tokens: int, num_scored: int) -> dict:
+    """The fields of Extras that concern the rows of known tokens, which follow ``context`` tokens: what comes after
+    them in the prompt, as far as it is not among the ``num_scored`` tokens, the first left out, that were reported
+    already."""
     first = max(context, num_scored)
-    return {"first_target": first - context, "targets": prompt[first + 1 : context + num_certain + 1]}
+    return {"first_target": first - context, "targets": prompt[first + 1 : context + num_new_tokens + 1]}
 
 
 def num_words(extras: Extras) -> int:

@@ -78,12 +78,12 @@ class Request:
         """Whether rows of the prompt have to be computed for what they say, not only for their K/V."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt) - 1
 
-    def extras(self, num_certain: int, samples: bool, end_ids: frozenset[int]) -> Extras | None:
-        """What a step with so many certain rows has to know beyond the parameters, None if that is nothing;
+    def extras(self, num_new_tokens: int, samples: bool, end_ids: frozenset[int]) -> Extras | None:
+        """What a step with so many rows of known tokens has to know beyond the parameters, None if that is nothing;
         ``samples``: it draws tokens."""
         fields: dict = extras_of_rows(self.params, self._history, self.output, end_ids) if samples else {}
         if self.wants_prompt_logprobs:
-            fields |= targets_of_rows(self.prompt, self.num_computed, num_certain, len(self.prompt_logprobs))
+            fields |= targets_of_rows(self.prompt, self.num_computed, num_new_tokens, len(self.prompt_logprobs))
             fields["prompt_logprobs"] = self.params.prompt_logprobs
         extras = Extras(**fields)
         return extras if extras.changes_logits or extras.logprobs >= 0 or len(extras.targets) else None

@@ -111,7 +111,7 @@ class Scheduler:
         ``seconds``: how long the step took, 0 if nobody measured."""
         outputs, verdicts, found = [], [], iter(results)
         for request, segment in zip(self._planned, plan.segments, strict=True):
-            request.num_computed += segment.num_certain
+            request.num_computed += segment.num_new_tokens
             result = next(found) if segment.has_result else None
             if result is not None and result.prompt_logprobs is not None:
                 request.prompt_logprobs += result.prompt_logprobs
@@ -177,7 +177,7 @@ class Scheduler:
         wants = self._wants_heads
         return [self._segment(request, 1, draft, wants) for request, draft in zip(decoding, drafts, strict=True)]
 
-    def _segment(self, request: Request, certain: int, draft: Draft, wants_heads: bool) -> Segment:
+    def _segment(self, request: Request, num_new_tokens: int, draft: Draft, wants_heads: bool) -> Segment:
         """The next ``certain`` known tokens, the last of which is the draft's root if there is one."""
         context = request.num_computed
         tokens = draft.tokens if draft.depth else request.known_tokens(context, context + certain)

@@ -1,8 +1,8 @@
 """The step plan: what one step computes, as plain data and as one int32 buffer.
 
-Every request in a plan is a *segment* of rows: first its certain rows (prompt or answer tokens not yet
-computed, a chain), then its draft rows (a candidate tree whose root is the last certain row). A segment carries
-all a rank has to know of its request, so that ranks keep no state between steps but the KV cache.
+Every request in a plan is a *segment* of rows: first its rows of known tokens (prompt or answer tokens not yet
+computed, a chain), then its draft rows (a candidate tree whose root is the last row of a known token). A segment
+carries all a rank has to know of its request, so that ranks keep no state between steps but the KV cache.
 
 Buffer layout, in int32 words: a header, then per segment its fields, then row tokens, row parents, page ids, extras.
 This file does not know how the buffer travels.
@@ -24,8 +24,8 @@ MAGIC = 0x45555259  # "EURY"
 VERSION = 2
 # magic, version, checksum, length, kind, epoch, step, digest, segments, rows, pages, words of extras
 _HEADER = struct.Struct("<12I")
-# certain rows, drafts, context, pages, words of extras, samples, wants_head_candidates, position, sample; temperature,
-# top_k, top_p, min_p, seed, acceptance, epsilon, delta
+# rows of known tokens, drafts, context, pages, words of extras, samples, wants_head_candidates, position, sample;
+# temperature, top_k, top_p, min_p, seed, acceptance, epsilon, delta
 _SEGMENT = struct.Struct("<9i" + "fiffQiff")
 _CHECKSUM = slice(8, 12)  # bytes of the buffer
 
@@ -44,9 +44,9 @@ class PlanError(Exception):
 class Segment:
     """One request's rows of a step.
 
-    ``tokens`` int32 [num_certain + num_draft_tokens]; ``parents`` int32 [num_draft_tokens], the parent's node in the
-    candidate tree (0: the root, i.e. the last certain row); ``pages`` int32, the request's pages in order;
-    ``context`` tokens are committed already. ``samples``: the last certain row is the last known token, so the
+    ``tokens`` int32 [num_new_tokens + num_draft_tokens]; ``parents`` int32 [num_draft_tokens], the parent's node in the
+    candidate tree (0: the root, i.e. the last row of a known token); ``pages`` int32, the request's pages in order;
+    ``context`` tokens are committed already. ``samples``: the last row of a known token is the last known token, so the
     step emits tokens for this request. ``position``: output tokens so far, the counter of the noise; ``sample``: which
     of the request's independent answers this is. ``extras``: what goes beyond ``params``, None for most requests.
     """
@@ -72,7 +72,7 @@ class Segment:
         return len(self.parents)
 
     @property
-    def num_certain(self) -> int:
+    def num_new_tokens(self) -> int:
         return len(self.tokens) - len(self.parents)
 
 
@@ -98,7 +98,7 @@ def encode(plan: StepPlan) -> np.ndarray:
     extras = [more.pack(s.extras) for s in segments if s.extras is not None]
     body = [s.tokens for s in segments]
     # Certain rows have no parent in the tree.
-    body += [part for s in segments for part in (np.full(s.num_certain, -1, dtype=np.int32), s.parents)]
+    body += [part for s in segments for part in (np.full(s.num_new_tokens, -1, dtype=np.int32), s.parents)]
     body += [s.pages for s in segments] + extras
     payload = fields + (np.concatenate(body).astype(np.int32, copy=False).tobytes() if body else b"")
     counts = (len(segments), plan.num_rows, sum(len(s.pages) for s in segments), sum(map(len, extras)))
@@ -153,7 +153,7 @@ def decode(buffer: np.ndarray, epoch: int) -> StepPlan:
 def _fields(segment: Segment) -> tuple:
     params = segment.params
     return (
-        segment.num_certain,
+        segment.num_new_tokens,
         segment.num_draft_tokens,
         segment.context,
         len(segment.pages),

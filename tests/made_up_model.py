@@ -41,7 +41,7 @@ def results(plan, rng, token=9) -> list[SegmentResult]:
                 break
             node = int(rng.choice(children))
             path.append(node)
-        root = segment.num_certain - 1
+        root = segment.num_new_tokens - 1
         tokens = [int(segment.tokens[root + n]) for n in path] + [token]
         guesses = None
         if segment.wants_head_candidates:

@@ -46,7 +46,8 @@ def eager_twin(runner: StepRunner) -> StepRunner:
 
 
 def plan_of(seed: int, vocab: int, shapes: list[tuple[int, int]], params: list[SamplingParams], context: int):
-    """A step of segments (certain rows, drafts) on random pages; repeated tokens, so that some drafts are accepted."""
+    """A step of segments (rows of known tokens, drafts) on random pages; repeated tokens, so that some drafts are
+    accepted."""
     rng, first, segments = np.random.default_rng(seed), 0, []
     pages = rng.permutation(80).astype(np.int32)
     for i, (certain, drafts) in enumerate(shapes):
@@ -75,14 +76,14 @@ def agreeable(runner: StepRunner, plan: StepPlan) -> StepPlan:
     for segment, found in zip(plan.segments, result, strict=True):
         for node in range(segment.num_draft_tokens):
             if segment.parents[node] == 0:
-                segment.tokens[segment.num_certain + node] = found.tokens[0]
+                segment.tokens[segment.num_new_tokens + node] = found.tokens[0]
                 break
     return plan
 
 
 def _without_drafts(segment: Segment) -> Segment:
     fields = {name: getattr(segment, name) for name in segment.__dataclass_fields__}
-    fields |= {"tokens": segment.tokens[: segment.num_certain], "parents": np.zeros(0, dtype=np.int32)}
+    fields |= {"tokens": segment.tokens[: segment.num_new_tokens], "parents": np.zeros(0, dtype=np.int32)}
     return Segment(**fields)
 
 

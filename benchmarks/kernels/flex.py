@@ -19,7 +19,7 @@ def compiled(
 ) -> tuple[Callable[[int], torch.Tensor] | None, str]:
     """A function of the number of a cache, and how long it took to compile; or None, and why it is not available.
 
-    ``segment`` has one certain row; q [nodes, heads, dim], scratch [2, nodes, kv_heads, dim], a cache
+    ``segment`` has one row of a known token; q [nodes, heads, dim], scratch [2, nodes, kv_heads, dim], a cache
     [2, pages, kv_heads, page_size, dim].
     """
     page = caches[0].shape[3]

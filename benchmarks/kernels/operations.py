@@ -61,7 +61,7 @@ def attention_case(
     pages = -(-(context + nodes) // PAGE)
     parents = np.asarray([max(0, (node - 1) // 2) for node in range(1, nodes)], dtype=np.int32)
     shuffled = np.random.default_rng(0).permutation(pages).astype(np.int32)
-    segment = SegmentShape(num_certain=1, context=context, parents=parents, pages=shuffled)
+    segment = SegmentShape(num_new_tokens=1, context=context, parents=parents, pages=shuffled)
     kind = {"dtype": dtype, "device": device}
     num_bytes = 2 * context * kv_heads * dim * dtype.itemsize
     caches = [torch.randn(2, pages, kv_heads, PAGE, dim, **kind) for _ in range(copies_of(num_bytes))]

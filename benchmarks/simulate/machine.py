@@ -82,7 +82,7 @@ class Machine:
     def seconds(self, segments: list[Segment], num_medusa: int, most_rows: int) -> float:
         """A step of these segments, from the host's word to the results. ``most_rows`` of any step."""
         model, rows = self.model, sum(len(s.tokens) for s in segments)
-        is_decode = all(s.samples and s.num_certain == 1 for s in segments)
+        is_decode = all(s.samples and s.num_new_tokens == 1 for s in segments)
         requests = sampled = len(segments)
         if is_decode:
             rows, requests = bucket(rows, requests, most_rows)

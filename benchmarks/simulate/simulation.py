@@ -163,7 +163,7 @@ class Simulation:
     def _result(self, segment: Segment) -> SegmentResult:
         """The longest path of the segment's tree that the hidden answer takes, and the token after it."""
         answer, known = self._answers[segment.params.seed], segment.position
-        root = segment.num_certain - 1
+        root = segment.num_new_tokens - 1
         guesses = zip(segment.parents.tolist(), segment.tokens[root + 1 :].tolist(), strict=True)
         children = {guess: node for node, guess in enumerate(guesses, 1)}
         path, node = [], 0

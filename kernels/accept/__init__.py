@@ -19,6 +19,6 @@ def accept(
     A draft row fits if its token, of ``tokens`` int32 [R], is the one in its parent's place of ``next_tokens`` int32
     [R]; where ``good`` int8 [R] is not negative, it says instead whether the row fits. ``scores`` float32 [R] (None:
     all the same). Returns ``last`` int32 [B], the row where each walk ends (the root if nothing is accepted), and
-    ``kept`` int64 [R], the slots of the certain rows and of the drafts on the paths, -1 elsewhere.
+    ``kept`` int64 [R], the slots of the rows of known tokens and of the drafts on the paths, -1 elsewhere.
     """
     return implementation("accept", tokens.device).accept(geometry, tokens, next_tokens, good, scores)

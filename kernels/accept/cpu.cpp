@@ -11,7 +11,7 @@ extern "C" void euryale_accept(const euryale::Step* step, const int64_t* parent_
                                const int8_t* good, const float* scores, int32_t* last, int64_t* kept) {
     for (int64_t i = 0; i < step->num_segments; ++i) {
         const int64_t begin = step->row_starts[i], end = step->row_starts[i + 1];
-        const int64_t root = begin + step->num_certain[i] - 1;
+        const int64_t root = begin + step->num_new_tokens[i] - 1;
         int64_t best = root;
         // While the walk is under way kept is 1 where a row is reached, 0 elsewhere.
         for (int64_t row = begin; row < end; ++row) {

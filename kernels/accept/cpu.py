@@ -10,7 +10,7 @@ from euryale.kernels.geometry import StepGeometry
 
 def accept(geometry: StepGeometry, tokens, next_tokens, good, scores) -> tuple[torch.Tensor, torch.Tensor]:
     """See the package's public function."""
-    last, kept = cpu.empty_ids(len(geometry.num_certain)), cpu.empty(geometry.slots, len(tokens))
+    last, kept = cpu.empty_ids(len(geometry.num_new_tokens)), cpu.empty(geometry.slots, len(tokens))
     cpu.library().accept(
         ctypes.pointer(cpu.step_of(geometry)),
         geometry.parent_rows.data_ptr(),

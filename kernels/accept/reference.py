@@ -12,7 +12,7 @@ def accept(geometry: StepGeometry, tokens, next_tokens, good, scores) -> tuple[t
     fits = tokens == next_tokens[parents]
     fits = is_draft & (fits if good is None else torch.where(good >= 0, good > 0, fits))
     reached = torch.zeros_like(fits)
-    roots = geometry.starts[:-1] + geometry.num_certain - 1
+    roots = geometry.starts[:-1] + geometry.num_new_tokens - 1
     reached[roots] = True
     for _ in range(geometry.max_depth):
         reached = reached | (fits & reached[parents])

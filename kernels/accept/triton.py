@@ -12,10 +12,10 @@ _NODES = tl.constexpr(MAX_WORDS * WORD)
 
 def accept(geometry: StepGeometry, tokens, next_tokens, good, scores) -> tuple[torch.Tensor, torch.Tensor]:
     """See the package's public function."""
-    last = tokens.new_empty(len(geometry.num_certain))
+    last = tokens.new_empty(len(geometry.num_new_tokens))
     # Certain rows are kept whatever the trees say; the kernel adds the drafts.
     kept = torch.where(geometry.parent_rows < 0, geometry.slots, -1)
-    tables = geometry.starts, geometry.num_certain, geometry.parent_rows, geometry.depths, geometry.ancestors
+    tables = geometry.starts, geometry.num_new_tokens, geometry.parent_rows, geometry.depths, geometry.ancestors
     _walk[(len(last),)](*tables, geometry.slots, tokens, next_tokens, good, scores, last, kept, num_warps=1)
     return last, kept
 
@@ -23,7 +23,7 @@ def accept(geometry: StepGeometry, tokens, next_tokens, good, scores) -> tuple[t
 @triton.jit
 def _walk(
     starts,
-    num_certain,
+    num_new_tokens,
     parent_rows,
     depths,
     ancestors,
@@ -36,7 +36,7 @@ def _walk(
     kept,
 ):
     segment = tl.program_id(0)
-    root, end = tl.load(starts + segment) + tl.load(num_certain + segment) - 1, tl.load(starts + segment + 1)
+    root, end = tl.load(starts + segment) + tl.load(num_new_tokens + segment) - 1, tl.load(starts + segment + 1)
     nodes = tl.arange(0, _NODES)
     rows = root + nodes
     exists = rows < end

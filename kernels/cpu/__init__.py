@@ -27,7 +27,7 @@ class Step(ctypes.Structure):
         *((name, c_int64) for name in ("num_segments", "page_size", "num_threads")),
         *(
             (name, c_void_p)
-            for name in ("row_starts", "num_certain", "contexts", "page_starts", "pages", "positions", "ancestors")
+            for name in ("row_starts", "num_new_tokens", "contexts", "page_starts", "pages", "positions", "ancestors")
         ),
     )
 
@@ -197,8 +197,8 @@ def _share_openmp() -> None:
 def step_of(geometry) -> Step:
     """A StepGeometry as the kernels read it, made once; it points into the geometry's tensors."""
     if "cpu" not in geometry.prepared:
-        step = Step(len(geometry.num_certain), geometry.page_size, torch.get_num_threads())
-        for name in ("num_certain", "contexts", "page_starts", "pages", "positions", "ancestors"):
+        step = Step(len(geometry.num_new_tokens), geometry.page_size, torch.get_num_threads())
+        for name in ("num_new_tokens", "contexts", "page_starts", "pages", "positions", "ancestors"):
             setattr(step, name, getattr(geometry, name).data_ptr())
         step.row_starts = geometry.starts.data_ptr()
         geometry.prepared["cpu"] = step

@@ -8,12 +8,12 @@ namespace euryale {
 struct Step {
     int64_t num_segments, page_size, num_threads;
     const int64_t* row_starts;    // [B + 1]
-    const int64_t* num_certain;   // [B]
+    const int64_t* num_new_tokens;   // [B]
     const int64_t* contexts;      // [B]
     const int64_t* page_starts;   // [B], where a segment's pages begin in `pages`
     const int32_t* pages;
     const int64_t* positions;     // [R]
-    const uint64_t* ancestors;    // [R, 2], bits of the tree's nodes; certain rows: unused
+    const uint64_t* ancestors;    // [R, 2], bits of the tree's nodes; rows of known tokens: unused
 };
 
 // Shapes and strides of attention, in elements.

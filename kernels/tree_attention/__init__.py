@@ -18,7 +18,8 @@ def tree_attention(
 
     ``q`` [R, heads, head_dim], a row's heads next to each other; ``scratch`` [2, rows >= R, kv_heads, head_dim], keys
     and values of this step's rows; ``cache`` [2, pages, kv_heads, page_size, head_dim], both of this layer. A row sees
-    the committed tokens of its request, the certain rows up to itself, and of the draft rows its ancestors and itself;
-    with ``window`` only the last ``window`` positions of these, its own included. Returns [R, heads * head_dim].
+    the committed tokens of its request, the rows of known tokens up to itself, and of the draft rows its ancestors and
+    itself; with ``window`` only the last ``window`` positions of these, its own included. Returns [R, heads *
+    head_dim].
     """
     return implementation("tree_attention", q.device).tree_attention(q, scratch, cache, geometry, scale, window)

@@ -54,7 +54,7 @@ struct Kernel {
 
     // All keys of the item, block by block: of the context, then of the step. Both may share a block.
     void attend(Workspace& w, const Item& item) const {
-        const int64_t start = step.row_starts[item.segment], certain = step.num_certain[item.segment];
+        const int64_t start = step.row_starts[item.segment], certain = step.num_new_tokens[item.segment];
         const int64_t page = step.page_size, head_size = page * dim;
         const int32_t* pages = step.pages + step.page_starts[item.segment];
         // Rows beyond the last of the item are seen by none of it: parents come before children.

@@ -120,7 +120,7 @@ def _batch(geometry: StepGeometry, ids: list[int], window: int | None, dtype, gr
 def _visible_rows(segment: SegmentShape) -> tuple[np.ndarray, np.ndarray]:
     """Which rows of the segment each row sees, bool [n, n], and each row's place after the context, int [n]."""
     depths, bits = tree_tables(segment.parents.tobytes())
-    certain, nodes = segment.num_certain, np.arange(len(depths))
+    certain, nodes = segment.num_new_tokens, np.arange(len(depths))
     visible = np.tril(np.ones((segment.num_rows, segment.num_rows), dtype=bool))
     in_tree = bits[:, nodes // WORD] >> (nodes % WORD).astype(np.uint64) & np.uint64(1)
     visible[certain - 1 :, certain - 1 :] = in_tree.astype(bool)

@@ -49,10 +49,10 @@ def kinds(rows: list[int], group: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What one launch does. ``items`` int32 [n, 8]: a segment's first row, its rows, its certain rows, its context,
-    where its pages begin; the block's first query row; which split of the keys; where its partial results go, -1:
-    straight to the output. ``merges`` int32 [m, 5]: a segment's first row; the block's first query row; the segment's
-    query rows; the first partial result and how many. ``num_partials`` of the items leave partial results."""
+    """What one launch does. ``items`` int32 [n, 8]: a segment's first row, its rows, its rows of known tokens, its
+    context, where its pages begin; the block's first query row; which split of the keys; where its partial results go,
+    -1: straight to the output. ``merges`` int32 [m, 5]: a segment's first row; the block's first query row; the
+    segment's query rows; the first partial result and how many. ``num_partials`` of the items leave partial results."""
 
     items: np.ndarray
     merges: np.ndarray
@@ -117,7 +117,7 @@ class WorkList:
         columns = (
             np.asarray(geometry.row_starts[:-1]),
             counts,
-            np.asarray([s.num_certain for s in segments]),
+            np.asarray([s.num_new_tokens for s in segments]),
             np.asarray([s.context for s in segments]),
             num_pages.cumsum() - num_pages,
         )

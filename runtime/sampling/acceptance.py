@@ -66,7 +66,7 @@ class _TypicalRows:
         rules = {i: batch.segments[i].params for i in batch.sampling}
         chosen = [i for i, r in rules.items() if r.acceptance == "typical" and r.temperature > 0]
         starts, device = batch.geometry.row_starts, batch.tokens.device
-        pairs = [(i, row) for i in chosen for row in range(starts[i] + batch.segments[i].num_certain, starts[i + 1])]
+        pairs = [(i, row) for i in chosen for row in range(starts[i] + batch.segments[i].num_new_tokens, starts[i + 1])]
         if not pairs:
             return None
         owners, rows = np.asarray(pairs, dtype=np.int64).T.copy()

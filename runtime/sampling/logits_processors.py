@@ -41,7 +41,7 @@ def _adjust_segment(shard: VocabShard, logits_TV: torch.Tensor, segment: Segment
         ids, places = _mine(shard, extras.bias_ids)
         logits_TV[:, torch.from_numpy(ids).to(device)] += torch.from_numpy(extras.bias[places]).to(device)
     if extras.has_penalties:
-        drafts = segment.tokens[segment.num_certain :]
+        drafts = segment.tokens[segment.num_new_tokens :]
         ids, counts, is_seen = _histories(extras.history, drafts, ancestors)
         ids, places = _mine(shard, ids)
         counts, is_seen = (torch.from_numpy(x[:, places]).to(device) for x in (counts, is_seen))

@@ -49,7 +49,7 @@ def shapes(rng, kind: str) -> list[SegmentShape]:
         need = -(-(context + certain + len(parents)) // PAGE)
         mine, pages = pages[:need], pages[need:]
         parents = np.asarray(parents, dtype=np.int32)
-        made.append(SegmentShape(num_certain=certain, context=context, parents=parents, pages=mine))
+        made.append(SegmentShape(num_new_tokens=certain, context=context, parents=parents, pages=mine))
     return made
 
 
@@ -61,7 +61,7 @@ def attend_slowly(q, k, v, cache, segments, scale, window):
     out, row = torch.empty_like(q), 0
     groups = q.shape[1] // k.shape[1]
     for segment in segments:
-        first, n = row, segment.num_certain
+        first, n = row, segment.num_new_tokens
         place = list(range(n))
         for parent in segment.parents.tolist():
             place.append(place[n - 1 + parent] + 1)
@@ -154,12 +154,12 @@ def test_a_row_of_attention_does_not_depend_on_its_neighbours_or_threads(request
 def test_positions_slots_and_bits():
     pages = np.asarray([7, 3], dtype=np.int32)
     tree = np.asarray([0, 0, 1], dtype=np.int32)
-    geometry = StepGeometry.build([SegmentShape(num_certain=2, context=14, parents=tree, pages=pages)], PAGE, CPU)
+    geometry = StepGeometry.build([SegmentShape(num_new_tokens=2, context=14, parents=tree, pages=pages)], PAGE, CPU)
     assert geometry.positions.tolist() == [14, 15, 16, 16, 17]
     assert geometry.slots.tolist() == [7 * 16 + 14, 7 * 16 + 15, 3 * 16, 3 * 16, 3 * 16 + 1]
     assert geometry.parent_rows.tolist() == [-1, -1, 1, 1, 2]
     assert tree_tables(tree.tobytes())[1][:, 0].tolist() == [1, 0b11, 0b101, 0b1011]
-    bad = SegmentShape(num_certain=1, context=0, parents=np.asarray([1], dtype=np.int32), pages=pages)
+    bad = SegmentShape(num_new_tokens=1, context=0, parents=np.asarray([1], dtype=np.int32), pages=pages)
     with pytest.raises(ValueError, match="parents come before"):
         StepGeometry.build([bad], PAGE, CPU)
 
@@ -190,7 +190,7 @@ def test_accept_finds_the_deepest_then_likeliest_path(is_typical):
             certain, drafts = int(rng.integers(1, 4)), int(rng.integers(0, 12))
             parents = np.asarray([rng.integers(0, i + 1) for i in range(drafts)], dtype=np.int32)
             pages = np.zeros(4, dtype=np.int32)
-            segments.append(SegmentShape(num_certain=certain, context=0, parents=parents, pages=pages))
+            segments.append(SegmentShape(num_new_tokens=certain, context=0, parents=parents, pages=pages))
             ok, score = rng.random(drafts) < 0.6, rng.integers(0, 3, size=drafts) * is_typical
             fits += [False] * certain + ok.tolist()
             scores += [0.0] * certain + score.tolist()

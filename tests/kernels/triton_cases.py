@@ -66,18 +66,19 @@ def random(*shape, dtype=torch.float32) -> torch.Tensor:
 
 
 def segments_of(*cases) -> list[SegmentShape]:
-    """Segments (certain rows, context, parents); pages in random order, so that wrong page arithmetic shows."""
+    """Segments (rows of known tokens, context, parents); pages in random order, so that wrong page arithmetic shows."""
     pages, made = np.random.default_rng(0).permutation(200).astype(np.int32), []
     for certain, context, parents in cases:
         need = -(-(context + certain + len(parents)) // PAGE)
         mine, pages = pages[:need], pages[need:]
         drafts = np.asarray(parents, dtype=np.int32)
-        made.append(SegmentShape(num_certain=certain, context=context, parents=drafts, pages=mine))
+        made.append(SegmentShape(num_new_tokens=certain, context=context, parents=drafts, pages=mine))
     return made
 
 
 def build(segments: list[SegmentShape]) -> StepGeometry:
-    """Their geometry, with all bits set where it leaves them unused: no kernel may read the certain rows' ancestors."""
+    """Their geometry, with all bits set where it leaves them unused: no kernel may read the rows of known tokens'
+    ancestors."""
     geometry = StepGeometry.build(segments, PAGE, DEVICE)
     geometry.ancestors[geometry.parent_rows < 0] = -1
     return geometry
@@ -189,7 +190,9 @@ def test_accept(is_typical):
                 for certain, drafts in sizes[at : at + width]
             ]
             segments = [
-                SegmentShape(num_certain=c, context=0, parents=np.asarray(p, dtype=np.int32), pages=np.zeros(30, "i4"))
+                SegmentShape(
+                    num_new_tokens=c, context=0, parents=np.asarray(p, dtype=np.int32), pages=np.zeros(30, "i4")
+                )
                 for c, _, p in step
             ]
             geometry = build(segments)

@@ -164,12 +164,12 @@ class Batches(RuleBasedStateMachine):
             slots = [page * SIZE + at for page in segment.pages.tolist() for at in range(SIZE)]
             seen = [self.contents[slot] for slot in slots[: segment.context]]
             assert seen == made.known_tokens(0, segment.context).tolist()
-            kept = segment.tokens[: segment.num_certain].tolist()
+            kept = segment.tokens[: segment.num_new_tokens].tolist()
             if segment.samples:
                 kept += next(found).tokens[:-1]
             assert deepest(segment) <= max(made.remaining - 1, 0)
             room = slots[segment.context :]
-            assert segment.num_certain + deepest(segment) <= len(room), "a path that is committed needs pages"
+            assert segment.num_new_tokens + deepest(segment) <= len(room), "a path that is committed needs pages"
             for slot, token in zip(room, kept, strict=False):
                 assert self.admission.pages._holders[slot // SIZE] == 1, "written to a page that others read"
                 self.contents[slot] = token

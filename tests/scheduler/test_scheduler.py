@@ -61,7 +61,7 @@ def test_trees_do_not_starve_prompts():
     scheduler.advance(plan, results(plan, rng))
     scheduler.add(request(1, 30, max_tokens=2))
     plan = scheduler.plan(1, 0)
-    assert [s.num_certain for s in plan.segments] == [1, 6]
+    assert [s.num_new_tokens for s in plan.segments] == [1, 6]
     assert plan.num_rows == 12
 
 
@@ -106,7 +106,7 @@ def run_all(scheduler: Scheduler, requests: list[Request]) -> int:
         scheduler.add(made)
     while scheduler.has_work:
         plan = scheduler.plan(1, 0)
-        rows += sum(s.num_certain for s in plan.segments if s.position == 0)
+        rows += sum(s.num_new_tokens for s in plan.segments if s.position == 0)
         scheduler.advance(plan, results(plan, rng))
     return rows
 

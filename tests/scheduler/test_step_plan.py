@@ -40,10 +40,12 @@ def extras(draw):
 
 @st.composite
 def segments(draw):
-    num_certain, num_draft_tokens = draw(st.integers(1, 5)), draw(st.integers(0, 6))
+    num_new_tokens, num_draft_tokens = draw(st.integers(1, 5)), draw(st.integers(0, 6))
     return Segment(
         tokens=np.asarray(
-            draw(st.lists(int32s, min_size=num_certain + num_draft_tokens, max_size=num_certain + num_draft_tokens))
+            draw(
+                st.lists(int32s, min_size=num_new_tokens + num_draft_tokens, max_size=num_new_tokens + num_draft_tokens)
+            )
         ),
         parents=np.asarray([draw(st.integers(0, i)) for i in range(num_draft_tokens)], dtype=np.int32),
         pages=np.asarray(draw(st.lists(int32s, max_size=4)), dtype=np.int32),

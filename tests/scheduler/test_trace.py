@@ -34,7 +34,7 @@ def results(plan, known: dict[int, list[int]], rng) -> list[SegmentResult]:
     found = []
     for segment in (s for s in plan.segments if s.samples):
         tokens = known[segment.params.seed]
-        root, node, path = segment.num_certain - 1, 0, []
+        root, node, path = segment.num_new_tokens - 1, 0, []
         while True:
             tokens.append(next_token(tokens))
             below = [i + 1 for i, p in enumerate(segment.parents) if p == node]
