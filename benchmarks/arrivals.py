@@ -93,7 +93,7 @@ def shared_prefix(args: argparse.Namespace, caching: bool) -> dict:
     while not all(r.output for r in requests):
         engine.step()
     seconds = time.perf_counter() - started
-    rows = sum(s.num_new_tokens for plan in plans for s in plan.segments if s.position == 0)
+    rows = sum(s.num_new_tokens for plan in plans for s in plan.segments if s.output_index == 0)
     return {"prefix_caching": caching, "prompt_rows": rows, "seconds": seconds}
 
 

@@ -28,7 +28,7 @@ def made_up_results(plan: StepPlan, rng: np.random.Generator) -> list[SegmentRes
     """Half of all nodes' first children are right."""
     found = []
     for segment in plan.segments:
-        if not segment.samples:
+        if not segment.emits_tokens:
             continue
         path, node, parents = [], 0, segment.parents.tolist()
         while node in parents[node:] and rng.random() < 0.5:

@@ -94,7 +94,7 @@ class Answer:
             self.accepted = reply
             return None
         if isinstance(reply, Delta) and self._fits(reply):
-            self._pieces[reply.sample].add(reply)
+            self._pieces[reply.sample_index].add(reply)
             if reply.prompt_logprobs is not None:
                 self._prompt_logprobs = reply.prompt_logprobs
             return reply
@@ -124,6 +124,6 @@ class Answer:
 
     def _fits(self, delta: Delta) -> bool:
         """Whether the delta comes next."""
-        if self.accepted is None or not 0 <= delta.sample < len(self._pieces):
+        if self.accepted is None or not 0 <= delta.sample_index < len(self._pieces):
             return False
-        return delta.index == len(self._pieces[delta.sample].tokens)
+        return delta.index == len(self._pieces[delta.sample_index].tokens)

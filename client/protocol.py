@@ -172,7 +172,7 @@ class Delta:
     tokens: Tokens
     text: str
     accepted: Ints
-    sample: SampleIndex = 0
+    sample_index: SampleIndex = 0
     logprobs: LogprobsField | None = None
     prompt_logprobs: LogprobsField | None = None
 

@@ -104,7 +104,7 @@ class Add:
     key: int
     prompt: Tokens
     params: ParamsField
-    sample: int = 0
+    sample_index: int = 0
 
 
 @message("cancel")

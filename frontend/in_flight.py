@@ -60,7 +60,9 @@ class InFlight:
         self.counts["prompt_tokens"] += len(prompt)
         for sample in request.samples:
             self._held[sample.key] = request, sample
-            self._tell_engine(engine.Add(key=sample.key, prompt=prompt, params=sample.params, sample=sample.index))
+            self._tell_engine(
+                engine.Add(key=sample.key, prompt=prompt, params=sample.params, sample_index=sample.index)
+            )
 
     def take(self, output: engine.Output) -> None:
         """Notes what a step gave a sample, and ends its request if that was all."""

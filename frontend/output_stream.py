@@ -75,7 +75,7 @@ class OpenSample:
             tokens=tuple(self._new_tokens),
             text=self._new_text,
             accepted=tuple(self._new_steps),
-            sample=self.index,
+            sample_index=self.index,
             logprobs=self._new_logprobs,
             prompt_logprobs=self._prompt_logprobs,
         )

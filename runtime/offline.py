@@ -75,7 +75,7 @@ def _requests(key: int, row: dict, tokenizer, params: SamplingParams) -> list[Re
     prompt = np.asarray(tokens, dtype=np.int32)
     first = dataclasses.replace(params, prompt_logprobs=None)  # the same for all samples: the first one's are enough
     return [
-        Request(key=key * params.n + sample, prompt=prompt, params=first if sample else params, sample=sample)
+        Request(key=key * params.n + sample, prompt=prompt, params=first if sample else params, sample_index=sample)
         for sample in range(params.n)
     ]
 

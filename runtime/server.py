@@ -151,7 +151,9 @@ class Server:
     def _add(self, message: links.Add) -> None:
         prompt = np.asarray(message.prompt, dtype=np.int32)
         try:
-            self.scheduler.add(Request(key=message.key, prompt=prompt, params=message.params, sample=message.sample))
+            self.scheduler.add(
+                Request(key=message.key, prompt=prompt, params=message.params, sample_index=message.sample_index)
+            )
         except ValueError as error:
             self.link.send(links.Rejected(key=message.key, code="invalid_request", message=str(error)))
 

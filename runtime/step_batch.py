@@ -36,9 +36,9 @@ class StepKind:
 
     @classmethod
     def of(cls, plan: StepPlan) -> "StepKind":
-        drawing = [s.params for s in plan.segments if s.samples and s.params.temperature > 0]
+        drawing = [s.params for s in plan.segments if s.emits_tokens and s.params.temperature > 0]
         return cls(
-            is_decode=all(s.samples and s.num_new_tokens == 1 for s in plan.segments),
+            is_decode=all(s.emits_tokens and s.num_new_tokens == 1 for s in plan.segments),
             is_sampled=bool(drawing),
             is_filtered=any(p.is_filtered or p.acceptance == "typical" for p in drawing),
             has_extras=any(s.extras is not None for s in plan.segments),
@@ -92,7 +92,7 @@ class StepBatch:
     @cached_property
     def sampling(self) -> list[int]:
         """Which segments sample."""
-        return [i for i, segment in enumerate(self.segments) if segment.samples]
+        return [i for i, segment in enumerate(self.segments) if segment.emits_tokens]
 
     def decided_rows(self, segment: int) -> slice:
         """Where the tree of a sampling segment, root first, lies among the decided rows."""
@@ -130,7 +130,7 @@ class StepBatch:
         """Which rows' next tokens are needed."""
         of_row = arrays["segment_of_row"]
         roots = arrays["starts"][:-1] + arrays["num_new_tokens"] - 1
-        samples = np.asarray([s.samples for s in self.segments])
+        samples = np.asarray([s.emits_tokens for s in self.segments])
         is_decided = samples[of_row] & (np.arange(len(of_row)) >= roots[of_row])
         arrays["decided"] = is_decided.nonzero()[0]
         arrays["wanted"] = np.asarray(
@@ -144,7 +144,7 @@ class StepBatch:
         for i in self.sampling:
             segment = self.segments[i]
             for row in range(starts[i] + segment.num_new_tokens - 1, starts[i + 1]):
-                rows.append((segment.params, segment.sample, segment.position + int(depths[row])))
+                rows.append((segment.params, segment.sample_index, segment.output_index + int(depths[row])))
         if self.kind.is_decode:
             rows += [(_GREEDY, 0, 0)] * (len(depths) - len(rows))
         arrays |= row_arrays(rows)

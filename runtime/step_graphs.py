@@ -90,7 +90,7 @@ class StepGraphs:
         """All that a recording depends on: the padded sizes first."""
         sizes = plan.num_rows, len(plan.segments)
         if not self.pads:
-            counts = [(s.num_draft_tokens + 1, s.wants_head_candidates) for s in plan.segments if s.samples]
+            counts = [(s.num_draft_tokens + 1, s.wants_head_candidates) for s in plan.segments if s.emits_tokens]
             decided = 0 if kind.is_decode else (sum(n for n, _ in counts), sum(wants for _, wants in counts))
             return sizes, kind, decided, torch.get_num_threads()
         padded = bucket(*sizes, self._cache.num_rows)

@@ -146,17 +146,19 @@ def _segments(limits: Limits, requests: int, extra: int, heads: bool, context: i
     nodes = [share + (i < more) for i in range(requests)]
     found, page = [], 0
     for n in nodes:
-        found.append(_segment(limits, 1 + n, n, context, page, samples=True, heads=heads))
+        found.append(_segment(limits, 1 + n, n, context, page, emits_tokens=True, heads=heads))
         page += len(found[-1].pages)  # what several read would be read once
     return found
 
 
 def _chunk(limits: Limits, rows: int, context: int) -> Segment:
     """Part of a prompt, with ``context`` tokens before it."""
-    return _segment(limits, rows, 0, context, 0, samples=False, heads=False)
+    return _segment(limits, rows, 0, context, 0, emits_tokens=False, heads=False)
 
 
-def _segment(limits: Limits, rows: int, nodes: int, context: int, page: int, *, samples: bool, heads: bool) -> Segment:
+def _segment(
+    limits: Limits, rows: int, nodes: int, context: int, page: int, *, emits_tokens: bool, heads: bool
+) -> Segment:
     """``rows`` of one request, of which the last ``nodes`` are guesses, on pages from number ``page`` on."""
     used = -(-(context + rows) // limits.page_size)
     return Segment(
@@ -164,9 +166,9 @@ def _segment(limits: Limits, rows: int, nodes: int, context: int, page: int, *, 
         parents=(np.arange(nodes, dtype=np.int32)) // 2,
         pages=(page + np.arange(used, dtype=np.int32)) % limits.num_pages,
         context=context,
-        samples=samples,
+        emits_tokens=emits_tokens,
         wants_head_candidates=heads,
-        position=0,
+        output_index=0,
         params=SamplingParams(),
     )
 

@@ -37,7 +37,7 @@ class Request:
     key: int
     prompt: np.ndarray
     params: SamplingParams
-    sample: int = 0
+    sample_index: int = 0
     output: list[int] = field(default_factory=list)
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Request:
         """Whether rows of the prompt have to be computed for what they say, not only for their K/V."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt) - 1
 
-    def extras(self, num_new_tokens: int, samples: bool, end_ids: frozenset[int]) -> Extras | None:
+    def extras(self, num_new_tokens: int, emits_tokens: bool, end_ids: frozenset[int]) -> Extras | None:
         """What a step with so many rows of known tokens has to know beyond the parameters, None if that is nothing;
         ``samples``: it draws tokens."""
         fields: dict = extras_of_rows(self.params, self._history, self.output, end_ids) if samples else {}

@@ -115,7 +115,7 @@ class Scheduler:
             result = next(found) if segment.has_result else None
             if result is not None and result.prompt_logprobs is not None:
                 request.prompt_logprobs += result.prompt_logprobs
-            if not segment.samples:
+            if not segment.emits_tokens:
                 self.admission.settle(request)
                 continue
             taken = request.append(result.tokens, self.limits.end_ids)
@@ -189,10 +189,10 @@ class Scheduler:
             parents=draft.parents,
             pages=request.page_ids[:used],
             context=context,
-            samples=samples,
+            emits_tokens=emits_tokens,
             wants_head_candidates=wants_heads and samples and request.params.speculation,
-            position=len(request.output),
+            output_index=len(request.output),
             params=request.params,
-            sample=request.sample,
+            sample_index=request.sample_index,
             extras=None if request.params.is_bare else request.extras(certain, samples, self.limits.end_ids),
         )

@@ -55,17 +55,17 @@ class Segment:
     parents: np.ndarray
     pages: np.ndarray
     context: int
-    samples: bool
+    emits_tokens: bool
     wants_head_candidates: bool
-    position: int
+    output_index: int
     params: SamplingParams
-    sample: int = 0
+    sample_index: int = 0
     extras: Extras | None = None
 
     @property
     def has_result(self) -> bool:
         """Whether the step finds anything for this request: tokens, or log-probabilities of its prompt."""
-        return self.samples or (self.extras is not None and len(self.extras.targets) > 0)
+        return self.emits_tokens or (self.extras is not None and len(self.extras.targets) > 0)
 
     @property
     def num_draft_tokens(self) -> int:
@@ -138,11 +138,11 @@ def decode(buffer: np.ndarray, epoch: int) -> StepPlan:
                 parents=parents[row + certain : stop],
                 pages=pages[page : page + num],
                 context=context,
-                samples=bool(samples),
+                emits_tokens=bool(samples),
                 wants_head_candidates=bool(wants),
-                position=position,
+                output_index=output_index,
                 params=_params(*params),
-                sample=sample,
+                sample_index=sample,
                 extras=more.unpack(extras[word : word + words]) if words else None,
             )
         )
@@ -158,10 +158,10 @@ def _fields(segment: Segment) -> tuple:
         segment.context,
         len(segment.pages),
         0 if segment.extras is None else more.num_words(segment.extras),
-        segment.samples,
+        segment.emits_tokens,
         segment.wants_head_candidates,
-        segment.position,
-        segment.sample,
+        segment.output_index,
+        segment.sample_index,
         params.temperature,
         params.top_k,
         params.top_p,

@@ -75,7 +75,7 @@ class Trace:
 def record(scheduler: Scheduler, plan: StepPlan, seconds: float, now: float) -> dict:
     """What there is to say about a step; ``now``: seconds since the trace began."""
     admission, choice = scheduler.admission, scheduler.choice
-    decoding = [s for s in plan.segments if s.samples and s.num_new_tokens == 1]
+    decoding = [s for s in plan.segments if s.emits_tokens and s.num_new_tokens == 1]
     chosen = sum(test.num_draft_tokens for test in scheduler.verdicts)
     expected = choice.expected if choice and choice.num_draft_tokens >= 0 else None
     return {

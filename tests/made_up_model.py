@@ -32,7 +32,7 @@ def results(plan, rng, token=9) -> list[SegmentResult]:
     """A made-up model: accepts a random path of each tree."""
     out = []
     for segment in plan.segments:
-        if not segment.samples:
+        if not segment.emits_tokens:
             continue
         path, node = [], 0
         while True:

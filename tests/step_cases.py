@@ -60,9 +60,9 @@ def plan_of(seed: int, vocab: int, shapes: list[tuple[int, int]], params: list[S
                 parents=np.asarray([rng.integers(0, n + 1) for n in range(drafts)], dtype=np.int32),
                 pages=mine,
                 context=length,
-                samples=True,
+                emits_tokens=True,
                 wants_head_candidates=i % 3 < 2,
-                position=seed,
+                output_index=seed,
                 params=params[i % len(params)],
             )
         )

@@ -212,7 +212,7 @@ def answer(group, config, wanted: list[tuple], arrivals: int = 0) -> dict | None
     if not group.is_leader:
         engine.follow()
         return None
-    requests = [Request(key=i, prompt=p, params=params, sample=s) for i, (p, params, s) in enumerate(asked)]
+    requests = [Request(key=i, prompt=p, params=params, sample_index=s) for i, (p, params, s) in enumerate(asked)]
     queue, steps = list(requests), 0
     logprobs = [Logprobs() for _ in requests]
 

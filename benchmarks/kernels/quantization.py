@@ -36,9 +36,9 @@ def logits_of(engine: Engine, tokens: torch.Tensor) -> torch.Tensor:
         parents=np.zeros(0, dtype=np.int32),
         pages=np.arange(-(-len(tokens) // size), dtype=np.int32),
         context=0,
-        samples=False,
+        emits_tokens=False,
         wants_head_candidates=False,
-        position=0,
+        output_index=0,
         params=SamplingParams(),
     )
     batch = StepBatch(StepPlan(segments=[segment]), size, tokens.device)

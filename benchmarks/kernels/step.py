@@ -38,9 +38,9 @@ def make_plan(runner: StepRunner, rows: int, context: int) -> StepPlan:
         parents=parents,
         pages=pages[: -(-(context + rows) // PAGE)],
         context=context,
-        samples=True,
+        emits_tokens=True,
         wants_head_candidates=wants_head_candidates,
-        position=0,
+        output_index=0,
         params=SamplingParams(),
     )
     return StepPlan(segments=[segment])

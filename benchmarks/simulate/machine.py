@@ -82,13 +82,13 @@ class Machine:
     def seconds(self, segments: list[Segment], num_medusa: int, most_rows: int) -> float:
         """A step of these segments, from the host's word to the results. ``most_rows`` of any step."""
         model, rows = self.model, sum(len(s.tokens) for s in segments)
-        is_decode = all(s.samples and s.num_new_tokens == 1 for s in segments)
+        is_decode = all(s.emits_tokens and s.num_new_tokens == 1 for s in segments)
         requests = sampled = len(segments)
         if is_decode:
             rows, requests = bucket(rows, requests, most_rows)
             sampled = rows
         else:
-            sampled = sum(s.num_draft_tokens + 1 for s in segments if s.samples)
+            sampled = sum(s.num_draft_tokens + 1 for s in segments if s.emits_tokens)
         device = model.layers * self._product(model.layer_weights, rows) + self._product(
             model.hidden * model.vocab, sampled
         )

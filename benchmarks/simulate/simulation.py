@@ -139,7 +139,7 @@ class Simulation:
         plan = self.scheduler.plan(0, 0)
         planned = time.perf_counter() - begun
         seconds = self._seconds(plan)
-        results = [self._result(segment) for segment in plan.segments if segment.samples]
+        results = [self._result(segment) for segment in plan.segments if segment.emits_tokens]
         self.now += seconds
         begun = time.perf_counter()
         outputs = self.scheduler.advance(plan, results, seconds)
@@ -162,7 +162,7 @@ class Simulation:
 
     def _result(self, segment: Segment) -> SegmentResult:
         """The longest path of the segment's tree that the hidden answer takes, and the token after it."""
-        answer, known = self._answers[segment.params.seed], segment.position
+        answer, known = self._answers[segment.params.seed], segment.output_index
         root = segment.num_new_tokens - 1
         guesses = zip(segment.parents.tolist(), segment.tokens[root + 1 :].tolist(), strict=True)
         children = {guess: node for node, guess in enumerate(guesses, 1)}

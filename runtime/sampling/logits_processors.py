@@ -49,7 +49,7 @@ def _adjust_segment(shard: VocabShard, logits_TV: torch.Tensor, segment: Segment
         logits_TV[:, columns] = _penalized(logits_TV[:, columns], counts, is_seen, extras)
     if len(extras.ends):
         ids, _ = _mine(shard, extras.ends)
-        barred = np.ix_(np.flatnonzero(segment.position + depths < extras.min_tokens), ids)
+        barred = np.ix_(np.flatnonzero(segment.output_index + depths < extras.min_tokens), ids)
         logits_TV[tuple(torch.from_numpy(x).to(device) for x in barred)] = -torch.inf
 
 

@@ -52,7 +52,7 @@ messages = st.one_of(
         tokens=tokens,
         text=st.text(),
         accepted=tokens,
-        sample=st.integers(0, 200),
+        sample_index=st.integers(0, 200),
         logprobs=st.none() | logprobs,
         prompt_logprobs=st.none() | logprobs,
     ),

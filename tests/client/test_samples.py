@@ -14,7 +14,7 @@ PROMPT = tuple(TOKENIZER.encode("hello world"))
 
 def by_sample(request):
     """Sample i says the quick brown fox from the i-th word on, two tokens a step."""
-    return saying(" ".join(["the", "quick", "brown", "fox"][request.sample :]), 2)(request)
+    return saying(" ".join(["the", "quick", "brown", "fox"][request.sample_index :]), 2)(request)
 
 
 def test_samples_arrive_side_by_side_and_whole():
@@ -22,11 +22,11 @@ def test_samples_arrive_side_by_side_and_whole():
         generation = client.generate("hello world", n=3, seed=9, max_tokens=50)
         texts, positions = ["", "", ""], [0, 0, 0]
         for delta in generation:
-            assert delta.index == positions[delta.sample]
-            positions[delta.sample] += len(delta.tokens)
-            texts[delta.sample] += delta.text
+            assert delta.index == positions[delta.sample_index]
+            positions[delta.sample_index] += len(delta.tokens)
+            texts[delta.sample_index] += delta.text
         result = generation.result()
-        assert [add.sample for add in rig.engine.adds] == [0, 1, 2]
+        assert [add.sample_index for add in rig.engine.adds] == [0, 1, 2]
         assert {(add.prompt, add.params.seed) for add in rig.engine.adds} == {(PROMPT, 9)}
         assert texts == ["the quick brown fox", "quick brown fox", "brown fox"]
         assert [sample.text for sample in result.samples] == texts
@@ -125,7 +125,7 @@ def test_logprobs_are_told_once_and_for_every_token():
     with serving() as rig, Client(rig.address) as client:
         generation = client.generate("hello world", n=2, max_tokens=10, logprobs=2, prompt_logprobs=3, seed=1)
         told = [delta for delta in generation if delta.prompt_logprobs is not None]
-        assert [(delta.sample, delta.index) for delta in told] == [(0, 0)]
+        assert [(delta.sample_index, delta.index) for delta in told] == [(0, 0)]
         result = generation.result()
         assert result.prompt_logprobs == told[0].prompt_logprobs == made_up(list(PROMPT[1:]), 3)
         for sample in result.samples:
@@ -154,7 +154,7 @@ def test_the_asyncio_client_has_the_same():
     async def ask(address: str):
         async with AsyncClient(address) as client:
             generation = client.generate("hello world", n=2, logprobs=0, max_tokens=50, logit_bias={5: 1})
-            samples = {delta.sample async for delta in generation}
+            samples = {delta.sample_index async for delta in generation}
             return samples, await generation.result()
 
     with serving(by_sample) as rig:

@@ -165,7 +165,7 @@ class Batches(RuleBasedStateMachine):
             seen = [self.contents[slot] for slot in slots[: segment.context]]
             assert seen == made.known_tokens(0, segment.context).tolist()
             kept = segment.tokens[: segment.num_new_tokens].tolist()
-            if segment.samples:
+            if segment.emits_tokens:
                 kept += next(found).tokens[:-1]
             assert deepest(segment) <= max(made.remaining - 1, 0)
             room = slots[segment.context :]

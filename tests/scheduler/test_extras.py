@@ -25,7 +25,7 @@ def told(plan, found: list[SegmentResult]) -> list[SegmentResult]:
     for segment in plan.segments:
         if segment.has_result:
             empty = SegmentResult(tokens=[], accepted_nodes=[])
-            result = next(found) if segment.samples else empty
+            result = next(found) if segment.emits_tokens else empty
             targets = segment.extras.targets if segment.extras else ()
             prompt = Logprobs(np.asarray(targets, dtype="<f4").tobytes()) if len(targets) else None
             tokens = Logprobs(np.asarray(result.tokens, dtype="<f4").tobytes())

@@ -106,7 +106,7 @@ def run_all(scheduler: Scheduler, requests: list[Request]) -> int:
         scheduler.add(made)
     while scheduler.has_work:
         plan = scheduler.plan(1, 0)
-        rows += sum(s.num_new_tokens for s in plan.segments if s.position == 0)
+        rows += sum(s.num_new_tokens for s in plan.segments if s.output_index == 0)
         scheduler.advance(plan, results(plan, rng))
     return rows
 

@@ -32,7 +32,7 @@ def next_token(tokens: list[int]) -> int:
 def results(plan, known: dict[int, list[int]], rng) -> list[SegmentResult]:
     """A model with a rule; its heads name the truth at a random rank, or, if that is RANKS, not at all."""
     found = []
-    for segment in (s for s in plan.segments if s.samples):
+    for segment in (s for s in plan.segments if s.emits_tokens):
         tokens = known[segment.params.seed]
         root, node, path = segment.num_new_tokens - 1, 0, []
         while True:

@@ -95,9 +95,9 @@ def test_typical_is_the_formula():
             parents=parents,
             pages=np.zeros(8, dtype=np.int32),
             context=5,
-            samples=True,
+            emits_tokens=True,
             wants_head_candidates=False,
-            position=trial,
+            output_index=trial,
             params=params,
         )
         batch = StepBatch(StepPlan(segments=[segment]), 16, torch.device("cpu"))

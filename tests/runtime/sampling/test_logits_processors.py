@@ -171,9 +171,9 @@ def random_segment(rng, params: SamplingParams, vocab: int) -> tuple[Segment, li
         parents=parents,
         pages=np.zeros(12, dtype=np.int32),
         context=len(prompt) + len(output) - 1,
-        samples=True,
+        emits_tokens=True,
         wants_head_candidates=False,
-        position=len(output),
+        output_index=len(output),
         params=params,
         extras=owner.extras(1, True, frozenset([END])),
     )
