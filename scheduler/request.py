@@ -80,8 +80,8 @@ class Request:
 
     def extras(self, num_new_tokens: int, emits_tokens: bool, end_ids: frozenset[int]) -> Extras | None:
         """What a step with so many rows of known tokens has to know beyond the parameters, None if that is nothing;
-        ``samples``: it draws tokens."""
-        fields: dict = extras_of_rows(self.params, self._history, self.output, end_ids) if samples else {}
+        ``emits_tokens``: it draws tokens."""
+        fields: dict = extras_of_rows(self.params, self._history, self.output, end_ids) if emits_tokens else {}
         if self.wants_prompt_logprobs:
             fields |= targets_of_rows(self.prompt, self.num_computed, num_new_tokens, len(self.prompt_logprobs))
             fields["prompt_logprobs"] = self.params.prompt_logprobs

@@ -178,10 +178,10 @@ class Scheduler:
         return [self._segment(request, 1, draft, wants) for request, draft in zip(decoding, drafts, strict=True)]
 
     def _segment(self, request: Request, num_new_tokens: int, draft: Draft, wants_heads: bool) -> Segment:
-        """The next ``certain`` known tokens, the last of which is the draft's root if there is one."""
+        """The next ``num_new_tokens`` known tokens, the last of which is the draft's root if there is one."""
         context = request.num_computed
-        tokens = draft.tokens if draft.depth else request.known_tokens(context, context + certain)
-        samples = context + certain == request.num_known
+        tokens = draft.tokens if draft.depth else request.known_tokens(context, context + num_new_tokens)
+        emits_tokens = context + num_new_tokens == request.num_known
         # Pages past the committed tokens and this step's rows are not sent: nothing reads or writes them yet.
         used = min(self.admission.pages.pages_for(context + len(tokens)), len(request.pages))
         return Segment(
@@ -190,9 +190,9 @@ class Scheduler:
             pages=request.page_ids[:used],
             context=context,
             emits_tokens=emits_tokens,
-            wants_head_candidates=wants_heads and samples and request.params.speculation,
+            wants_head_candidates=wants_heads and emits_tokens and request.params.speculation,
             output_index=len(request.output),
             params=request.params,
             sample_index=request.sample_index,
-            extras=None if request.params.is_bare else request.extras(certain, samples, self.limits.end_ids),
+            extras=None if request.params.is_bare else request.extras(num_new_tokens, emits_tokens, self.limits.end_ids),
         )

@@ -128,7 +128,7 @@ def decode(buffer: np.ndarray, epoch: int) -> StepPlan:
         raise PlanError(f"the plan of step {step} does not add up: {sizes}, {len(buffer)} words")
     head, tokens, parents, pages, extras = np.split(buffer, np.cumsum(sizes)[:-1])
     segments, row, page, word = [], 0, 0, 0
-    for certain, drafts, context, num, words, samples, wants, position, sample, *params in _SEGMENT.iter_unpack(
+    for certain, drafts, context, num, words, emits_tokens, wants, output_index, sample_index, *params in _SEGMENT.iter_unpack(
         head.tobytes()[_HEADER.size :]
     ):
         stop = row + certain + drafts
@@ -138,11 +138,11 @@ def decode(buffer: np.ndarray, epoch: int) -> StepPlan:
                 parents=parents[row + certain : stop],
                 pages=pages[page : page + num],
                 context=context,
-                emits_tokens=bool(samples),
+                emits_tokens=bool(emits_tokens),
                 wants_head_candidates=bool(wants),
                 output_index=output_index,
                 params=_params(*params),
-                sample_index=sample,
+                sample_index=sample_index,
                 extras=more.unpack(extras[word : word + words]) if words else None,
             )
         )
