@@ -48,7 +48,7 @@ def tokens_per_step(config: EngineConfig, prompts: list[list[int]], params: Samp
         engine.scheduler.add(request)
         while engine.scheduler.has_work:
             engine.step()
-        tokens, steps = tokens + len(request.output), steps + len(request.accepted)
+        tokens, steps = tokens + len(request.output), steps + len(request.tokens_per_step)
     return tokens / steps
 
 

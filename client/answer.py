@@ -25,7 +25,7 @@ class Sample:
     tokens: tuple[int, ...]
     finish_reason: str | None
     stop: str | int | None
-    accepted: tuple[int, ...]
+    tokens_per_step: tuple[int, ...]
     logprobs: Logprobs | None
 
 
@@ -56,7 +56,7 @@ class _Pieces:
 
     def add(self, delta: Delta) -> None:
         self.tokens += delta.tokens
-        self._steps += delta.accepted
+        self._steps += delta.tokens_per_step
         self._texts.append(delta.text)
         if delta.logprobs is not None:
             self._logprobs.append(delta.logprobs)
@@ -67,7 +67,7 @@ class _Pieces:
             tokens=tuple(self.tokens),
             finish_reason=end and end.finish_reason,
             stop=end and end.stop,
-            accepted=tuple(self._steps),
+            tokens_per_step=tuple(self._steps),
             logprobs=Logprobs.join(self._logprobs) if self._logprobs else None,
         )
 
@@ -77,7 +77,7 @@ class Answer:
 
     def __init__(self, exchange: Exchange, message: protocol.Generate) -> None:
         self.exchange = exchange
-        self.accepted: Accepted | None = None
+        self.tokens_per_step: Accepted | None = None
         self.done: Done | None = None
         self.closed = False
         count = message.params.get("n", 1)
@@ -90,17 +90,17 @@ class Answer:
 
         Raises Cancelled if the answer ended by cancellation, ProtocolError if the reply is out of order.
         """
-        if isinstance(reply, Accepted) and self.accepted is None:
-            self.accepted = reply
+        if isinstance(reply, Accepted) and self.tokens_per_step is None:
+            self.tokens_per_step = reply
             return None
         if isinstance(reply, Delta) and self._fits(reply):
             self._pieces[reply.sample_index].add(reply)
             if reply.prompt_logprobs is not None:
                 self._prompt_logprobs = reply.prompt_logprobs
             return reply
-        if isinstance(reply, Done) and self.accepted is not None:
+        if isinstance(reply, Done) and self.tokens_per_step is not None:
             self.done = reply
-            last = Delta(index=len(self._pieces[0].tokens), tokens=(), text=reply.text, accepted=())
+            last = Delta(index=len(self._pieces[0].tokens), tokens=(), text=reply.text, tokens_per_step=())
             self._pieces[0].add(last)
             if reply.finish_reason == "cancelled":
                 raise Cancelled("the request was cancelled", completion=self.completion())
@@ -109,7 +109,7 @@ class Answer:
 
     def completion(self) -> Completion:
         """What is known by now."""
-        done, accepted = self.done, self.accepted
+        done, accepted = self.done, self.tokens_per_step
         ends = (done and done.samples) or [done] * len(self._pieces)
         samples = tuple(pieces.sample(end) for pieces, end in zip(self._pieces, ends, strict=False))
         return Completion(
@@ -124,6 +124,6 @@ class Answer:
 
     def _fits(self, delta: Delta) -> bool:
         """Whether the delta comes next."""
-        if self.accepted is None or not 0 <= delta.sample_index < len(self._pieces):
+        if self.tokens_per_step is None or not 0 <= delta.sample_index < len(self._pieces):
             return False
         return delta.index == len(self._pieces[delta.sample_index].tokens)

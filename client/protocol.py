@@ -171,7 +171,7 @@ class Delta:
     index: int
     tokens: Tokens
     text: str
-    accepted: Ints
+    tokens_per_step: Ints
     sample_index: SampleIndex = 0
     logprobs: LogprobsField | None = None
     prompt_logprobs: LogprobsField | None = None

@@ -43,7 +43,7 @@ def stream(client: Client, prompt: str) -> None:
     colour = sys.stdout.isatty()
     print(f"\n\033[1m{prompt}\033[0m" if colour else f"\n{prompt}", end="", flush=True)
     for delta in client.generate(prompt, max_tokens=MAX_TOKENS, seed=SEED):
-        count = "+".join(map(str, delta.accepted)).translate(SMALL)
+        count = "+".join(map(str, delta.tokens_per_step)).translate(SMALL)
         mark = f"\033[36m{count}\033[0m" if colour else count
         print(delta.text + mark, end="", flush=True)
     print()
@@ -56,7 +56,7 @@ def measure(client: Client, speculation: bool) -> tuple[float, float, list[list[
         greedy = {"max_tokens": MAX_TOKENS, "temperature": 0.0, "ignore_eos": True}
         result = client.generate(prompt, speculation=speculation, **greedy).result()
         answers.append(list(result.tokens))
-        steps += len(result.accepted)
+        steps += len(result.tokens_per_step)
     tokens = sum(map(len, answers))
     return tokens / (time.perf_counter() - started), tokens / steps, answers
 

@@ -74,7 +74,7 @@ class OpenSample:
             index=self.num_tokens - len(self._new_tokens),
             tokens=tuple(self._new_tokens),
             text=self._new_text,
-            accepted=tuple(self._new_steps),
+            tokens_per_step=tuple(self._new_steps),
             sample_index=self.index,
             logprobs=self._new_logprobs,
             prompt_logprobs=self._prompt_logprobs,

@@ -111,14 +111,14 @@ def generate(
             bar.update(sum(o.finish_reason is not None for o in outputs))
     seconds = time.perf_counter() - started
     _write_finished(out, waiting, tokenizer, told, with_prompts)
-    steps = sum(len(r.accepted) for r in requests)
+    steps = sum(len(r.tokens_per_step) for r in requests)
     tokens = sum(len(r.output) for r in requests)
     return {
         "requests": len(jobs),
         "output_tokens": tokens,
         "seconds": round(seconds, 4),
         "tokens_per_second": round(tokens / seconds, 2) if tokens else 0.0,
-        "mean_accepted_length": round(tokens / steps, 4) if steps else 0.0,
+        "mean_acceptance_length": round(tokens / steps, 4) if steps else 0.0,
         "decode_steps": steps,
         "world_size": engine.group.size,
         "dtype": str(engine.loaded.model.dtype).removeprefix("torch."),
@@ -155,7 +155,7 @@ def _answer(request: Request, tokenizer, told: dict[int, list[Logprobs]]) -> dic
         "text": text.push(request.output) + text.finish(),
         "tokens": request.output,
         "finish_reason": request.finish_reason,
-        "accepted": request.accepted,
+        "accepted": request.tokens_per_step,
     }
     if request.key in told:
         answer["logprobs"] = _readable(Logprobs.join(told[request.key]))

@@ -46,7 +46,7 @@ class Request:
     num_published: int = 0  # of the page names, those by which others can find the pages
     head_candidates: HeadCandidates | None = None  # None: the heads did not run
     drafting: object | None = None  # what the drafter keeps of it
-    accepted: list[int] = field(default_factory=list)  # tokens emitted by each decoding step
+    tokens_per_step: list[int] = field(default_factory=list)  # tokens emitted by each decoding step
     finish_reason: FinishReason | None = None
     num_preempted: int = 0  # how often it had to give its pages back
     num_lost: int = 0  # tokens that were computed when it last did

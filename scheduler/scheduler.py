@@ -125,7 +125,7 @@ class Scheduler:
                 self.num_first_head_candidates += 1
                 self.num_first_head_correct += result.tokens[0] == named.ids[0, 0]
             request.head_candidates = result.head_candidates
-            request.accepted.append(len(taken))
+            request.tokens_per_step.append(len(taken))
             self.admission.settle(request)
             outputs.append(Output(request, taken, request.finish_reason, *request.reports(result.logprobs, taken)))
             verdicts.append(Verdict(request, result.tokens, result.accepted_nodes, segment.num_draft_tokens, named))
@@ -194,5 +194,7 @@ class Scheduler:
             output_index=len(request.output),
             params=request.params,
             sample_index=request.sample_index,
-            extras=None if request.params.is_bare else request.extras(num_new_tokens, emits_tokens, self.limits.end_ids),
+            extras=None
+            if request.params.is_bare
+            else request.extras(num_new_tokens, emits_tokens, self.limits.end_ids),
         )

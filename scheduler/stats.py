@@ -111,7 +111,7 @@ class EngineStats:
             self.num_finished += output.finish_reason is not None
 
     def values(self) -> dict:
-        """Counters since start; ``step_ms`` is the mean of the last 256 steps, ``accepted_lengths`` counts decoding
+        """Counters since start; ``step_ms`` is the mean of the last 256 steps, ``tokens_per_step`` counts decoding
         steps by the tokens they emitted; ``pages_free`` includes ``pages_kept``, those known by what they hold."""
         admission = self._scheduler.admission
         pages = admission.pages
@@ -122,8 +122,8 @@ class EngineStats:
             "step_ms": 1000 * recent,
             "generated_tokens": self.num_tokens,
             "decode_steps": self.num_decodes,
-            "mean_accepted_length": self.num_tokens / self.num_decodes if self.num_decodes else 0.0,
-            "accepted_lengths": {str(n): count for n, count in sorted(self._lengths.items())},
+            "mean_acceptance_length": self.num_tokens / self.num_decodes if self.num_decodes else 0.0,
+            "tokens_per_step": {str(n): count for n, count in sorted(self._lengths.items())},
             "requests_running": len(admission.running),
             "requests_waiting": len(admission.waiting),
             "engine_finished": self.num_finished,

@@ -128,9 +128,18 @@ def decode(buffer: np.ndarray, epoch: int) -> StepPlan:
         raise PlanError(f"the plan of step {step} does not add up: {sizes}, {len(buffer)} words")
     head, tokens, parents, pages, extras = np.split(buffer, np.cumsum(sizes)[:-1])
     segments, row, page, word = [], 0, 0, 0
-    for certain, drafts, context, num, words, emits_tokens, wants, output_index, sample_index, *params in _SEGMENT.iter_unpack(
-        head.tobytes()[_HEADER.size :]
-    ):
+    for (
+        certain,
+        drafts,
+        context,
+        num,
+        words,
+        emits_tokens,
+        wants,
+        output_index,
+        sample_index,
+        *params,
+    ) in _SEGMENT.iter_unpack(head.tobytes()[_HEADER.size :]):
         stop = row + certain + drafts
         segments.append(
             Segment(

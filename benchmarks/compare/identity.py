@@ -69,7 +69,7 @@ def main() -> int:
             kind = "tree" if speculate else "plain"
             line = f"group {size}  max-num-seqs {num_seqs:>2}  {kind:<5}  same {len(rows) - len(ties)}/{len(rows)}"
             line += (
-                f"  ties {len(ties) - len(wrong)}  wrong {len(wrong)}  {summary['mean_accepted_length']:.3f} per step"
+                f"  ties {len(ties) - len(wrong)}  wrong {len(wrong)}  {summary['mean_acceptance_length']:.3f} per step"
             )
             print(line, flush=True)
             for tie in ties:

@@ -51,7 +51,9 @@ def run_engine(
         while engine.scheduler.has_work:
             engine.step()
     seconds = time.perf_counter() - started
-    return Answered(seconds=seconds, answers=[r.output for r in requests], steps=sum(len(r.accepted) for r in requests))
+    return Answered(
+        seconds=seconds, answers=[r.output for r in requests], steps=sum(len(r.tokens_per_step) for r in requests)
+    )
 
 
 def run_oracle(oracle: Oracle, prompts: list[list[int]], max_tokens: int, batch: int = 1, **options) -> Answered:

@@ -20,7 +20,7 @@ from euryale.runtime.step_batch import StepBatch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Accepted:
+class AcceptanceResult:
     """``next_tokens`` int32 [N], what the model says after each decided row; ``last`` int32 [B], the row where each
     segment's walk ended; ``kept`` int64 [R], the slots of the rows that become permanent, -1 for others."""
 
@@ -29,7 +29,7 @@ class Accepted:
     kept: torch.Tensor
 
 
-def decide(shard: VocabShard, logits_NV: torch.Tensor, batch: StepBatch) -> Accepted:
+def decide(shard: VocabShard, logits_NV: torch.Tensor, batch: StepBatch) -> AcceptanceResult:
     """Accept drafts and draw bonus tokens from the logits [N, V] of the batch's decided rows."""
     good = scores = asked = None
     if batch.rules is None:
@@ -47,7 +47,7 @@ def decide(shard: VocabShard, logits_NV: torch.Tensor, batch: StepBatch) -> Acce
     if batch.decided is not None:
         next_R = torch.where(batch.decided_at >= 0, tokens[batch.decided_at.clamp(min=0)], -1)
     last, kept = accept(batch.geometry, batch.tokens, next_R, good, scores)
-    return Accepted(next_tokens=tokens, last=last, kept=kept)
+    return AcceptanceResult(next_tokens=tokens, last=last, kept=kept)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Verdict(NamedTuple):
 
     request: Request
     tokens: list[int]
-    accepted: list[int]
+    tokens_per_step: list[int]
     num_draft_tokens: int = 0
     head_candidates: HeadCandidates | None = None
 

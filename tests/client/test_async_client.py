@@ -40,7 +40,7 @@ def test_calls_and_streaming():
             pieces = [delta async for delta in client.generate("hello world", max_tokens=10)]
             completion = await client.generate("hello world", max_tokens=10).result()
             assert "".join(piece.text for piece in pieces) == completion.text
-            assert completion.accepted == (3, 3, 3, 1)
+            assert completion.tokens_per_step == (3, 3, 3, 1)
             assert (await client.stats())["requests_finished"] == 2
             with pytest.raises(euryale.InvalidRequest, match="temperatur"):
                 await client.generate("hello", temperatur=0).text()

@@ -39,13 +39,13 @@ def test_streaming(client):
     tokens = (prompt * 2)[:10]
     assert [delta.index for delta in deltas] == [sum(len(d.tokens) for d in deltas[:i]) for i in range(len(deltas))]
     assert [token for delta in deltas for token in delta.tokens] == tokens
-    assert [step for delta in deltas for step in delta.accepted] == [3, 3, 3, 1]
+    assert [step for delta in deltas for step in delta.tokens_per_step] == [3, 3, 3, 1]
     completion = generation.result()
     assert completion.text == "".join(delta.text for delta in deltas) == TOKENIZER.decode(tokens)
     assert completion.tokens == tuple(tokens)
     assert completion.finish_reason == "length"
     assert completion.stop is None
-    assert completion.accepted == (3, 3, 3, 1)
+    assert completion.tokens_per_step == (3, 3, 3, 1)
     assert completion.usage == euryale.Usage(prompt_tokens=len(prompt), output_tokens=10, decode_steps=4)
     assert completion.prompt_tokens == tuple(prompt)
     assert completion.fingerprint == "f00d"
@@ -180,7 +180,7 @@ def test_stop_strings_and_tokens():
             # The tokens end with the one that completed the string, whatever the step brought beyond it.
             assert "wo th" in TOKENIZER.decode(completion.tokens)
             assert "wo th" not in TOKENIZER.decode(completion.tokens[:-1])
-            assert sum(completion.accepted) == len(completion.tokens) == completion.usage.output_tokens
+            assert sum(completion.tokens_per_step) == len(completion.tokens) == completion.usage.output_tokens
         completion = client.generate("hello", stop="five").result()
         assert (completion.text, completion.finish_reason, completion.stop) == ("one two three four", "stop", EOS)
 

@@ -102,7 +102,7 @@ def test_a_server_that_talks_nonsense():
     port = router.bind_to_random_port("tcp://127.0.0.1")
 
     def answer():
-        delta = protocol.Delta(index=0, tokens=(), text="", accepted=())
+        delta = protocol.Delta(index=0, tokens=(), text="", tokens_per_step=())
         bodies = [b"\xc1", wire.encode(protocol.Drained()), wire.encode(delta)]
         for body in bodies:
             who, request_id, _ = router.recv_multipart()

@@ -117,7 +117,7 @@ def test_replies_to_a_request_for_one_sample_are_what_they_were():
     """Byte for byte: a client from before there were more cannot stumble."""
     delta = {"index": 3, "tokens": b"\1\0\0\0", "text": "x", "accepted": [1]}
     body = msgpack.packb({"type": "delta", "v": 1} | delta)
-    assert wire.encode(protocol.Delta(index=3, tokens=(1,), text="x", accepted=(1,))) == body
+    assert wire.encode(protocol.Delta(index=3, tokens=(1,), text="x", tokens_per_step=(1,))) == body
     usage = {"prompt_tokens": 3, "output_tokens": 5, "decode_steps": 3}
     body = msgpack.packb({"type": "done", "v": 1, "finish_reason": "length", "text": "", "usage": usage})
     assert wire.encode(protocol.Done(finish_reason="length", text="", usage=protocol.Usage(**usage))) == body

@@ -36,7 +36,7 @@ def test_samples_arrive_side_by_side_and_whole():
         assert result.usage == euryale.Usage(
             prompt_tokens=len(PROMPT),
             output_tokens=sum(positions),
-            decode_steps=sum(len(sample.accepted) for sample in result.samples),
+            decode_steps=sum(len(sample.tokens_per_step) for sample in result.samples),
         )
         stats = client.stats()
         assert (stats["requests_finished"], stats["prompt_tokens"]) == (1, len(PROMPT))

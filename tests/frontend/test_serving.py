@@ -76,7 +76,7 @@ def test_a_stop_string_gives_the_same_answer_for_any_step_size(size):
         completion = client.generate("hello", stop=["ick br", "fox"]).result()
         assert (completion.text, completion.finish_reason, completion.stop) == ("the qu", "stop", "ick br")
         assert completion.tokens == EXPECTED_STOP_TOKENS
-        assert sum(completion.accepted) == len(completion.tokens)
+        assert sum(completion.tokens_per_step) == len(completion.tokens)
         wait_until(lambda: client.stats()["requests_in_flight"] == 0)
 
 

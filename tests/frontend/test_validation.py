@@ -37,7 +37,7 @@ def run(steps, finish_reason, **params):
             assert delta.index == len(tokens)
             tokens += delta.tokens
             text += delta.text
-            accepted += delta.accepted
+            accepted += delta.tokens_per_step
         if request.has_ended:
             done = request.done()
             break
@@ -80,7 +80,7 @@ def test_several_steps_make_one_delta():
     sample.take(Output(1, [99], None))
     assert sample.end is None
     delta = sample.take_delta()
-    assert (delta.index, delta.tokens, delta.text, delta.accepted) == (0, (97, 98, 99), "abc", (2, 1))
+    assert (delta.index, delta.tokens, delta.text, delta.tokens_per_step) == (0, (97, 98, 99), "abc", (2, 1))
 
 
 def limits(**defaults):

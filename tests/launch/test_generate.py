@@ -74,7 +74,7 @@ def test_answers_in_input_order_and_errors_in_their_place(model, tmp_path, size,
     assert summary["world_size"] == size
     assert summary["dtype"] == "float32"
     assert summary["tokens_per_second"] > 0
-    assert summary["mean_accepted_length"] == pytest.approx(
+    assert summary["mean_acceptance_length"] == pytest.approx(
         summary["output_tokens"] / summary["decode_steps"], abs=1e-3
     )
 

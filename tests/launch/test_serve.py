@@ -31,7 +31,7 @@ def test_a_group_of_two_serves(model, loop, tree):
         for prompt, generation in zip(asked, running, strict=True):
             result = generation.result()
             assert list(result.tokens) == oracle_greedy(model[1], prompt, 20)
-            assert sum(result.accepted) == 20
+            assert sum(result.tokens_per_step) == 20
             assert result.finish_reason == "length"
         seeded = {"max_tokens": 30, "temperature": 0.9, "seed": 5, "ignore_eos": True}
         plain = client.generate("hello", speculation=False, **seeded).result()

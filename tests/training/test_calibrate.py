@@ -117,7 +117,7 @@ def test_the_engine_gains_what_the_walk_says(calibrated, model_dir, text_file, h
     written = calibrate.own_answers(args, prompts, single())
     own, _ = calibrate.measure_answers(args, model, written, single())
     paths = load_tree(out / "tree.json", NUM_HEADS).paths()
-    walked = calibrate.tree_search.accepted_lengths(own.ranks_SPK, paths)
+    walked = calibrate.tree_search.tokens_per_step(own.ranks_SPK, paths)
     starts = calibrate.tree_search.visited(own, paths)
     config = EngineConfig(model=model_dir, medusa=heads_dir, tree=str(out / "tree.json"), dtype="float32")
     found = answer(single(), config, [(p, SamplingParams(max_tokens=16)) for p in prompts])
