@@ -30,7 +30,7 @@ def draw_accepted(steps: list[dict]) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(8, 4))
     steps = [step for step in steps if step["decoding"]]
     time, decoding = column(steps, "t"), column(steps, "decoding")
-    expected = column(steps, "expected")
+    expected = column(steps, "expected_accepted_tokens")
     parts = np.array_split(np.arange(len(steps)), min(_BINS, max(1, len(steps))))
     when = [time[part].mean() for part in parts if len(part)]
     found = [1 + column(steps, "accepted")[part].sum() / decoding[part].sum() for part in parts if len(part)]
@@ -54,7 +54,7 @@ def draw_budget(steps: list[dict]) -> plt.Figure:
     """Guesses of a step by the requests that decoded in it."""
     figure, axes = plt.subplots(figsize=(8, 4))
     steps = [step for step in steps if step["decoding"]]
-    load, chosen = column(steps, "decoding"), column(steps, "chosen")
+    load, chosen = column(steps, "decoding"), column(steps, "num_draft_tokens")
     axes.scatter(load, chosen, s=6, alpha=0.2, color="#3b5bdb", linewidths=0, label="steps")
     sizes = np.unique(load)
     axes.plot(sizes, [chosen[load == n].mean() for n in sizes], color="#e67700", marker=".", label="mean")
@@ -66,9 +66,9 @@ def draw_budget(steps: list[dict]) -> plt.Figure:
 def draw_cost(steps: list[dict]) -> plt.Figure:
     """Predicted against measured milliseconds, with guesses and without."""
     figure, axes = plt.subplots(figsize=(5.5, 5.5))
-    steps = [step for step in steps if step["predicted"] is not None]
-    predicted, seconds = 1e3 * column(steps, "predicted"), 1e3 * column(steps, "seconds")
-    guessing = column(steps, "chosen") > 0
+    steps = [step for step in steps if step["predicted_seconds"] is not None]
+    predicted, seconds = 1e3 * column(steps, "predicted_seconds"), 1e3 * column(steps, "seconds")
+    guessing = column(steps, "num_draft_tokens") > 0
     for kind, color, label in ((~guessing, "#868e96", "no guesses"), (guessing, "#3b5bdb", "guesses")):
         axes.scatter(predicted[kind], seconds[kind], s=6, alpha=0.3, color=color, linewidths=0, label=label)
     if len(steps):

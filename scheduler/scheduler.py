@@ -12,7 +12,7 @@ import numpy as np
 from euryale.client.logprobs import Logprobs
 from euryale.scheduler.admission import STARVATION_BOUND, Admission, Limits
 from euryale.scheduler.request import FinishReason, HeadCandidates, Request
-from euryale.scheduler.speculation.draft_budget import Choice
+from euryale.scheduler.speculation.draft_budget import BudgetChoice
 from euryale.scheduler.speculation.drafter import NO_DRAFT, Draft, Drafter, Verdict
 from euryale.scheduler.step_cost import StepCosts
 from euryale.scheduler.step_plan import Segment, StepPlan
@@ -140,7 +140,7 @@ class Scheduler:
         return outputs
 
     @property
-    def choice(self) -> Choice | None:
+    def choice(self) -> BudgetChoice | None:
         """What was chosen for the last step; None if nothing is chosen."""
         return self.drafter.choice if self.drafter else None
 
@@ -162,7 +162,7 @@ class Scheduler:
         fits = self._costs.prefilling(num_decoding, sizes, before=before) <= _CAREFUL * self._longest_step
         return min(rows, max(int(sizes[fits][-1]) if fits.any() else 0, self.limits.page_size))
 
-    def _decode_segments(self, decoding: list[Request], room: int, others: int) -> list[Segment]:
+    def _decode_segments(self, decoding: list[Request], room: int, num_prompt_rows: int) -> list[Segment]:
         drafts = [NO_DRAFT] * len(decoding)
         if self.drafter:
             # A guess deeper than the tokens still allowed cannot be used: the bonus token takes the last place. Nor can
@@ -171,7 +171,7 @@ class Scheduler:
                 min(self.drafter.depth, r.remaining - 1, pages) if r.params.speculation else 0
                 for r, pages in zip(decoding, self.admission.room_for_drafts(decoding), strict=True)
             ]
-            drafts = self.drafter.draft(decoding, depths, room, others)
+            drafts = self.drafter.draft(decoding, depths, room, num_prompt_rows)
             for request, draft in zip(decoding, drafts, strict=True):
                 self.admission.hold_for_drafts(request, draft.depth)
         wants = self._wants_heads

@@ -7,7 +7,7 @@ from collections import Counter, deque
 import numpy as np
 
 from euryale.scheduler.scheduler import Output, Scheduler
-from euryale.scheduler.speculation.draft_budget import Choice
+from euryale.scheduler.speculation.draft_budget import BudgetChoice
 from euryale.scheduler.speculation.drafter import Verdict
 
 logger = logging.getLogger("euryale.scheduler")
@@ -28,7 +28,7 @@ class DraftStats:
         self._ranks: Counter[int] = Counter()  # -1: not named by the head of its depth
         self._paths: list[Verdict] = []  # with accepted guesses whose ranks are not counted yet
 
-    def count_step(self, verdicts: list[Verdict], choice: Choice | None, seconds: float) -> None:
+    def count_step(self, verdicts: list[Verdict], choice: BudgetChoice | None, seconds: float) -> None:
         """Take what a step tested, what was chosen for it, and how long it took."""
         chosen = 0
         for test in verdicts:
@@ -37,27 +37,27 @@ class DraftStats:
                 self._paths.append(test)
         self._chosen += chosen
         self._steps += chosen > 0
-        self._offered += max(choice.offered, chosen) if choice else chosen
-        if choice and choice.seconds:
+        self._offered += max(choice.num_proposed_tokens, chosen) if choice else chosen
+        if choice and choice.predicted_seconds:
             self._predicted_steps += 1
-            self._expected += choice.expected
-            self._predicted += choice.seconds
+            self._expected += choice.expected_accepted_tokens
+            self._predicted += choice.predicted_seconds
             self._measured += seconds
         if len(self._paths) >= _PUT_OFF:
             self._count_paths()
 
     def values(self) -> dict:
-        """Counters since start. ``accepted_by_depth`` counts from 1, ``accepted_by_rank`` from 0."""
+        """Counters since start. ``accepted_tokens_by_depth`` counts from 1, ``accepted_tokens_by_rank`` from 0."""
         self._count_paths()
         return {
-            "guessing_steps": self._steps,
-            "guesses_offered": self._offered,
-            "guesses_chosen": self._chosen,
-            "guesses_accepted": self._accepted,
-            "guesses_wasted": self._chosen - self._accepted,
-            "guesses_expected": self._expected,
-            "accepted_by_depth": {str(d): n for d, n in sorted(self._depths.items())},
-            "accepted_by_rank": {"unnamed" if r < 0 else str(r): n for r, n in sorted(self._ranks.items())},
+            "num_speculative_steps": self._steps,
+            "num_proposed_tokens": self._offered,
+            "num_draft_tokens": self._chosen,
+            "num_accepted_tokens": self._accepted,
+            "num_rejected_tokens": self._chosen - self._accepted,
+            "expected_accepted_tokens": self._expected,
+            "accepted_tokens_by_depth": {str(d): n for d, n in sorted(self._depths.items())},
+            "accepted_tokens_by_rank": {"unnamed" if r < 0 else str(r): n for r, n in sorted(self._ranks.items())},
             "predicted_steps": self._predicted_steps,
             "predicted_seconds": self._predicted,
             "predicted_steps_seconds": self._measured,

@@ -77,7 +77,7 @@ def record(scheduler: Scheduler, plan: StepPlan, seconds: float, now: float) -> 
     admission, choice = scheduler.admission, scheduler.choice
     decoding = [s for s in plan.segments if s.emits_tokens and s.num_new_tokens == 1]
     chosen = sum(test.num_draft_tokens for test in scheduler.verdicts)
-    expected = choice.expected if choice and choice.num_draft_tokens >= 0 else None
+    expected = choice.expected_accepted_tokens if choice and choice.num_draft_tokens >= 0 else None
     return {
         "t": round(now, 6),
         "step": plan.step,
@@ -85,15 +85,20 @@ def record(scheduler: Scheduler, plan: StepPlan, seconds: float, now: float) -> 
         "waiting": len(admission.waiting),
         "decoding": len(decoding),
         "prompt_rows": sum(s.num_new_tokens for s in plan.segments) - len(decoding),
-        "offered": max(choice.offered, chosen) if choice else chosen,
-        "chosen": chosen,
-        "accepted": sum(len(test.accepted) for test in scheduler.verdicts),
-        "expected": None if expected is None else round(expected, 3),
-        "predicted": round(choice.seconds, 6) if choice and choice.seconds else None,
+        "num_proposed_tokens": max(choice.num_proposed_tokens, chosen) if choice else chosen,
+        "num_draft_tokens": chosen,
+        "num_accepted_tokens": sum(len(test.accepted) for test in scheduler.verdicts),
+        "expected_accepted_tokens": None if expected is None else round(expected, 3),
+        "predicted_seconds": round(choice.predicted_seconds, 6) if choice and choice.predicted_seconds else None,
         "seconds": round(seconds, 6),
         "pages_free": admission.pages.num_free,
         "requests": [
-            {"key": t.request.key, "chosen": t.num_draft_tokens, "accepted": len(t.accepted), "ranks": path_ranks(t)}
+            {
+                "key": t.request.key,
+                "num_draft_tokens": t.num_draft_tokens,
+                "num_accepted_tokens": len(t.accepted),
+                "ranks": path_ranks(t),
+            }
             for t in scheduler.verdicts
         ],
     }

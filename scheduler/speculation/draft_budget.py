@@ -21,17 +21,17 @@ _OTHER_LOAD = 1.25  # times as many or as few requests are another situation
 
 
 @dataclass
-class Choice:
+class BudgetChoice:
     """What was chosen for a step: ``guesses`` of ``offered`` ones, ``expected`` of them to be accepted, and the step
     predicted to take ``seconds``; ``guesses`` -1: none were considered."""
 
-    requests: int = 0
+    num_requests: int = 0
     num_draft_tokens: int = -1
-    offered: int = 0
-    expected: float = 0.0
-    others: int = 0
-    context: int = 0
-    seconds: float = 0.0
+    num_proposed_tokens: int = 0
+    expected_accepted_tokens: float = 0.0
+    num_prompt_rows: int = 0
+    num_context_tokens: int = 0
+    predicted_seconds: float = 0.0
 
 
 class Budget:
@@ -40,31 +40,31 @@ class Budget:
     def __init__(self, costs: StepCosts, most: int) -> None:
         """``most``: guesses of a step, however cheap."""
         self.costs, self.most = costs, most
-        self.last = Choice()
+        self.last = BudgetChoice()
         self._is_on, self._is_urgent, self._gain = True, False, 0.0
         self._best = 0
         self._luck = Momentum()  # all requests' together
         self._pause, self._resting, self._load = _SHORTEST_PAUSE, 0, 0
 
-    def begin(self, requests: int, others: int, context: int = 0, is_urgent: bool = False) -> bool:
+    def begin(self, requests: int, num_prompt_rows: int, context: int = 0, is_urgent: bool = False) -> bool:
         """Start a step with so many decoding requests, beside rows of prompts; whether to look for guesses.
         ``is_urgent``: for some of them guesses are worth more than usual."""
         self._is_urgent = is_urgent
-        self.last = Choice(requests=requests, others=others, context=context)
+        self.last = BudgetChoice(num_requests=requests, num_prompt_rows=num_prompt_rows, num_context_tokens=context)
         if not requests:
             return False
         if not self._is_on:
             self._resting -= 1
             if max(requests, self._load) > _OTHER_LOAD * min(requests, self._load):
                 self._resting, self._load = 0, requests
-        self.last.seconds = self.costs.plain(requests, context)
-        if others:
-            self.last.seconds = float(self.costs.prefilling(requests, np.array([others]), context)[0])
+        self.last.predicted_seconds = self.costs.plain(requests, context)
+        if num_prompt_rows:
+            self.last.predicted_seconds = float(self.costs.prefilling(requests, np.array([others]), context)[0])
         return self._is_on or self._resting < 0 or is_urgent
 
     def reach(self) -> int:
         """How many guesses ``choose`` is to be shown: what it will not take costs the host time all the same."""
-        return min(self.most, max(SHORTEST_REACH, 2 * self.last.requests, 2 * self._best))
+        return min(self.most, max(SHORTEST_REACH, 2 * self.last.num_requests, 2 * self._best))
 
     def wants_heads(self) -> bool:
         """Whether the heads are to run in this step, for the next one."""
@@ -75,36 +75,38 @@ class Budget:
         accepted, times what its request's tokens are worth."""
         now, costs = self.last, self.costs
         survival = np.minimum(survival * self._luck.factor, 1.0) if not self._is_urgent else survival
-        worth = now.requests + np.concatenate([[0.0], np.cumsum(survival, dtype=np.float64)])
-        extra = now.others + np.arange(len(worth))
-        seconds = costs.speculating(now.requests, extra, now.context, prompts=now.others > 0)
-        if now.others:
+        worth = now.num_requests + np.concatenate([[0.0], np.cumsum(survival, dtype=np.float64)])
+        extra = now.num_prompt_rows + np.arange(len(worth))
+        seconds = costs.speculating(now.num_requests, extra, now.num_context_tokens, prompts=now.num_prompt_rows > 0)
+        if now.num_prompt_rows:
             # Rows of prompts take their time in any case: what guesses have to beat is a step without.
-            seconds += costs.speculating(now.requests, np.zeros(1), now.context)[0] - seconds[0]
+            seconds += costs.speculating(now.num_requests, np.zeros(1), now.num_context_tokens)[0] - seconds[0]
         if costs.profile.steps:
-            may_be = costs.are_full(now.requests, extra) if not now.others else True
+            may_be = costs.are_full(now.num_requests, extra) if not now.num_prompt_rows else True
         else:
-            may_be = _is_edge(now.requests + extra)
-        plain, rates = costs.plain(now.requests, now.context), np.where(may_be, worth / seconds, 0.0)
+            may_be = _is_edge(now.num_requests + extra)
+        plain, rates = costs.plain(now.num_requests, now.num_context_tokens), np.where(may_be, worth / seconds, 0.0)
         best = self._best = int(rates.argmax())
         if not self._is_urgent:
-            gain = math.log(rates[best] * plain / now.requests)
+            gain = math.log(rates[best] * plain / now.num_requests)
             # Where no guess is taken, heads may look free; but the host has looked for nothing.
             self._weigh(gain if best else min(gain, -2 * _MARGIN))
-        now.num_draft_tokens, now.offered = best, len(survival)
-        now.expected = float(worth[best]) - now.requests
-        now.seconds += float(seconds[best]) - plain
+        now.num_draft_tokens, now.num_proposed_tokens = best, len(survival)
+        now.expected_accepted_tokens = float(worth[best]) - now.num_requests
+        now.predicted_seconds += float(seconds[best]) - plain
         return best
 
     def observe(self, seconds: float, accepted: int) -> None:
         """Take how long the step took, and how many guesses were accepted."""
         now = self.last
         if now.num_draft_tokens > 0 and not self._is_urgent:
-            self._luck.learn(accepted, now.expected / self._luck.factor)
-        if now.requests and now.seconds:
+            self._luck.learn(accepted, now.expected_accepted_tokens / self._luck.factor)
+        if now.num_requests and now.predicted_seconds:
             is_speculating = now.num_draft_tokens >= 0
-            if not now.others and (is_speculating or not self.wants_heads()):
-                self.costs.learn(now.seconds, seconds, now.requests, max(now.num_draft_tokens, 0), is_speculating)
+            if not now.num_prompt_rows and (is_speculating or not self.wants_heads()):
+                self.costs.learn(
+                    now.predicted_seconds, seconds, now.num_requests, max(now.num_draft_tokens, 0), is_speculating
+                )
 
     def _weigh(self, gain: float) -> None:
         """Take the logarithm of the best rate with heads over the rate without."""
@@ -119,7 +121,7 @@ class Budget:
             self._rest()
 
     def _rest(self) -> None:
-        self._is_on, self._resting, self._load = False, self._pause, self.last.requests
+        self._is_on, self._resting, self._load = False, self._pause, self.last.num_requests
 
 
 def _is_edge(rows: np.ndarray) -> np.ndarray:

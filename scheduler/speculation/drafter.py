@@ -10,7 +10,7 @@ import numpy as np
 
 from euryale.scheduler.request import HeadCandidates, Request
 from euryale.scheduler.speculation.acceptance_stats import Momentum, Survival, class_of
-from euryale.scheduler.speculation.draft_budget import Budget, Choice
+from euryale.scheduler.speculation.draft_budget import Budget, BudgetChoice
 from euryale.scheduler.speculation.ngram_table import ORDERS, TEXT, NgramTable
 from euryale.scheduler.speculation.tree import DYNAMIC_DEPTH, TreeShape
 from euryale.scheduler.speculation.tree_builder import Forest, Roots
@@ -51,9 +51,9 @@ class Drafter(Protocol):
     depth: int
 
     @property
-    def choice(self) -> Choice | None: ...
+    def choice(self) -> BudgetChoice | None: ...
 
-    def draft(self, decoding: list[Request], depths: list[int], room: int, others: int) -> list[Draft]:
+    def draft(self, decoding: list[Request], depths: list[int], room: int, num_prompt_rows: int) -> list[Draft]:
         """Guesses of each decoding request, of at most ``depths`` and ``room`` rows in all, beside ``others``, the
         prompts' rows."""
 
@@ -72,7 +72,7 @@ class StaticTrees:
     def __init__(self, shape: TreeShape) -> None:
         self._shape, self.depth = shape, shape.depth
 
-    def draft(self, decoding: list[Request], depths: list[int], room: int, others: int) -> list[Draft]:
+    def draft(self, decoding: list[Request], depths: list[int], room: int, num_prompt_rows: int) -> list[Draft]:
         """See Drafter. Equal shares, the first requests one more."""
         drafting = [i for i, r in enumerate(decoding) if r.head_candidates is not None and depths[i]]
         share, extra = divmod(max(room, 0), max(1, len(drafting)))
@@ -144,7 +144,7 @@ class DynamicTrees:
         self._nodes = self._starts = np.zeros(0, dtype=np.int64)
 
     @property
-    def choice(self) -> Choice | None:
+    def choice(self) -> BudgetChoice | None:
         """See Drafter."""
         return self._budget.last if self._budget else None
 
@@ -152,14 +152,14 @@ class DynamicTrees:
         """See Drafter."""
         return self._budget is None or self._budget.wants_heads()
 
-    def draft(self, decoding: list[Request], depths: list[int], room: int, others: int) -> list[Draft]:
+    def draft(self, decoding: list[Request], depths: list[int], room: int, num_prompt_rows: int) -> list[Draft]:
         """See Drafter."""
         drafting = [(r, depth) for r, depth in zip(decoding, depths, strict=True) if depth]
         values = [_BEHIND if self._is_behind(r) else 1.0 for r, _ in drafting]
         self._planned = []
         if self._budget:
             context = sum(r.num_computed for r in decoding)
-            if not self._budget.begin(len(decoding), others, context, is_urgent=_BEHIND in values):
+            if not self._budget.begin(len(decoding), num_prompt_rows, context, is_urgent=_BEHIND in values):
                 return [NO_DRAFT] * len(decoding)
         if not drafting:
             return [NO_DRAFT] * len(decoding)

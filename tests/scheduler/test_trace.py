@@ -90,23 +90,31 @@ def test_statistics_count_what_was_tested(kind):
     stats, records, tested = run(drafter(kind))
     values = stats.values()
     accepted = [len(t.accepted) for t in tested]
-    assert values["guesses_chosen"] == sum(t.num_draft_tokens for t in tested) == sum(r["chosen"] for r in records)
-    assert values["guesses_accepted"] == sum(accepted) == sum(r["accepted"] for r in records)
-    assert values["guesses_wasted"] == values["guesses_chosen"] - values["guesses_accepted"]
-    assert values["guesses_offered"] == sum(r["offered"] for r in records) >= values["guesses_chosen"]
-    assert values["guessing_steps"] == sum(r["chosen"] > 0 for r in records)
-    assert values["accepted_by_depth"] == {str(d): sum(n >= d for n in accepted) for d in range(1, max(accepted) + 1)}
+    assert (
+        values["num_draft_tokens"]
+        == sum(t.num_draft_tokens for t in tested)
+        == sum(r["num_draft_tokens"] for r in records)
+    )
+    assert values["num_accepted_tokens"] == sum(accepted) == sum(r["accepted"] for r in records)
+    assert values["num_rejected_tokens"] == values["num_draft_tokens"] - values["num_accepted_tokens"]
+    assert values["num_proposed_tokens"] == sum(r["num_proposed_tokens"] for r in records) >= values["num_draft_tokens"]
+    assert values["num_speculative_steps"] == sum(r["num_draft_tokens"] > 0 for r in records)
+    assert values["accepted_tokens_by_depth"] == {
+        str(d): sum(n >= d for n in accepted) for d in range(1, max(accepted) + 1)
+    }
     ranks = [rank for record in records for request in record["requests"] for rank in request["ranks"]]
     counted = {"unnamed" if r is None else str(r): ranks.count(r) for r in set(ranks)}
-    assert {r: n for r, n in values["accepted_by_rank"].items() if n} == counted
-    assert (values["guesses_accepted"] > 20) == (kind != "plain"), "or nothing was tested here"
+    assert {r: n for r, n in values["accepted_tokens_by_rank"].items() if n} == counted
+    assert (values["num_accepted_tokens"] > 20) == (kind != "plain"), "or nothing was tested here"
     if kind == "static":
         assert "unnamed" not in counted, "a static tree knows no other tokens"
         assert values["predicted_steps"] == 0
     if kind == "dynamic":
         assert values["predicted_seconds"] > 0
         assert values["predicted_steps_seconds"] == pytest.approx(2e-3 * values["predicted_steps"])
-        assert values["guesses_expected"] == pytest.approx(sum(r["expected"] or 0 for r in records), abs=0.5)
+        assert values["expected_accepted_tokens"] == pytest.approx(
+            sum(r["expected_accepted_tokens"] or 0 for r in records), abs=0.5
+        )
 
 
 def test_ranks_of_a_path():
@@ -131,7 +139,7 @@ def test_a_file_holds_run_after_run_and_half_lines_do_not_matter(tmp_path):
     assert [r | {"t": 0} for r in found[0]] == [r | {"t": 0} for r in first]
     times = [r["t"] for r in found[0]]
     assert times == sorted(times)
-    assert sum(r["chosen"] for r in found[1]) > 0
+    assert sum(r["num_draft_tokens"] for r in found[1]) > 0
 
 
 def test_lines_wait_but_not_for_long(tmp_path, monkeypatch):

@@ -22,19 +22,19 @@ def profile(**changes) -> Profile:
 
 @given(
     requests=st.integers(1, 8),
-    others=st.integers(0, 5),
+    num_prompt_rows=st.integers(0, 5),
     survival=st.lists(st.floats(0.001, 0.98), max_size=12),
     steps=st.booleans(),
     prompt_scale=st.sampled_from([0.1, 1.0, 1.3, 10.0]),
 )
-def test_the_choice_is_that_of_brute_force(requests, others, survival, steps, prompt_scale):
+def test_the_choice_is_that_of_brute_force(requests, num_prompt_rows, survival, steps, prompt_scale):
     costs = StepCosts(
         prompt_scale=prompt_scale,
         profile=profile(steps=steps, extra=[0, 7, 11], speculating=[[2e-3, 3e-3, 4e-3], [4e-3, 4e-3, 5e-3]]),
     )
     survival = sorted(survival, reverse=True)
     budget = Budget(costs, most=100)
-    assert budget.begin(requests, others)
+    assert budget.begin(requests, num_prompt_rows)
     rates = {}
     for n in range(len(survival) + 1):
         rows = requests + others + n
@@ -50,7 +50,7 @@ def test_the_choice_is_that_of_brute_force(requests, others, survival, steps, pr
     chosen = budget.choose(np.asarray(survival, dtype=np.float32))
     assert chosen in rates
     assert rates[chosen] == pytest.approx(max(rates.values()), rel=1e-6)
-    assert budget.last.expected == pytest.approx(sum(survival[:chosen]), rel=1e-5, abs=1e-9)
+    assert budget.last.expected_accepted_tokens == pytest.approx(sum(survival[:chosen]), rel=1e-5, abs=1e-9)
     prompts = costs.prefilling(requests, np.array([others]))[0] - costs.plain(requests)
     assert budget.last.seconds > prompts
 
@@ -133,7 +133,7 @@ def test_prompts_do_not_make_guesses_look_cheap():
     costs = StepCosts(profile(requests=[8], plain=[2e-3], extra=[0, 100], speculating=[[2e-3, 32e-3]]))
     for others in (0, 50):  # a step of 2 or of 17 ms, and 0.3 ms for each guess
         budget = Budget(costs, most=100)
-        budget.begin(8, others)
+        budget.begin(8, num_prompt_rows)
         assert budget.choose(np.full(32, 0.9, dtype=np.float32)) == 0, "8 tokens in 2 ms; 3 more in each further 1"
 
 

@@ -40,7 +40,7 @@ def told(drafter, made: Request, room: int = 6) -> list[int]:
         (Sources(traffic=False, context=False), False, False),
     ],
 )
-def test_sources_can_be_switched_off(sources, own, others):
+def test_sources_can_be_switched_off(sources, own, num_prompt_rows):
     """The heads say nothing here: what is guessed was heard before."""
     drafter = DynamicTrees(3, 6, sources=sources)
     first = without_heads(0, [])
