@@ -13,7 +13,7 @@ from euryale.client.logprobs import Logprobs
 from euryale.scheduler.admission import STARVATION_BOUND, Admission, Limits
 from euryale.scheduler.request import FinishReason, HeadCandidates, Request
 from euryale.scheduler.speculation.draft_budget import BudgetChoice
-from euryale.scheduler.speculation.drafter import NO_DRAFT, Draft, Drafter, Verdict
+from euryale.scheduler.speculation.drafter import NO_DRAFT, Draft, Drafter, RequestStepResult
 from euryale.scheduler.step_cost import StepCosts
 from euryale.scheduler.step_plan import Segment, StepPlan
 
@@ -63,7 +63,7 @@ class Scheduler:
         self.admission = Admission(limits, share_prefixes, starvation_bound)
         self.step = 0
         self.num_first_head_candidates = self.num_first_head_correct = 0  # of the first head's likeliest token
-        self.verdicts: list[Verdict] = []  # what the last step found
+        self.step_results: list[RequestStepResult] = []  # what the last step found
         self._costs, self._longest_step = costs, longest_step
         self._predicted = 0.0  # seconds of a step with rows of prompts that streams wait for
         self._planned: list[Request] = []
@@ -109,7 +109,7 @@ class Scheduler:
     def advance(self, plan: StepPlan, results: list[SegmentResult], seconds: float = 0.0) -> list[Output]:
         """Apply the results of the plan's segments that have one, in order; returns what each request gained.
         ``seconds``: how long the step took, 0 if nobody measured."""
-        outputs, verdicts, found = [], [], iter(results)
+        outputs, step_results, found = [], [], iter(results)
         for request, segment in zip(self._planned, plan.segments, strict=True):
             request.num_computed += segment.num_new_tokens
             result = next(found) if segment.has_result else None
@@ -128,15 +128,17 @@ class Scheduler:
             request.tokens_per_step.append(len(taken))
             self.admission.settle(request)
             outputs.append(Output(request, taken, request.finish_reason, *request.reports(result.logprobs, taken)))
-            verdicts.append(Verdict(request, result.tokens, result.accepted_nodes, segment.num_draft_tokens, named))
+            step_results.append(
+                RequestStepResult(request, result.tokens, result.accepted_nodes, segment.num_draft_tokens, named)
+            )
             if request.finish_reason:
                 self.admission.end(request)
         if self.drafter:
-            self.drafter.learn(verdicts, seconds)
+            self.drafter.learn(step_results, seconds)
         if self._predicted and seconds:
             self._costs.learn_prompts(self._predicted, seconds)
         self._predicted = 0.0
-        self.verdicts, self._planned = verdicts, []
+        self.step_results, self._planned = step_results, []
         return outputs
 
     @property

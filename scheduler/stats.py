@@ -8,7 +8,7 @@ import numpy as np
 
 from euryale.scheduler.scheduler import Output, Scheduler
 from euryale.scheduler.speculation.draft_budget import BudgetChoice
-from euryale.scheduler.speculation.drafter import Verdict
+from euryale.scheduler.speculation.drafter import RequestStepResult
 
 logger = logging.getLogger("euryale.scheduler")
 
@@ -26,12 +26,12 @@ class DraftStats:
         self._expected = self._predicted = self._measured = 0.0
         self._depths: Counter[int] = Counter()
         self._ranks: Counter[int] = Counter()  # -1: not named by the head of its depth
-        self._paths: list[Verdict] = []  # with accepted guesses whose ranks are not counted yet
+        self._paths: list[RequestStepResult] = []  # with accepted guesses whose ranks are not counted yet
 
-    def count_step(self, verdicts: list[Verdict], choice: BudgetChoice | None, seconds: float) -> None:
+    def count_step(self, step_results: list[RequestStepResult], choice: BudgetChoice | None, seconds: float) -> None:
         """Take what a step tested, what was chosen for it, and how long it took."""
         chosen = 0
-        for test in verdicts:
+        for test in step_results:
             chosen += test.num_draft_tokens
             if test.accepted:
                 self._paths.append(test)
@@ -103,7 +103,7 @@ class EngineStats:
         self.num_steps += 1
         self._recent.append(seconds)
         self._judge_heads()
-        self._guesses.count_step(self._scheduler.verdicts, self._scheduler.choice, seconds)
+        self._guesses.count_step(self._scheduler.step_results, self._scheduler.choice, seconds)
         for output in outputs:
             self.num_decodes += 1
             self.num_tokens += len(output.tokens)

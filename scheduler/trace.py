@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from euryale.scheduler.scheduler import Scheduler
-from euryale.scheduler.speculation.drafter import Verdict
+from euryale.scheduler.speculation.drafter import RequestStepResult
 from euryale.scheduler.step_plan import StepPlan
 
 logger = logging.getLogger("euryale.scheduler")
@@ -76,7 +76,7 @@ def record(scheduler: Scheduler, plan: StepPlan, seconds: float, now: float) -> 
     """What there is to say about a step; ``now``: seconds since the trace began."""
     admission, choice = scheduler.admission, scheduler.choice
     decoding = [s for s in plan.segments if s.emits_tokens and s.num_new_tokens == 1]
-    chosen = sum(test.num_draft_tokens for test in scheduler.verdicts)
+    chosen = sum(test.num_draft_tokens for test in scheduler.step_results)
     expected = choice.expected_accepted_tokens if choice and choice.num_draft_tokens >= 0 else None
     return {
         "t": round(now, 6),
@@ -87,7 +87,7 @@ def record(scheduler: Scheduler, plan: StepPlan, seconds: float, now: float) -> 
         "prompt_rows": sum(s.num_new_tokens for s in plan.segments) - len(decoding),
         "num_proposed_tokens": max(choice.num_proposed_tokens, chosen) if choice else chosen,
         "num_draft_tokens": chosen,
-        "num_accepted_tokens": sum(len(test.accepted) for test in scheduler.verdicts),
+        "num_accepted_tokens": sum(len(test.accepted) for test in scheduler.step_results),
         "expected_accepted_tokens": None if expected is None else round(expected, 3),
         "predicted_seconds": round(choice.predicted_seconds, 6) if choice and choice.predicted_seconds else None,
         "seconds": round(seconds, 6),
@@ -99,12 +99,12 @@ def record(scheduler: Scheduler, plan: StepPlan, seconds: float, now: float) -> 
                 "num_accepted_tokens": len(t.accepted),
                 "ranks": path_ranks(t),
             }
-            for t in scheduler.verdicts
+            for t in scheduler.step_results
         ],
     }
 
 
-def path_ranks(test: Verdict) -> list[int | None]:
+def path_ranks(test: RequestStepResult) -> list[int | None]:
     """Of each accepted guess its rank among those of the head of its depth; None if that did not name it."""
     named = test.head_candidates.ids.tolist() if test.accepted and test.head_candidates is not None else []
     ranks: list[int | None] = []

@@ -11,7 +11,7 @@ import numpy as np
 
 from euryale.scheduler.request import FinishReason, HeadCandidates, Request
 from euryale.scheduler.sampling_params import SamplingParams
-from euryale.scheduler.speculation.drafter import Drafter, Verdict
+from euryale.scheduler.speculation.drafter import Drafter, RequestStepResult
 
 
 @dataclass(frozen=True)
@@ -73,4 +73,4 @@ def _take(drafter: Drafter, request: Request, record: Recorded, emitted: list[in
     if at == len(record.answer) - 1:
         request.finish_reason = FinishReason.LENGTH
     request.head_candidates = HeadCandidates(record.ids_PKR[at], record.logits_PKR[at])
-    drafter.learn([Verdict(request, emitted, path[: len(emitted)])], 0.0)
+    drafter.learn([RequestStepResult(request, emitted, path[: len(emitted)])], 0.0)

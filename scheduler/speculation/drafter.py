@@ -33,7 +33,7 @@ class Draft(NamedTuple):
 NO_DRAFT = Draft(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32), 0)
 
 
-class Verdict(NamedTuple):
+class RequestStepResult(NamedTuple):
     """What a step found out: the request's new ``tokens``, accepted guesses and the bonus token, and the numbers of the
     accepted guesses, of ``num_draft_tokens``; ``guesses`` is what the heads had named, None if they had not run."""
 
@@ -60,7 +60,7 @@ class Drafter(Protocol):
     def wants_heads(self) -> bool:
         """Whether the heads are to run in this step."""
 
-    def learn(self, verdicts: list[Verdict], seconds: float) -> None:
+    def learn(self, step_results: list[RequestStepResult], seconds: float) -> None:
         """Take what the step found, and how long it took (0: nobody measured)."""
 
 
@@ -90,7 +90,7 @@ class StaticTrees:
         """See Drafter."""
         return True
 
-    def learn(self, verdicts: list[Verdict], seconds: float) -> None:
+    def learn(self, step_results: list[RequestStepResult], seconds: float) -> None:
         """See Drafter."""
 
 
@@ -167,14 +167,14 @@ class DynamicTrees:
         drafts = iter(self._grow(self._roots([depth for _, depth in drafting], values), room))
         return [next(drafts) if depth else NO_DRAFT for depth in depths]
 
-    def learn(self, verdicts: list[Verdict], seconds: float) -> None:
+    def learn(self, step_results: list[RequestStepResult], seconds: float) -> None:
         """See Drafter."""
         self._now += seconds
         place = {request.key: i for i, request in enumerate(self._planned)}
         reached, truths = [], []
         nodes, starts = self._nodes.tolist(), self._starts.tolist()
         expected = self.forest.expected[: self.forest.num_nodes].tolist() if self._planned else []
-        for request, tokens, accepted, _, _ in verdicts:
+        for request, tokens, accepted, _, _ in step_results:
             kept = self._kept(request)
             if kept.since is None:
                 kept.since = self._now
@@ -189,10 +189,10 @@ class DynamicTrees:
             self.forest.learn(np.asarray(reached, dtype=np.int32), np.asarray(truths, dtype=np.int32))
         # Of those that go on only before a step that may guess: many have none, and what was missed is caught up on.
         goes_on = self._sources.context and self.wants_heads()
-        requests = [verdict.request for verdict in verdicts]
+        requests = [step_result.request for step_result in step_results]
         self._remember([r for r in requests if (self._sources.traffic if r.finish_reason else goes_on)])
         if self._budget and seconds:
-            self._budget.observe(seconds, sum(len(verdict.accepted) for verdict in verdicts))
+            self._budget.observe(seconds, sum(len(step_result.accepted) for step_result in step_results))
         self._planned = []
 
     def _kept(self, request: Request) -> _Kept:

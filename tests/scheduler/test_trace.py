@@ -12,7 +12,7 @@ from euryale.scheduler.request import HeadCandidates, Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import Limits, Scheduler, SegmentResult
 from euryale.scheduler.speculation.draft_budget import Budget
-from euryale.scheduler.speculation.drafter import DynamicTrees, StaticTrees, Verdict
+from euryale.scheduler.speculation.drafter import DynamicTrees, RequestStepResult, StaticTrees
 from euryale.scheduler.speculation.tree import default_tree
 from euryale.scheduler.stats import EngineStats
 from euryale.scheduler.step_cost import Profile, StepCosts
@@ -55,7 +55,7 @@ def results(plan, known: dict[int, list[int]], rng) -> list[SegmentResult]:
     return found
 
 
-def run(drafter, path=None) -> tuple[EngineStats, list[dict], list[Verdict]]:
+def run(drafter, path=None) -> tuple[EngineStats, list[dict], list[RequestStepResult]]:
     """Four requests to their ends: the statistics, a record of every step, and all that was tested."""
     scheduler = Scheduler(LIMITS, drafter, share_prefixes=False)
     stats, rng = EngineStats(scheduler), np.random.default_rng(0)
@@ -71,7 +71,7 @@ def run(drafter, path=None) -> tuple[EngineStats, list[dict], list[Verdict]]:
         outputs = scheduler.advance(plan, results(plan, known, rng), 2e-3)
         stats.count_step(outputs, 2e-3)
         records.append(trace.record(scheduler, plan, 2e-3, len(records)))
-        tested += scheduler.verdicts
+        tested += scheduler.step_results
         if file:
             file.write(scheduler, plan, 2e-3)
     if file:
@@ -122,10 +122,10 @@ def test_ranks_of_a_path():
     guesses = HeadCandidates(ids, np.zeros((2, 3), dtype=np.float32))
     request = Request(key=0, prompt=np.ones(1, dtype=np.int32), params=SamplingParams())
     path = [6, 7, 4, 1]  # the third one lies deeper than there are heads, the last one is the bonus token
-    assert trace.path_ranks(Verdict(request, path, [3, 4, 5], 8, guesses)) == [2, 0, None]
-    assert trace.path_ranks(Verdict(request, [9, 1], [1], 8, guesses)) == [None]
-    assert trace.path_ranks(Verdict(request, path, [3, 4, 5], 8, None)) == [None] * 3
-    assert trace.path_ranks(Verdict(request, [6], [], 0, guesses)) == []
+    assert trace.path_ranks(RequestStepResult(request, path, [3, 4, 5], 8, guesses)) == [2, 0, None]
+    assert trace.path_ranks(RequestStepResult(request, [9, 1], [1], 8, guesses)) == [None]
+    assert trace.path_ranks(RequestStepResult(request, path, [3, 4, 5], 8, None)) == [None] * 3
+    assert trace.path_ranks(RequestStepResult(request, [6], [], 0, guesses)) == []
 
 
 def test_a_file_holds_run_after_run_and_half_lines_do_not_matter(tmp_path):

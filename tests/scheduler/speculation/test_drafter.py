@@ -8,7 +8,7 @@ from euryale.scheduler.prefix import PageNames
 from euryale.scheduler.request import FinishReason, HeadCandidates, Request
 from euryale.scheduler.scheduler import Scheduler
 from euryale.scheduler.speculation.draft_budget import Budget
-from euryale.scheduler.speculation.drafter import DynamicTrees, Sources, StaticTrees, Verdict
+from euryale.scheduler.speculation.drafter import DynamicTrees, RequestStepResult, Sources, StaticTrees
 from euryale.scheduler.step_cost import Profile, StepCosts
 from euryale.scheduler.trace import record
 
@@ -24,7 +24,7 @@ def without_heads(key: int, output: list[int], **params) -> Request:
 def take(drafter, made: Request, tokens: list[int], ends: bool = False) -> None:
     made.output += tokens
     made.finish_reason = FinishReason.LENGTH if ends else None
-    drafter.learn([Verdict(made, tokens, [])], 0.01)
+    drafter.learn([RequestStepResult(made, tokens, [])], 0.01)
 
 
 def told(drafter, made: Request, room: int = 6) -> list[int]:
