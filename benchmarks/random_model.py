@@ -121,7 +121,7 @@ def make_engine(
         limits=limits,
         trees=tree and TreeChoice(shape=tree),
         text=None,
-        survival=None,
+        acceptance_probability=None,
         model=model,
         fingerprint="random weights",
     )

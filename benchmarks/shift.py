@@ -18,7 +18,7 @@ from euryale.benchmarks.arguments import number
 from euryale.benchmarks.simulate.heads import RecordedAnswers
 from euryale.frontend.tokenizer import load_tokenizer
 from euryale.scheduler.sampling_params import SamplingParams
-from euryale.scheduler.speculation.acceptance_stats import Survival
+from euryale.scheduler.speculation.acceptance_stats import AcceptanceStats
 from euryale.scheduler.speculation.drafter import DynamicTrees
 from euryale.scheduler.speculation.ngram_table import NgramTable
 from euryale.training.replay import Recorded, replay
@@ -57,21 +57,21 @@ def measure(args: argparse.Namespace) -> tuple[list[list[Recorded]], dict[str, l
     params, heads = SamplingParams(temperature=args.temperature), Path(args.medusa or args.model)
     vocab_size = RecordedAnswers(args.first).vocab_size
     new_text = count_ngrams(args)
-    begun = json.loads((heads / "calibration.json").read_text())["survival"]
+    begun = json.loads((heads / "calibration.json").read_text())["acceptance_probability"]
 
-    def make(text: NgramTable, survival: Survival) -> DynamicTrees:
-        return DynamicTrees(num_heads, args.nodes, text=text, survival=survival)
+    def make(text: NgramTable, acceptance_probability: AcceptanceStats) -> DynamicTrees:
+        return DynamicTrees(num_heads, args.nodes, text=text, acceptance_probability=acceptance_probability)
 
-    def learn(text: NgramTable, survival: Survival, recorded: list[Recorded]) -> Survival:
-        replay(make(text, survival), recorded, args.nodes, params)
-        return survival
+    def learn(text: NgramTable, acceptance_probability: AcceptanceStats, recorded: list[Recorded]) -> AcceptanceStats:
+        replay(make(text, acceptance_probability), recorded, args.nodes, params)
+        return acceptance_probability
 
     served, started = (
-        make(NgramTable.load_text(heads, vocab_size), Survival.from_json(begun, num_heads)) for _ in range(2)
+        make(NgramTable.load_text(heads, vocab_size), AcceptanceStats.from_json(begun, num_heads)) for _ in range(2)
     )
     replay(served, first, args.nodes, params)
     drafters = {
-        "fresh calibration": make(new_text, learn(new_text, Survival(num_heads), learned)),
+        "fresh calibration": make(new_text, learn(new_text, AcceptanceStats(num_heads), learned)),
         "served the first workload": served,
         "just started, calibrated for the first": started,
     }

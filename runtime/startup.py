@@ -20,7 +20,7 @@ from euryale.runtime.model.weights import Weights
 from euryale.runtime.step import StepRunner
 from euryale.runtime.step_graphs import StepGraphs
 from euryale.scheduler.admission import Limits
-from euryale.scheduler.speculation.acceptance_stats import Survival
+from euryale.scheduler.speculation.acceptance_stats import AcceptanceStats
 from euryale.scheduler.speculation.ngram_table import FILE as NGRAMS
 from euryale.scheduler.speculation.ngram_table import NgramTable
 from euryale.scheduler.speculation.tree import TreeChoice, choose_trees
@@ -34,14 +34,14 @@ GRAPH_MEMORY = 4 << 20  # bytes of a recorded decoder's buffers; what needs more
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
     """All that an engine needs of a model. ``trees`` None: no speculation. For dynamic trees, else None: ``text``, what
-    calibration text says follows what, and ``survival``, what calibration learned of guesses; of a heads' directory
-    without, an empty table and None."""
+    calibration text says follows what, and ``acceptance_probability``, what calibration learned of guesses; of a heads'
+    directory without, an empty table and None."""
 
     runner: StepRunner
     limits: Limits
     trees: TreeChoice | None
     text: NgramTable | None
-    survival: Survival | None
+    acceptance_probability: AcceptanceStats | None
     model: ModelConfig
     fingerprint: str
 
@@ -74,9 +74,15 @@ def load(config: EngineConfig, group: Group) -> Loaded:
     )
     graphs = None if config.eager else make_graphs(cache, model, rows, group)
     runner = StepRunner(decoder, heads if tree else None, cache, tree.num_candidates if tree else 0, graphs)
-    text, survival = known
+    text, acceptance_probability = known
     return Loaded(
-        runner=runner, limits=limits, trees=tree, text=text, survival=survival, model=model, fingerprint=marks
+        runner=runner,
+        limits=limits,
+        trees=tree,
+        text=text,
+        acceptance_probability=acceptance_probability,
+        model=model,
+        fingerprint=marks,
     )
 
 
@@ -142,7 +148,9 @@ def _choose_trees(config: EngineConfig, num_heads: int, vocab_size: int) -> Tree
     return trees
 
 
-def _calibration(config: EngineConfig, num_heads: int, vocab_size: int) -> tuple[NgramTable | None, Survival | None]:
+def _calibration(
+    config: EngineConfig, num_heads: int, vocab_size: int
+) -> tuple[NgramTable | None, AcceptanceStats | None]:
     """What calibration left beside the heads for dynamic trees, as far as there is anything."""
     directory = Path(config.medusa or config.model)
     bits = NgramTable.bits_for(config.max_num_seqs * _USUAL_LENGTH)
@@ -151,8 +159,8 @@ def _calibration(config: EngineConfig, num_heads: int, vocab_size: int) -> tuple
         text = NgramTable.load_text(directory, vocab_size, bits)
     path = directory / "calibration.json"
     try:
-        content = json.loads(path.read_text()).get("survival") if path.is_file() else None
-        return text, Survival.from_json(content, num_heads) if content else None
+        content = json.loads(path.read_text()).get("acceptance_probability") if path.is_file() else None
+        return text, AcceptanceStats.from_json(content, num_heads) if content else None
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} cannot be used ({error}): calibrate the heads again or remove it") from error
 

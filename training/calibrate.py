@@ -18,7 +18,7 @@ from euryale.parallel import fsdp
 from euryale.parallel.group import Group
 from euryale.runtime.config import EngineConfig
 from euryale.scheduler.sampling_params import SamplingParams
-from euryale.scheduler.speculation.acceptance_stats import Survival
+from euryale.scheduler.speculation.acceptance_stats import AcceptanceStats
 from euryale.scheduler.speculation.drafter import DynamicTrees
 from euryale.scheduler.speculation.ngram_table import NgramTable
 from euryale.scheduler.speculation.tree import load_tree
@@ -166,7 +166,7 @@ def is_measured(count: int) -> np.ndarray:
     return np.arange(count) % _EVERY_NTH_MEASURES == _EVERY_NTH_MEASURES - 1
 
 
-def learn_dynamic(recorded: list[Recorded], text: NgramTable) -> tuple[Survival, list[dict]]:
+def learn_dynamic(recorded: list[Recorded], text: NgramTable) -> tuple[AcceptanceStats, list[dict]]:
     """What dynamic trees learn of all answers, and tokens per step by number of guesses, measured on answers that they
     had not learned from."""
     num_heads, measures = recorded[0].ids_PKR.shape[1], is_measured(len(recorded))
@@ -176,7 +176,7 @@ def learn_dynamic(recorded: list[Recorded], text: NgramTable) -> tuple[Survival,
         drafter = DynamicTrees(num_heads, size, text=text)
         replay(drafter, halves[False], size)
         rows.append({"nodes": size, "tokens_per_step": round(replay(drafter, halves[True], size), 4)})
-    return drafter.forest.estimates, rows
+    return drafter.builder.estimates, rows
 
 
 def result_of(args: CalibrateOptions, own: Continuations, text_NK: np.ndarray) -> dict:
@@ -201,7 +201,9 @@ def result_of(args: CalibrateOptions, own: Continuations, text_NK: np.ndarray) -
             "nodes": len(paths),
             "tokens_per_step": round(tree_search.tokens_per_step(measured, paths), 4),
             "paths": paths,
-            "survival": [round(share, 4) for share in tree_search.survival(measured, paths)],
+            "acceptance_probability": [
+                round(share, 4) for share in tree_search.acceptance_probability(measured, paths)
+            ],
         },
         "chain": round(tree_search.tokens_per_step(measured, chain), 4),
         "trees": tree_search.compare_trees(searched, measured),
@@ -222,8 +224,8 @@ def run(args: CalibrateOptions, group: Group) -> dict:
     with group.agreed():
         if group.is_leader:
             text = NgramTable.of_text(_some_text([d.tokens for d in learned]))
-            survival, result["dynamic"] = learn_dynamic(recorded, text)
-            _write(Path(args.out), result | {"survival": survival.to_json()}, text)
+            acceptance_probability, result["dynamic"] = learn_dynamic(recorded, text)
+            _write(Path(args.out), result | {"acceptance_probability": acceptance_probability.to_json()}, text)
     return result
 
 
@@ -243,5 +245,5 @@ def _write(out: Path, result: dict, text: NgramTable) -> None:
     text.save_text(out)
     (out / "calibration.json").write_text(json.dumps(result) + "\n")
     pictures.draw_accuracy(out / "accuracy.png", np.asarray(result["accuracy"]))
-    pictures.draw_tree(out / "tree.png", result["tree"]["paths"], result["tree"]["survival"])
+    pictures.draw_tree(out / "tree.png", result["tree"]["paths"], result["tree"]["acceptance_probability"])
     (out / "tree.json").write_text(json.dumps(result["tree"]["paths"]) + "\n")

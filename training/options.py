@@ -64,8 +64,9 @@ class DistillOptions(PromptOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateOptions(PromptOptions):
-    """Accuracy of heads, survival of guesses and the best static tree (section 2.3.3), on held-out prompts and the
-    backbone's greedy answers to them. --out is where tree.json and its companions go (default: beside the heads)."""
+    """Accuracy of heads, acceptance_probability of guesses and the best static tree (section 2.3.3), on held-out
+    prompts and the backbone's greedy answers to them. --out is where tree.json and its companions go (default: beside
+    the heads)."""
 
     heads: str = flag("", "directory of the heads (default: those merged into --model)")
     out: str = flag("", "directory of the results (default: that of the heads)")

@@ -59,10 +59,10 @@ def draw_accuracy(path: Path, accuracy_KR: np.ndarray) -> None:
     _save(figure, path)
 
 
-def draw_tree(path: Path, paths: list[list[int]], survival: list[float]) -> None:
+def draw_tree(path: Path, paths: list[list[int]], acceptance_probability: list[float]) -> None:
     """A tree with its guesses shaded by how often they are accepted; rank below each guess."""
     places: dict[tuple[int, ...], tuple[float, int]] = {}
-    nodes = {(): 1.0} | {tuple(p): s for p, s in zip(paths, survival, strict=True)}
+    nodes = {(): 1.0} | {tuple(p): s for p, s in zip(paths, acceptance_probability, strict=True)}
     leaves = 0
 
     def place(node: tuple[int, ...]) -> float:

@@ -117,7 +117,7 @@ def search_walked_tree(measured: Continuations, num_draft_tokens: int, rounds: i
     return best
 
 
-def survival(measured: Continuations, paths: list[list[int]]) -> list[float]:
+def acceptance_probability(measured: Continuations, paths: list[list[int]]) -> list[float]:
     """How often each guess of a tree is accepted: its share of the steps that decode the answers."""
     ranks_NK = measured.ranks_SPK[visited(measured, paths)]
     return [float((ranks_NK[:, : len(path)] == path).all(axis=1).mean()) for path in paths]

@@ -16,7 +16,7 @@ LIKELY_BINS = 8  # of probabilities from 1/2 on, two for each halving of what th
 BINS = 18 + LIKELY_BINS  # of probability, below 1/2 two for each factor of two
 WINDOW = 60.0
 _BELIEF = 4.0  # cases that a starting value counts for
-_LEARNED = ("hits", "stated", "proven", "trust")
+_LEARNED = ("accepted", "expected", "context_accepted", "context_cases")
 _KEEP = 0.93  # of what is known of a request, at each of its steps
 
 # Share of cases in which what followed the context before is the better guide than heads and text, by evidence (the
@@ -24,7 +24,7 @@ _KEEP = 0.93  # of what is known of a request, at each of its steps
 _STARTING_WEIGHTS = (0, 0.15, 0.1, 0.2, 0.25, 0.4, 0.3, 0.35, 0.5, 0.6, 0.6, 0.75, 0.9)
 
 
-def class_of(params: SamplingParams) -> int:
+def sampling_class_of(params: SamplingParams) -> int:
     """Greedy, cool or hot sampling, and the lossy rule, which accepts more."""
     if params.temperature == 0:
         return 0
@@ -33,47 +33,49 @@ def class_of(params: SamplingParams) -> int:
     return 1 if params.temperature <= 0.5 else 2
 
 
-class Survival:
+class AcceptanceStats:
     """The estimates of one model.
 
-    ``ratios`` float32 [classes, depths, RANK_CLASSES, BINS]: right guesses for each one stated (``hits`` over
-    ``stated``, float64), where the depths below all heads are one. ``weights`` float32 [classes, evidences]: of the
-    request's own context beside heads and text (``proven`` over ``trust``, float64)."""
+    ``ratios`` float32 [classes, depths, RANK_CLASSES, BINS]: right guesses for each one expected (``accepted`` over
+    ``expected``, float64), where the depths below all heads are one. ``weights`` float32 [classes, evidences]: of the
+    request's own context beside heads and text (``context_accepted`` over ``context_cases``, float64)."""
 
     def __init__(self, num_heads: int) -> None:
         self.num_depths, self.rank_classes, self.bins = num_heads + 1, RANK_CLASSES, BINS
         self.evidences = ORDERS * SUCCESSORS + 1
         shape = (NUM_CLASSES, self.num_depths, RANK_CLASSES, BINS)
-        self.hits = np.full(shape, _BELIEF)
-        self.stated = np.full(shape, _BELIEF)
+        self.accepted = np.full(shape, _BELIEF)
+        self.expected = np.full(shape, _BELIEF)
         self.ratios = np.ones(shape, dtype=np.float32)
         self.weights = np.tile(np.array(_STARTING_WEIGHTS, dtype=np.float32), (NUM_CLASSES, 1))
-        self.trust = np.full((NUM_CLASSES, self.evidences), 4 * _BELIEF)
-        self.proven = self.weights * self.trust
+        self.context_cases = np.full((NUM_CLASSES, self.evidences), 4 * _BELIEF)
+        self.context_accepted = self.weights * self.context_cases
 
     def to_json(self) -> dict:
         """What was learned of greedy requests."""
         return {name: getattr(self, name)[0].round(3).tolist() for name in _LEARNED}
 
     @classmethod
-    def from_json(cls, content: dict, num_heads: int) -> "Survival":
+    def from_json(cls, content: dict, num_heads: int) -> "AcceptanceStats":
         """Estimates that begin with ``to_json``'s; what holds for greedy requests is the first guess for others.
         ValueError if they are of another number of heads."""
         made = cls(num_heads)
         for name in _LEARNED:
             found, own = np.asarray(content.get(name, ()), dtype=np.float64), getattr(made, name)
             if found.shape != own.shape[1:] or not np.all(found >= 0):
-                raise ValueError(f"its survival.{name} does not fit {num_heads} heads")
+                raise ValueError(f"its acceptance_probability.{name} does not fit {num_heads} heads")
             own[0] = found
-        made.hits[1:] = _BELIEF * (made.hits[0] / np.maximum(made.stated[0], 1e-9))
-        made.proven[1:] = made.trust[1:] * (made.proven[0] / np.maximum(made.trust[0], 1e-9))
-        made.ratios[:] = made.hits / np.maximum(made.stated, 1e-9)
-        made.weights[:] = made.proven / np.maximum(made.trust, 1e-9)
+        made.accepted[1:] = _BELIEF * (made.accepted[0] / np.maximum(made.expected[0], 1e-9))
+        made.context_accepted[1:] = made.context_cases[1:] * (
+            made.context_accepted[0] / np.maximum(made.context_cases[0], 1e-9)
+        )
+        made.ratios[:] = made.accepted / np.maximum(made.expected, 1e-9)
+        made.weights[:] = made.context_accepted / np.maximum(made.context_cases, 1e-9)
         return made
 
 
 @dataclass
-class Momentum:
+class AcceptanceRateCorrection:
     """How much better or worse than expected one request's guesses do, a factor on their probability: right guesses for
     each one expected over about the last fourteen steps."""
 
@@ -81,8 +83,8 @@ class Momentum:
     _hits: float = _BELIEF
     _expected: float = _BELIEF
 
-    def learn(self, hits: float, expected: float) -> None:
+    def learn(self, accepted: float, expected: float) -> None:
         """Take how many guesses on the accepted path were right, and how many were expected to be."""
-        self._hits = _KEEP * self._hits + (1 - _KEEP) * _BELIEF + hits
+        self._hits = _KEEP * self._hits + (1 - _KEEP) * _BELIEF + accepted
         self._expected = _KEEP * self._expected + (1 - _KEEP) * _BELIEF + expected
         self.factor = min(1.6, max(0.3, self._hits / self._expected))

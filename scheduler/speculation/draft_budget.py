@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from euryale.scheduler.speculation.acceptance_stats import Momentum
+from euryale.scheduler.speculation.acceptance_stats import AcceptanceRateCorrection
 from euryale.scheduler.step_cost import StepCosts
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 16, 256  # steps without heads
@@ -43,7 +43,7 @@ class Budget:
         self.last = BudgetChoice()
         self._is_on, self._is_urgent, self._gain = True, False, 0.0
         self._best = 0
-        self._luck = Momentum()  # all requests' together
+        self._correction = AcceptanceRateCorrection()  # all requests' together
         self._pause, self._resting, self._load = _SHORTEST_PAUSE, 0, 0
 
     def begin(self, requests: int, num_prompt_rows: int, context: int = 0, is_urgent: bool = False) -> bool:
@@ -70,12 +70,16 @@ class Budget:
         """Whether the heads are to run in this step, for the next one."""
         return self._is_on or self._resting <= 0 or self._is_urgent
 
-    def choose(self, survival: np.ndarray) -> int:
-        """How many of the guesses to take, likeliest first: ``survival`` float32 [N] is the probability of each to be
-        accepted, times what its request's tokens are worth."""
+    def choose(self, acceptance_probability: np.ndarray) -> int:
+        """How many of the guesses to take, likeliest first: ``acceptance_probability`` float32 [N] is the probability
+        of each to be accepted, times what its request's tokens are worth."""
         now, costs = self.last, self.costs
-        survival = np.minimum(survival * self._luck.factor, 1.0) if not self._is_urgent else survival
-        worth = now.num_requests + np.concatenate([[0.0], np.cumsum(survival, dtype=np.float64)])
+        acceptance_probability = (
+            np.minimum(acceptance_probability * self._correction.factor, 1.0)
+            if not self._is_urgent
+            else acceptance_probability
+        )
+        worth = now.num_requests + np.concatenate([[0.0], np.cumsum(acceptance_probability, dtype=np.float64)])
         extra = now.num_prompt_rows + np.arange(len(worth))
         seconds = costs.speculating(now.num_requests, extra, now.num_context_tokens, prompts=now.num_prompt_rows > 0)
         if now.num_prompt_rows:
@@ -91,7 +95,7 @@ class Budget:
             gain = math.log(rates[best] * plain / now.num_requests)
             # Where no guess is taken, heads may look free; but the host has looked for nothing.
             self._weigh(gain if best else min(gain, -2 * _MARGIN))
-        now.num_draft_tokens, now.num_proposed_tokens = best, len(survival)
+        now.num_draft_tokens, now.num_proposed_tokens = best, len(acceptance_probability)
         now.expected_accepted_tokens = float(worth[best]) - now.num_requests
         now.predicted_seconds += float(seconds[best]) - plain
         return best
@@ -100,7 +104,7 @@ class Budget:
         """Take how long the step took, and how many guesses were accepted."""
         now = self.last
         if now.num_draft_tokens > 0 and not self._is_urgent:
-            self._luck.learn(accepted, now.expected_accepted_tokens / self._luck.factor)
+            self._correction.learn(accepted, now.expected_accepted_tokens / self._correction.factor)
         if now.num_requests and now.predicted_seconds:
             is_speculating = now.num_draft_tokens >= 0
             if not now.num_prompt_rows and (is_speculating or not self.wants_heads()):

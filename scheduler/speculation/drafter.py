@@ -9,16 +9,16 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from euryale.scheduler.request import HeadCandidates, Request
-from euryale.scheduler.speculation.acceptance_stats import Momentum, Survival, class_of
+from euryale.scheduler.speculation.acceptance_stats import AcceptanceRateCorrection, AcceptanceStats, sampling_class_of
 from euryale.scheduler.speculation.draft_budget import Budget, BudgetChoice
 from euryale.scheduler.speculation.ngram_table import ORDERS, TEXT, NgramTable
 from euryale.scheduler.speculation.tree import DYNAMIC_DEPTH, TreeShape
-from euryale.scheduler.speculation.tree_builder import Forest, Roots
+from euryale.scheduler.speculation.tree_builder import TreeBuilder, TreeRoots
 
 _BEHIND = 4.0  # what a guess of a request behind its latency target is worth beside others'
-_LEAST = 1e-3  # survival below which a node is not worth a thought
-_UNKNOWN = 1  # a domain of n-grams of which nothing is ever learned
-_MOST_HEARD = 4096  # tokens that a request teaches at once, its last ones
+_LEAST = 1e-3  # acceptance_probability below which a node is not worth a thought
+_UNKNOWN = 1  # a source of n-grams of which nothing is ever learned
+_MOST_LEARNED = 4096  # tokens that a request teaches at once, its last ones
 
 
 class Draft(NamedTuple):
@@ -105,14 +105,14 @@ class Sources:
 
 @dataclass(slots=True)
 class _Kept:
-    """What dynamic trees keep of a request: the ``kind`` of its estimates, its ``domains`` of n-grams, its luck, since
+    """What dynamic trees keep of a request: the ``kind`` of its estimates, its ``sources`` of n-grams, its luck, since
     when it decodes, in seconds on the trees' clock, and how many of its known tokens they have learned from."""
 
     kind: int
-    domains: tuple[int, int, int]
-    momentum: Momentum = field(default_factory=Momentum)
+    sources: tuple[int, int, int]
+    correction: AcceptanceRateCorrection = field(default_factory=AcceptanceRateCorrection)
     since: float | None = None
-    num_heard: int = 0
+    num_learned: int = 0
 
 
 class DynamicTrees:
@@ -126,18 +126,18 @@ class DynamicTrees:
         each: int,
         budget: Budget | None = None,
         text: NgramTable | None = None,
-        survival: Survival | None = None,
+        acceptance_probability: AcceptanceStats | None = None,
         sources: Sources | None = None,
         secret: bytes = b"",
     ) -> None:
-        """``each``: most guesses of one request; ``budget`` None: always that many; ``survival``: to begin with;
-        ``sources`` None: all; ``secret``: at most 64 bytes, without which nobody can choose tokens whose contexts take
-        the place of others'."""
+        """``each``: most guesses of one request; ``budget`` None: always that many; ``acceptance_probability``: to
+        begin with; ``sources`` None: all; ``secret``: at most 64 bytes, without which nobody can choose tokens whose
+        contexts take the place of others'."""
         self._each, self._budget, self._sources = each, budget, sources or Sources()
         table = text or NgramTable()
         if not self._sources.text:
             table = NgramTable(live_bits=table.live_bits)
-        self.forest = Forest(table, survival or Survival(num_heads))
+        self.builder = TreeBuilder(table, acceptance_probability or AcceptanceStats(num_heads))
         self._secret, self._numbers = secret, itertools.count()
         self._now = 0.0  # seconds that steps have taken
         self._planned: list[Request] = []
@@ -173,7 +173,7 @@ class DynamicTrees:
         place = {request.key: i for i, request in enumerate(self._planned)}
         reached, truths = [], []
         nodes, starts = self._nodes.tolist(), self._starts.tolist()
-        expected = self.forest.expected[: self.forest.num_nodes].tolist() if self._planned else []
+        expected = self.builder.expected[: self.builder.num_nodes].tolist() if self._planned else []
         for request, tokens, accepted, _, _ in step_results:
             kept = self._kept(request)
             if kept.since is None:
@@ -184,9 +184,9 @@ class DynamicTrees:
             path = [nodes[starts[root] + number] for number in (0, *accepted)]
             reached += path
             truths += tokens
-            kept.momentum.learn(len(accepted), sum(map(expected.__getitem__, path)))
+            kept.correction.learn(len(accepted), sum(map(expected.__getitem__, path)))
         if reached:
-            self.forest.learn(np.asarray(reached, dtype=np.int32), np.asarray(truths, dtype=np.int32))
+            self.builder.learn(np.asarray(reached, dtype=np.int32), np.asarray(truths, dtype=np.int32))
         # Of those that go on only before a step that may guess: many have none, and what was missed is caught up on.
         goes_on = self._sources.context and self.wants_heads()
         requests = [step_result.request for step_result in step_results]
@@ -197,13 +197,13 @@ class DynamicTrees:
 
     def _kept(self, request: Request) -> _Kept:
         if request.drafting is None:
-            own = self._domain(f"request {next(self._numbers)}")  # a key may come again
-            traffic = self._domain(f"salt {request.params.cache_salt}") if self._sources.traffic else _UNKNOWN
-            request.drafting = _Kept(class_of(request.params), (own, traffic, TEXT))
+            own = self._source(f"request {next(self._numbers)}")  # a key may come again
+            traffic = self._source(f"salt {request.params.cache_salt}") if self._sources.traffic else _UNKNOWN
+            request.drafting = _Kept(sampling_class_of(request.params), (own, traffic, TEXT))
         return request.drafting
 
-    def _domain(self, name: str) -> int:
-        """A domain of n-grams, above all those with a meaning of their own."""
+    def _source(self, name: str) -> int:
+        """A source of n-grams, above all those with a meaning of their own."""
         digest = hashlib.blake2b(name.encode(), digest_size=8, key=self._secret).digest()
         return (int.from_bytes(digest) >> 2) + _UNKNOWN + 1
 
@@ -212,57 +212,59 @@ class DynamicTrees:
         target, since = request.params.latency_target, self._kept(request).since
         return bool(target) and since is not None and 1000 * (self._now - since) > target * (len(request.output) - 1)
 
-    def _roots(self, depths: list[int], values: list[float]) -> Roots:
+    def _roots(self, depths: list[int], values: list[float]) -> TreeRoots:
         guesses = [r.head_candidates for r in self._planned]
         if None in guesses:
             shape = next((g.ids.shape for g in guesses if g), (0, 0))
             none = HeadCandidates(np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32))
             guesses = [g or none for g in guesses]
         kept = [self._kept(r) for r in self._planned]
-        return Roots(
+        return TreeRoots(
             last=np.array([r.last_tokens(ORDERS) for r in self._planned], dtype=np.int32),
             ids=np.stack([g.ids for g in guesses]),
             logits=np.stack([g.logits for g in guesses]),
             depths=np.array(depths, dtype=np.int32),
             classes=np.array([k.kind for k in kept], dtype=np.int32),
-            factors=np.array([k.momentum.factor for k in kept], dtype=np.float32),
+            factors=np.array([k.correction.factor for k in kept], dtype=np.float32),
             values=np.array(values, dtype=np.float32),
-            domains=np.array([k.domains for k in kept], dtype=np.int64),
+            sources=np.array([k.sources for k in kept], dtype=np.int64),
         )
 
-    def _grow(self, roots: Roots, room: int) -> list[Draft]:
+    def _grow(self, roots: TreeRoots, room: int) -> list[Draft]:
         """The guesses of each root that are worth it."""
         count = len(roots.depths)
         most = max(0, min(room, count * self._each, self._budget.reach() if self._budget else room))
-        total = self.forest.grow(roots, most, self._each, _LEAST) - count
+        total = self.builder.grow(roots, most, self._each, _LEAST) - count
         if self._budget:
             found = slice(count, count + total)
-            total = self._budget.choose(self.forest.survival[found] * roots.values[self.forest.request[found]])
+            total = self._budget.choose(
+                self.builder.acceptance_probability[found] * roots.values[self.builder.request[found]]
+            )
         return self._split(count, total)
 
     def _split(self, count: int, total: int) -> list[Draft]:
-        """The roots and the first ``total`` guesses of the forest, by request; remembers which is whose."""
-        owners, places = self.forest.request[: count + total], np.arange(count + total)
+        """The roots and the first ``total`` guesses of the builder, by request; remembers which is whose."""
+        owners, places = self.builder.request[: count + total], np.arange(count + total)
         self._nodes = owners.argsort(kind="stable")  # the root comes first
         owners = owners[self._nodes]
         self._starts = np.searchsorted(owners, np.arange(count + 1))
         number = np.empty(count + total, dtype=np.int32)  # of a node in its request's tree
         number[self._nodes] = places - self._starts[owners]
-        tokens, parents = self.forest.token[self._nodes], number[self.forest.parent[self._nodes]]
-        deepest = np.maximum.reduceat(self.forest.depth[self._nodes], self._starts[:-1])
+        tokens, parents = self.builder.token[self._nodes], number[self.builder.parent[self._nodes]]
+        deepest = np.maximum.reduceat(self.builder.depth[self._nodes], self._starts[:-1])
         ends = zip(pairwise(self._starts.tolist()), deepest.tolist(), strict=True)
         return [Draft(tokens[a:b], parents[a + 1 : b], depth) if depth else NO_DRAFT for (a, b), depth in ends]
 
     def _remember(self, requests: list[Request]) -> None:
         """Learn what follows what in the requests' new tokens: for themselves, and if they ended for others."""
-        heard = []
+        sequences = []
         for request in requests:
             kept = self._kept(request)
-            own, traffic, _ = kept.domains
-            start, domain = (0, traffic) if request.finish_reason else (kept.num_heard, own)
-            start = max(start, request.num_known - _MOST_HEARD)
+            own, traffic, _ = kept.sources
+            start, source = (0, traffic) if request.finish_reason else (kept.num_learned, own)
+            start = max(start, request.num_known - _MOST_LEARNED)
             first = max(0, start - ORDERS)
-            heard.append((request.known_tokens(first, request.num_known), start - first, domain))
-            kept.num_heard = request.num_known
-        if heard:
-            self.forest.add(heard)
+            sequences.append((request.known_tokens(first, request.num_known), start - first, source))
+            kept.num_learned = request.num_known
+        if sequences:
+            self.builder.add(sequences)

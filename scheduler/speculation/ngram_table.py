@@ -1,6 +1,6 @@
 """What followed the same tokens before: a table of n-grams that says which tokens are likely after a given few.
 
-A *context* is the last one to ORDERS tokens, within a *domain*: the calibration text, the tokens of one request, or
+A *context* is the last one to ORDERS tokens, within a *source*: the calibration text, the tokens of one request, or
 those of several requests that may learn from each other. The table is bounded: contexts are hashed to rows, and one
 that needs a row takes it from whoever had it. A 32-bit fingerprint keeps strangers apart. The text's contexts have rows
 of their own, which nobody takes.
@@ -16,11 +16,11 @@ from safetensors.numpy import load_file, save_file
 
 ORDERS = 3
 SUCCESSORS = 4
-DOMAINS = 3  # that a request looks into: its own tokens, recent traffic, calibration text
-TEXT = 0  # the domain of the calibration text
+NUM_SOURCES = 3  # that a request looks into: its own tokens, recent traffic, calibration text
+TEXT = 0  # the source of the calibration text
 FILE = "ngrams.safetensors"
 
-# The text's rows hold the ``total`` likeliest successors with their shares in 65535ths. Those of other domains hold the
+# The text's rows hold the ``total`` likeliest successors with their shares in 65535ths. Those of other sources hold the
 # latest successors, as often as they came; where ``total`` modulo SUCCESSORS says is room, or the eldest, which is the
 # next to go.
 ROW = np.dtype([("fingerprint", "u4"), ("total", "u4"), ("successors", "i4", SUCCESSORS), ("shares", "u2", SUCCESSORS)])
@@ -30,7 +30,7 @@ _TEXT_BITS = 16
 # Odd multipliers of 64-bit multiplicative hashing: fractional bits of the square roots of small primes.
 _OF_PLACE = np.array([0x6A09E667F3BCC909, 0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B], dtype=np.uint64)
 _OF_ORDER = np.array([0x510E527FADE682D1, 0x9B05688C2B3E6C1F, 0x1F83D9ABFB41BD6B], dtype=np.uint64)
-_OF_DOMAIN = np.uint64(0xA54FF53A5F1D36F1)
+_OF_SOURCE = np.uint64(0xA54FF53A5F1D36F1)
 _MIX = np.uint64(0x5BE0CD19137E2179)
 _FOLD = np.uint64(29)
 
@@ -41,10 +41,10 @@ def _windows(tokens: np.ndarray) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(padded, ORDERS + 1)
 
 
-def keys_of(last_NO: np.ndarray, domain_N: np.ndarray) -> np.ndarray:
+def keys_of(last_NO: np.ndarray, source_N: np.ndarray) -> np.ndarray:
     """Names of the contexts of one to ORDERS tokens that end in ``last_NO``, the latest token first: uint64 [N, O]."""
     sums = ((last_NO + 1).astype(np.uint64) * _OF_PLACE).cumsum(axis=1) + _OF_ORDER
-    keys = (sums + (domain_N.astype(np.uint64) * _OF_DOMAIN)[:, None]) * _MIX
+    keys = (sums + (source_N.astype(np.uint64) * _OF_SOURCE)[:, None]) * _MIX
     return (keys ^ (keys >> _FOLD)) * _MIX
 
 

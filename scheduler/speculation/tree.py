@@ -19,7 +19,7 @@ MAX_NODES = 128  # root included: two words of ancestor bits
 DYNAMIC_DEPTH = 12  # of trees made for each step: below the heads they go on with what followed before
 DYNAMIC_CANDIDATES = 10  # of each head that such trees see
 
-# Survival of a guess by head and rank where nothing was measured: the shape of the accuracies published for
+# AcceptanceStats of a guess by head and rank where nothing was measured: the shape of the accuracies published for
 # heads on 7B to 33B chat models, rounded. Only the order of the products matters.
 _GENERIC_TOP1 = (0.62, 0.42, 0.31, 0.25, 0.21)
 _GENERIC_RANK_FALL = 0.45

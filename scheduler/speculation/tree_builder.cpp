@@ -1,4 +1,4 @@
-// Candidate trees of one step, for all requests at once: the same as forest_reference.py, which says what and why.
+// Candidate trees of one step, for all requests at once: the same as tree_builder_reference.py, which says what and why.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -9,18 +9,18 @@
 
 namespace {
 
-constexpr int ORDERS = 3, SUCCESSORS = 4, DOMAINS = 3, EXTRA = DOMAINS * SUCCESSORS, MAX_RANKS = 32, LIKELY_BINS = 8;
+constexpr int ORDERS = 3, SUCCESSORS = 4, NUM_SOURCES = 3, EXTRA = NUM_SOURCES * SUCCESSORS, MAX_RANKS = 32, LIKELY_BINS = 8;
 constexpr int OWN = 0, TRAFFIC = 1, TEXT = 2;
 constexpr uint64_t OF_PLACE[] = {0x6A09E667F3BCC909, 0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B};
 constexpr uint64_t OF_ORDER[] = {0x510E527FADE682D1, 0x9B05688C2B3E6C1F, 0x1F83D9ABFB41BD6B};
-constexpr uint64_t OF_DOMAIN = 0xA54FF53A5F1D36F1, MIX = 0x5BE0CD19137E2179;
+constexpr uint64_t OF_SOURCE = 0xA54FF53A5F1D36F1, MIX = 0x5BE0CD19137E2179;
 
 // The row of a context, which may be somebody else's; `mark` is how to tell.
-Row* row_of(const Table& table, uint64_t sum, int order, int64_t domain, uint32_t& mark) {
-    uint64_t key = (sum + OF_ORDER[order] + (uint64_t)domain * OF_DOMAIN) * MIX;
+Row* row_of(const Table& table, uint64_t sum, int order, int64_t source, uint32_t& mark) {
+    uint64_t key = (sum + OF_ORDER[order] + (uint64_t)source * OF_SOURCE) * MIX;
     key = (key ^ (key >> 29)) * MIX;
     mark = (uint32_t)key;
-    if (domain) return table.rows + ((int64_t)1 << table.text_bits) + (key >> (64 - table.live_bits));
+    if (source) return table.rows + ((int64_t)1 << table.text_bits) + (key >> (64 - table.live_bits));
     return table.rows + (table.text_bits ? key >> (64 - table.text_bits) : 0);
 }
 
@@ -35,20 +35,20 @@ struct Known {
     int evidence, cases;
 };
 
-// What followed the longest known context that ends in `last`, in each domain.
-void find(const Table& table, const int32_t* last, const int64_t* domains, Known* out) {
-    const Row* rows[DOMAINS][ORDERS];
-    uint32_t marks[DOMAINS][ORDERS];
+// What followed the longest known context that ends in `last`, in each source.
+void find(const Table& table, const int32_t* last, const int64_t* sources, Known* out) {
+    const Row* rows[NUM_SOURCES][ORDERS];
+    uint32_t marks[NUM_SOURCES][ORDERS];
     uint64_t sum = 0;
     int length = 0;
     for (; length < ORDERS && last[length] >= 0; ++length) {
         sum = place_sum(sum, length, last[length]);
-        for (int d = 0; d < DOMAINS; ++d) {
-            rows[d][length] = row_of(table, sum, length, domains[d], marks[d][length]);
+        for (int d = 0; d < NUM_SOURCES; ++d) {
+            rows[d][length] = row_of(table, sum, length, sources[d], marks[d][length]);
             __builtin_prefetch(rows[d][length]);  // they lie anywhere: all are fetched at once
         }
     }
-    for (int d = 0; d < DOMAINS; ++d) {
+    for (int d = 0; d < NUM_SOURCES; ++d) {
         Known& known = out[d] = {{-1, -1, -1, -1}, {0, 0, 0, 0}, 0, 0};
         int o = length - 1;
         while (o >= 0 && (rows[d][o]->fingerprint != marks[d][o] || !rows[d][o]->total)) --o;
@@ -58,7 +58,7 @@ void find(const Table& table, const int32_t* last, const int64_t* domains, Known
         known.evidence = o * SUCCESSORS + known.cases;
         for (int s = 0; s < known.cases; ++s) {
             known.tokens[s] = row.successors[s];
-            known.shares[s] = domains[d] ? 1.0f / known.cases : row.shares[s] / 65535.0f;
+            known.shares[s] = sources[d] ? 1.0f / known.cases : row.shares[s] / 65535.0f;
         }
     }
 }
@@ -87,14 +87,14 @@ struct Candidate {
 
 // One step's work.
 struct Growth {
-    Forest& f;
+    TreeBuilder& f;
     std::priority_queue<Candidate> heap;
     std::vector<int32_t> lasts, nodes_of;
     std::vector<float> powers;  // of the heads' probabilities, of each head R and one for what it does not name
     std::vector<bool> has_powers;
     int64_t nodes = 0, children = 0;
 
-    explicit Growth(Forest& f)
+    explicit Growth(TreeBuilder& f)
         : f(f),
           lasts((f.requests + f.most) * ORDERS),
           nodes_of(f.requests, 0),
@@ -115,9 +115,9 @@ struct Growth {
         return out;
     }
 
-    void add(int request, int parent, int token, float survival) {
+    void add(int request, int parent, int token, float acceptance_probability) {
         const int64_t node = nodes++;
-        f.request[node] = request, f.parent[node] = parent, f.token[node] = token, f.survival[node] = survival;
+        f.request[node] = request, f.parent[node] = parent, f.token[node] = token, f.acceptance_probability[node] = acceptance_probability;
         f.depth[node] = parent < 0 ? 0 : f.depth[parent] + 1;
         f.expected[node] = 0, f.evidence[node] = -1, f.first[node] = children, f.count[node] = 0;
         int32_t* last = lasts.data() + node * ORDERS;
@@ -128,13 +128,13 @@ struct Growth {
     // Put a guess below a node on the heap, if it is worth a thought.
     void offer(int node, int guess) {
         if (guess == f.count[node]) return;
-        const double key = (double)f.children[f.first[node] + guess].survival * f.values[f.request[node]];
+        const double key = (double)f.children[f.first[node] + guess].acceptance_probability * f.values[f.request[node]];
         if (key >= f.least) heap.push({key, node, guess});
     }
 
     void expand(int node) {
         const int request = f.request[node];
-        if (f.depth[node] >= f.depths[request] || (double)f.survival[node] * f.values[request] < f.least) return;
+        if (f.depth[node] >= f.depths[request] || (double)f.acceptance_probability[node] * f.values[request] < f.least) return;
         f.first[node] = children;
         children += f.count[node] = name(node, f.children + children);
         offer(node, 0);
@@ -146,12 +146,12 @@ struct Growth {
         const int64_t head = r * f.heads + depth;
         const int ranks = depth < f.heads && f.ids[head * f.ranks] >= 0 ? f.ranks : 0;
         int32_t tokens[MAX_RANKS + EXTRA];
-        float opinions[DOMAINS][MAX_RANKS + EXTRA] = {};
+        float opinions[NUM_SOURCES][MAX_RANKS + EXTRA] = {};
         if (ranks) std::copy_n(f.ids + head * f.ranks, ranks, tokens);
         int total = ranks;
-        Known known[DOMAINS];
-        find(f.table, lasts.data() + node * ORDERS, f.domains + r * DOMAINS, known);
-        for (int d = 0; d < DOMAINS; ++d) {
+        Known known[NUM_SOURCES];
+        find(f.table, lasts.data() + node * ORDERS, f.sources + r * NUM_SOURCES, known);
+        for (int d = 0; d < NUM_SOURCES; ++d) {
             for (int s = 0; s < known[d].cases; ++s) {
                 const int place = std::find(tokens, tokens + total, known[d].tokens[s]) - tokens;
                 if (place == total) tokens[total++] = known[d].tokens[s];
@@ -160,11 +160,11 @@ struct Growth {
         }
         f.evidence[node] = known[OWN].evidence;
         const float cases = known[TRAFFIC].cases, text_cases = known[TEXT].cases ? f.text_cases : 0;
-        const float trust = cases / (cases + text_cases + 1e-6f), power = ranks ? f.prior_power : 1;
+        const float context_cases = cases / (cases + text_cases + 1e-6f), power = ranks ? f.prior_power : 1;
         const float floor = std::pow(f.floor, power), *powers = ranks ? powers_of(head) : nullptr;
         float product[MAX_RANKS + EXTRA], sum = f.other;
         for (int i = 0; i < total; ++i) {
-            const float prior = trust * opinions[TRAFFIC][i] + (1 - trust) * opinions[TEXT][i];
+            const float prior = context_cases * opinions[TRAFFIC][i] + (1 - context_cases) * opinions[TEXT][i];
             product[i] = prior > 0 ? std::pow(prior + f.floor, power) : floor;
             if (ranks) product[i] *= powers[std::min(i, ranks)];
             sum += product[i];
@@ -179,10 +179,10 @@ struct Growth {
             const int row = (cls * f.num_depths + level) * f.rank_classes + rank;
             const int cell = row * f.bins + bin_of(probability, f.bins);
             const float chance = std::min(probability * f.ratios[cell] * f.factors[r], f.highest);
-            const float survival = f.survival[node] * chance;
+            const float acceptance_probability = f.acceptance_probability[node] * chance;
             int place = written++;
-            for (; place > 0 && out[place - 1].survival < survival; --place) out[place] = out[place - 1];
-            out[place] = {tokens[i], cell, survival, probability, own};
+            for (; place > 0 && out[place - 1].acceptance_probability < acceptance_probability; --place) out[place] = out[place - 1];
+            out[place] = {tokens[i], cell, acceptance_probability, probability, own};
         }
         return written;
     }
@@ -197,8 +197,8 @@ struct Growth {
             if (nodes_of[request] == f.each) continue;
             ++nodes_of[request];
             const Child& guess = f.children[f.first[best.parent] + best.guess];
-            f.expected[best.parent] += guess.survival / f.survival[best.parent];
-            add(request, best.parent, guess.token, guess.survival);
+            f.expected[best.parent] += guess.acceptance_probability / f.acceptance_probability[best.parent];
+            add(request, best.parent, guess.token, guess.acceptance_probability);
             offer(best.parent, best.guess + 1);
             expand(nodes - 1);
         }
@@ -208,15 +208,15 @@ struct Growth {
 }  // namespace
 
 // Grow the trees; returns the number of nodes, roots (one per request, the first ones) included.
-extern "C" int64_t forest_grow(Forest* forest) {
-    Growth growth(*forest);
+extern "C" int64_t tree_builder_grow(TreeBuilder* builder) {
+    Growth growth(*builder);
     growth.run();
     return growth.nodes;
 }
 
 // Learn from the nodes that were reached, and the tokens that came after them.
-extern "C" void forest_learn(const Forest* forest, int64_t count, const int32_t* nodes, const int32_t* truths) {
-    const Forest& f = *forest;
+extern "C" void tree_builder_learn(const TreeBuilder* builder, int64_t count, const int32_t* nodes, const int32_t* truths) {
+    const TreeBuilder& f = *builder;
     for (int64_t i = 0; i < count; ++i) {
         const int node = nodes[i], cls = f.classes[f.request[node]];
         if (f.evidence[node] < 0) continue;  // it never got guesses
@@ -225,32 +225,32 @@ extern "C" void forest_learn(const Forest* forest, int64_t count, const int32_t*
             const Child& guess = f.children[g];
             const bool is_right = guess.token == truths[i];
             if (is_right) own = guess.own / guess.probability;
-            double &hits = f.hits[guess.cell], &stated = f.stated[guess.cell];
-            hits += is_right, stated += guess.probability;
-            const double shrink = f.window / std::max(stated, (double)f.window);
-            hits *= shrink, stated *= shrink;
-            f.ratios[guess.cell] = hits / stated;
+            double &accepted = f.accepted[guess.cell], &expected = f.expected[guess.cell];
+            accepted += is_right, expected += guess.probability;
+            const double shrink = f.window / std::max(expected, (double)f.window);
+            accepted *= shrink, expected *= shrink;
+            f.ratios[guess.cell] = accepted / expected;
         }
         if (!f.evidence[node]) continue;
         const int64_t at = cls * f.evidences + f.evidence[node];
-        f.proven[at] += own, f.trust[at] += 1;
-        const double shrink = f.window / std::max(f.trust[at], (double)f.window);
-        f.proven[at] *= shrink, f.trust[at] *= shrink;
-        f.weights[at] = f.proven[at] / f.trust[at];
+        f.context_accepted[at] += own, f.context_cases[at] += 1;
+        const double shrink = f.window / std::max(f.context_cases[at], (double)f.window);
+        f.context_accepted[at] *= shrink, f.context_cases[at] *= shrink;
+        f.weights[at] = f.context_accepted[at] / f.context_cases[at];
     }
 }
 
 // Learn what followed in `count` sequences that lie one behind the other in `tokens`, each of `lengths` tokens, those
-// from place `starts` on new, and in its domain.
+// from place `starts` on new, and in its source.
 extern "C" void ngrams_add(const Table* table, int64_t count, const int32_t* tokens, const int64_t* lengths,
-                           const int64_t* starts, const int64_t* domains) {
+                           const int64_t* starts, const int64_t* sources) {
     for (int64_t n = 0; n < count; tokens += lengths[n++])
         for (int64_t at = std::max<int64_t>(starts[n], 1); at < lengths[n]; ++at) {
             uint64_t sum = 0;
             for (int o = 0; o < ORDERS && o < at; ++o) {
                 sum = place_sum(sum, o, tokens[at - 1 - o]);
                 uint32_t mark;
-                Row* row = row_of(*table, sum, o, domains[n], mark);
+                Row* row = row_of(*table, sum, o, sources[n], mark);
                 if (row->fingerprint != mark) *row = {mark, 0, {-1, -1, -1, -1}, {0, 0, 0, 0}};
                 row->successors[row->total % SUCCESSORS] = tokens[at];
                 row->total = row->total + 1 < 2 * SUCCESSORS ? row->total + 1 : SUCCESSORS;  // where to go on, if full
@@ -259,4 +259,4 @@ extern "C" void ngrams_add(const Table* table, int64_t count, const int32_t* tok
 }
 
 // To notice a build from sources with other structs.
-extern "C" int64_t forest_bytes() { return sizeof(Forest) + sizeof(Child) + sizeof(Row); }
+extern "C" int64_t tree_builder_bytes() { return sizeof(TreeBuilder) + sizeof(Child) + sizeof(Row); }

@@ -1,4 +1,4 @@
-// What candidate trees are grown from and what they are, shared with forest.py.
+// What candidate trees are grown from and what they are, shared with builder.py.
 #pragma once
 #include <cstdint>
 
@@ -16,10 +16,10 @@ struct Table {
 // A named successor of a node.
 struct Child {
     int32_t token, cell;
-    float survival, probability, own;
+    float acceptance_probability, probability, own;
 };
 
-struct Forest {
+struct TreeBuilder {
     Table table;
     int64_t requests, heads, ranks, most, each, num_depths, rank_classes, bins, evidences;
     float least, head_power, prior_power, floor, other, text_cases, unnamed, highest, slightest, window;
@@ -28,13 +28,13 @@ struct Forest {
     const float* logits;
     const int32_t *depths, *classes;
     const float *factors, *values;
-    const int64_t* domains;
+    const int64_t* sources;
     // Estimates.
     float *weights, *ratios;
-    double *hits, *stated, *proven, *trust;
+    double *accepted, *expected, *context_accepted, *context_cases;
     // Nodes, and their children.
     int32_t *request, *parent, *token, *depth;
-    float *survival, *expected;
+    float *acceptance_probability, *expected;
     int32_t *evidence, *first, *count;
     Child* children;
 };

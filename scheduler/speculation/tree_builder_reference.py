@@ -1,4 +1,4 @@
-"""Growing candidate trees in plain Python: what ``forest.cpp`` does, to be read and to be tested against.
+"""Growing candidate trees in plain Python: what ``builder.cpp`` does, to be read and to be tested against.
 
 A head guesses its depth without knowing what was chosen above it. What followed the same tokens before repairs that.
 The probability of a guess below a node is made of two opinions:
@@ -9,8 +9,8 @@ The probability of a guess below a node is made of two opinions:
 * how often it followed them in the request's own prompt and answer, as the last few cases have it, with a weight
   learned by the length of the context and the number of cases.
 
-What is stated so is multiplied by what experience says of such statements (``survival``) and by the request's own
-factor. Below the deepest head, trees go on with what followed before.
+What is expected so is multiplied by what experience says of such statements (``acceptance_probability``) and by the
+request's own factor. Below the deepest head, trees go on with what followed before.
 """
 
 import heapq
@@ -19,7 +19,7 @@ import math
 import numpy as np
 
 from euryale.scheduler.speculation.acceptance_stats import LIKELY_BINS, WINDOW
-from euryale.scheduler.speculation.ngram_table import DOMAINS, ORDERS, SUCCESSORS, TEXT, keys_of
+from euryale.scheduler.speculation.ngram_table import NUM_SOURCES, ORDERS, SUCCESSORS, TEXT, keys_of
 
 # Fitted to answers of the demo model; the result is flat around these values.
 CONSTANTS = {
@@ -33,14 +33,14 @@ CONSTANTS = {
     "slightest": 2e-3,  # a less likely guess is none
     "window": WINDOW,
 }
-_OWN, _TRAFFIC, _TEXT = range(DOMAINS)
+_OWN, _TRAFFIC, _TEXT = range(NUM_SOURCES)
 
 
-def find(table, last: np.ndarray, domain: int) -> tuple[dict[int, float], int, int]:
+def find(table, last: np.ndarray, source: int) -> tuple[dict[int, float], int, int]:
     """What followed the longest known context that ends in ``last`` int32 [ORDERS], the latest token first: the
-    successors' shares, the evidence (see ``survival``) and the number of cases."""
-    keys = keys_of(last[None], np.asarray([domain]))[0]
-    places = table.rows_of(keys, domain == TEXT)
+    successors' shares, the evidence (see ``acceptance_probability``) and the number of cases."""
+    keys = keys_of(last[None], np.asarray([source]))[0]
+    places = table.rows_of(keys, source == TEXT)
     for order in reversed(range(ORDERS)):
         row = table.rows[places[order]]
         if last[order] < 0 or row["fingerprint"] != keys[order].astype(np.uint32) or not row["total"]:
@@ -48,15 +48,15 @@ def find(table, last: np.ndarray, domain: int) -> tuple[dict[int, float], int, i
         cases = min(int(row["total"]), SUCCESSORS)
         shares: dict[int, float] = {}
         for i, token in enumerate(row["successors"][:cases].tolist()):
-            share = int(row["shares"][i]) / 65535 if domain == TEXT else 1 / cases
+            share = int(row["shares"][i]) / 65535 if source == TEXT else 1 / cases
             shares[token] = shares.get(token, 0.0) + share
         return shares, order * SUCCESSORS + cases, cases
     return {}, 0, 0
 
 
-def grow(forest) -> int:
-    """See ``Forest.grow``; writes the forest's arrays."""
-    f, roots = forest, forest.roots
+def grow(builder) -> int:
+    """See ``TreeBuilder.grow``; writes the builder's arrays."""
+    f, roots = builder, builder.roots
     settings = f._struct
     lasts: list[np.ndarray] = []
     f.num_children = 0
@@ -66,20 +66,27 @@ def grow(forest) -> int:
     def offer(node: int, place: int) -> None:
         """Put a guess below a node on the heap, if it is worth a thought."""
         if place < f.count[node]:
-            key = float(f.children["survival"][f.first[node] + place]) * float(roots.values[f.request[node]])
+            key = float(f.children["acceptance_probability"][f.first[node] + place]) * float(
+                roots.values[f.request[node]]
+            )
             if key >= settings.least:
                 heapq.heappush(heap, (-key, node, place))
 
-    def add(request: int, parent: int, token: int, survival: float) -> None:
+    def add(request: int, parent: int, token: int, acceptance_probability: float) -> None:
         node = len(lasts)
         before = roots.last[request] if parent < 0 else [token, *lasts[parent][: ORDERS - 1]]
         lasts.append(np.asarray(before, dtype=np.int32))
-        f.request[node], f.parent[node], f.token[node], f.survival[node] = request, parent, token, survival
+        f.request[node], f.parent[node], f.token[node], f.acceptance_probability[node] = (
+            request,
+            parent,
+            token,
+            acceptance_probability,
+        )
         f.depth[node] = 0 if parent < 0 else f.depth[parent] + 1
         f.expected[node], f.evidence[node], f.first[node], f.count[node] = 0, -1, f.num_children, 0
 
     def expand(node: int) -> None:
-        value = float(f.survival[node]) * float(roots.values[f.request[node]])
+        value = float(f.acceptance_probability[node]) * float(roots.values[f.request[node]])
         if f.depth[node] < roots.depths[f.request[node]] and value >= settings.least:
             _expand(f, node, lasts[node])
             offer(node, 0)
@@ -95,8 +102,8 @@ def grow(forest) -> int:
             continue
         taken[request] += 1
         guess = f.children[f.first[parent] + place]
-        f.expected[parent] += guess["survival"] / f.survival[parent]
-        add(request, parent, int(guess["token"]), float(guess["survival"]))
+        f.expected[parent] += guess["acceptance_probability"] / f.acceptance_probability[parent]
+        add(request, parent, int(guess["token"]), float(guess["acceptance_probability"]))
         offer(parent, place + 1)
         expand(len(lasts) - 1)
     return len(lasts)
@@ -106,7 +113,7 @@ def _expand(f, node: int, last: np.ndarray) -> None:
     """Write a node's children, likeliest first."""
     roots, estimates, c = f.roots, f.estimates, CONSTANTS
     request, depth = int(f.request[node]), int(f.depth[node])
-    known = [find(f.table, last, int(domain)) for domain in roots.domains[request]]
+    known = [find(f.table, last, int(source)) for source in roots.sources[request]]
     heads: dict[int, float] = {}
     if depth < roots.ids.shape[1] and roots.ids[request, depth, 0] >= 0:
         logits = roots.logits[request, depth].astype(np.float64)
@@ -135,16 +142,16 @@ def _expand(f, node: int, last: np.ndarray) -> None:
         cell = (kind, min(depth, estimates.num_depths - 1), rank, bin_of(probability, estimates.bins))
         chance = min(probability * estimates.ratios[cell] * roots.factors[request], np.float32(c["highest"]))
         flat = np.ravel_multi_index(cell, estimates.ratios.shape)
-        f.children[f.num_children] = (token, flat, f.survival[node] * chance, probability, own)
+        f.children[f.num_children] = (token, flat, f.acceptance_probability[node] * chance, probability, own)
         f.num_children += 1
     own = f.children[f.first[node] : f.num_children]
-    own[:] = own[np.argsort(-own["survival"], kind="stable")]
+    own[:] = own[np.argsort(-own["acceptance_probability"], kind="stable")]
     f.count[node] = len(own)
 
 
 def bin_of(probability: np.float32, bins: int) -> int:
-    """Its place among the bins of ``survival``, by exponent and first bit of the mantissa: of the probability itself
-    below 1/2, else of what it lacks to 1."""
+    """Its place among the bins of ``acceptance_probability``, by exponent and first bit of the mantissa: of the
+    probability itself below 1/2, else of what it lacks to 1."""
     unlikely = bins - LIKELY_BINS
     if probability < 0.5:
         return max(unlikely - 1 - _halves(probability), 0)
@@ -156,41 +163,41 @@ def _halves(share: np.float32) -> int:
     return 251 - (int(np.float32(share).view(np.int32)) >> 22)
 
 
-def learn(forest, nodes: np.ndarray, tokens: np.ndarray) -> None:
-    """See ``Forest.learn``."""
-    f, estimates = forest, forest.estimates
+def learn(builder, nodes: np.ndarray, tokens: np.ndarray) -> None:
+    """See ``TreeBuilder.learn``."""
+    f, estimates = builder, builder.estimates
     for node, truth in zip(nodes.tolist(), tokens.tolist(), strict=True):
         if f.evidence[node] < 0:
             continue  # it never got guesses
         own = 0.0
         for guess in f.children[f.first[node] : f.first[node] + f.count[node]]:
-            cell, is_right = np.unravel_index(guess["cell"], estimates.hits.shape), guess["token"] == truth
+            cell, is_right = np.unravel_index(guess["cell"], estimates.accepted.shape), guess["token"] == truth
             own = float(guess["own"] / guess["probability"]) if is_right else own
-            estimates.hits[cell] += is_right
-            estimates.stated[cell] += guess["probability"]
-            shrink = WINDOW / max(estimates.stated[cell], WINDOW)
-            estimates.hits[cell] *= shrink
-            estimates.stated[cell] *= shrink
-            estimates.ratios[cell] = estimates.hits[cell] / estimates.stated[cell]
+            estimates.accepted[cell] += is_right
+            estimates.expected[cell] += guess["probability"]
+            shrink = WINDOW / max(estimates.expected[cell], WINDOW)
+            estimates.accepted[cell] *= shrink
+            estimates.expected[cell] *= shrink
+            estimates.ratios[cell] = estimates.accepted[cell] / estimates.expected[cell]
         if f.evidence[node]:
             at = (f.roots.classes[f.request[node]], f.evidence[node])
-            estimates.proven[at] += own
+            estimates.context_accepted[at] += own
             estimates.trust[at] += 1
             shrink = WINDOW / max(estimates.trust[at], WINDOW)
-            estimates.proven[at] *= shrink
+            estimates.context_accepted[at] *= shrink
             estimates.trust[at] *= shrink
-            estimates.weights[at] = estimates.proven[at] / estimates.trust[at]
+            estimates.weights[at] = estimates.context_accepted[at] / estimates.trust[at]
 
 
-def add(table, heard: list[tuple[np.ndarray, int, int]]) -> None:
-    """See ``Forest.add``."""
-    for tokens, start, domain in heard:
+def add(table, sequences: list[tuple[np.ndarray, int, int]]) -> None:
+    """See ``TreeBuilder.add``."""
+    for tokens, start, source in sequences:
         for at in range(max(start, 1), len(tokens)):
             last = np.full(ORDERS, -1, dtype=np.int32)
             before = tokens[max(0, at - ORDERS) : at][::-1]
             last[: len(before)] = before
-            names = keys_of(last[None], np.asarray([domain]))[0, : len(before)]
-            for name, place in zip(names.astype(np.uint32), table.rows_of(names, domain == TEXT), strict=True):
+            names = keys_of(last[None], np.asarray([source]))[0, : len(before)]
+            for name, place in zip(names.astype(np.uint32), table.rows_of(names, source == TEXT), strict=True):
                 row = table.rows[place]
                 if row["fingerprint"] != name:
                     row["fingerprint"], row["total"], row["successors"], row["shares"] = name, 0, -1, 0

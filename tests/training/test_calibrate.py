@@ -10,7 +10,7 @@ from support import answer
 from euryale.parallel.group import single
 from euryale.runtime.config import EngineConfig
 from euryale.scheduler.sampling_params import SamplingParams
-from euryale.scheduler.speculation.acceptance_stats import Survival
+from euryale.scheduler.speculation.acceptance_stats import AcceptanceStats
 from euryale.scheduler.speculation.drafter import DynamicTrees
 from euryale.scheduler.speculation.ngram_table import NgramTable
 from euryale.scheduler.speculation.tree import load_tree
@@ -93,10 +93,10 @@ def test_files_beside_the_heads(calibrated):
     written = json.loads((out / "calibration.json").read_text())
     assert written["tree"]["paths"] == tree.paths() == result["tree"]["paths"]
     assert [len(row) for row in written["accuracy"]] == [NUM_RANKS] * NUM_HEADS
-    learned = Survival.from_json(written["survival"], NUM_HEADS)
-    assert not np.array_equal(learned.ratios, Survival(NUM_HEADS).ratios)
-    with pytest.raises(ValueError, match=r"survival.hits does not fit 2 heads"):
-        Survival.from_json(written["survival"], NUM_HEADS - 1)
+    learned = AcceptanceStats.from_json(written["acceptance_probability"], NUM_HEADS)
+    assert not np.array_equal(learned.ratios, AcceptanceStats(NUM_HEADS).ratios)
+    with pytest.raises(ValueError, match=r"acceptance_probability.hits does not fit 2 heads"):
+        AcceptanceStats.from_json(written["acceptance_probability"], NUM_HEADS - 1)
     assert NgramTable.load_text(out, 1 << 20).rows["total"].any()
     assert [row["nodes"] for row in written["dynamic"]] == list(calibrate.DYNAMIC_SIZES)
     assert all(1 <= row["tokens_per_step"] <= 1 + NUM_HEADS for row in written["trees"])

@@ -103,5 +103,5 @@ def test_survival_of_a_trees_guesses_adds_up_to_its_length():
     rng = np.random.default_rng(0)
     measured = Continuations(np.minimum(rng.geometric(0.5, (40, 60, 3)) - 1, NUM_RANKS), np.ones((40, 60), dtype=bool))
     paths = tree_search.search_walked_tree(measured, 8)
-    shares = tree_search.survival(measured, paths)
+    shares = tree_search.acceptance_probability(measured, paths)
     assert 1 + sum(shares) == pytest.approx(tree_search.tokens_per_step(measured, paths))

@@ -23,20 +23,20 @@ def profile(**changes) -> Profile:
 @given(
     requests=st.integers(1, 8),
     num_prompt_rows=st.integers(0, 5),
-    survival=st.lists(st.floats(0.001, 0.98), max_size=12),
+    acceptance_probability=st.lists(st.floats(0.001, 0.98), max_size=12),
     steps=st.booleans(),
     prompt_scale=st.sampled_from([0.1, 1.0, 1.3, 10.0]),
 )
-def test_the_choice_is_that_of_brute_force(requests, num_prompt_rows, survival, steps, prompt_scale):
+def test_the_choice_is_that_of_brute_force(requests, num_prompt_rows, acceptance_probability, steps, prompt_scale):
     costs = StepCosts(
         prompt_scale=prompt_scale,
         profile=profile(steps=steps, extra=[0, 7, 11], speculating=[[2e-3, 3e-3, 4e-3], [4e-3, 4e-3, 5e-3]]),
     )
-    survival = sorted(survival, reverse=True)
+    acceptance_probability = sorted(acceptance_probability, reverse=True)
     budget = Budget(costs, most=100)
     assert budget.begin(requests, num_prompt_rows)
     rates = {}
-    for n in range(len(survival) + 1):
+    for n in range(len(acceptance_probability) + 1):
         rows = requests + others + n
         # Sizes that steps may have, up to 31 rows: any at first, then every second; where steps are padded, full ones.
         padded = {0, 7 if requests == 1 else 4, 11 if requests == 1 else 0}
@@ -46,11 +46,13 @@ def test_the_choice_is_that_of_brute_force(requests, num_prompt_rows, survival, 
                 costs.speculating(requests, np.array([others + more]), prompts=others > 0)[0] for more in (n, 0)
             )
             seconds = costs.speculating(requests, np.array([0]))[0] + with_them - alone if others else with_them
-            rates[n] = (requests + sum(survival[:n])) / seconds
-    chosen = budget.choose(np.asarray(survival, dtype=np.float32))
+            rates[n] = (requests + sum(acceptance_probability[:n])) / seconds
+    chosen = budget.choose(np.asarray(acceptance_probability, dtype=np.float32))
     assert chosen in rates
     assert rates[chosen] == pytest.approx(max(rates.values()), rel=1e-6)
-    assert budget.last.expected_accepted_tokens == pytest.approx(sum(survival[:chosen]), rel=1e-5, abs=1e-9)
+    assert budget.last.expected_accepted_tokens == pytest.approx(
+        sum(acceptance_probability[:chosen]), rel=1e-5, abs=1e-9
+    )
     prompts = costs.prefilling(requests, np.array([others]))[0] - costs.plain(requests)
     assert budget.last.seconds > prompts
 

@@ -12,7 +12,7 @@ from euryale.scheduler.speculation.drafter import DynamicTrees, RequestStepResul
 from euryale.scheduler.step_cost import Profile, StepCosts
 from euryale.scheduler.trace import record
 
-HEARD = [11, 12, 13, 14, 15, 16, 17, 18]
+SEQUENCES = [11, 12, 13, 14, 15, 16, 17, 18]
 
 
 def without_heads(key: int, output: list[int], **params) -> Request:
@@ -41,11 +41,11 @@ def told(drafter, made: Request, room: int = 6) -> list[int]:
     ],
 )
 def test_sources_can_be_switched_off(sources, own, num_prompt_rows):
-    """The heads say nothing here: what is guessed was heard before."""
+    """The heads say nothing here: what is guessed was sequences before."""
     drafter = DynamicTrees(3, 6, sources=sources)
     first = without_heads(0, [])
-    take(drafter, first, HEARD[1:])
-    take(drafter, first, HEARD[:2])
+    take(drafter, first, SEQUENCES[1:])
+    take(drafter, first, SEQUENCES[:2])
     assert (told(drafter, first)[:3] == [13, 14, 15]) == own
     take(drafter, first, [19], ends=True)
     second = without_heads(1, [])
@@ -56,7 +56,7 @@ def test_sources_can_be_switched_off(sources, own, num_prompt_rows):
 def test_requests_learn_from_others_of_their_salt_only():
     drafter = DynamicTrees(3, 6)
     secret = without_heads(0, [], cache_salt="mine")
-    take(drafter, secret, HEARD[1:], ends=True)
+    take(drafter, secret, SEQUENCES[1:], ends=True)
     for salt, knows in (("", False), ("theirs", False), ("mine", True)):
         other = without_heads(len(salt) + 1, [], cache_salt=salt)
         take(drafter, other, [12])
@@ -67,8 +67,8 @@ def test_a_key_that_comes_again_finds_nothing_of_its_namesake():
     drafter = DynamicTrees(3, 6, sources=Sources(traffic=False))
     for turn in range(2):
         made = without_heads(7, [])
-        take(drafter, made, HEARD[1:])
-        take(drafter, made, HEARD[:2])
+        take(drafter, made, SEQUENCES[1:])
+        take(drafter, made, SEQUENCES[:2])
         assert told(drafter, made)[:3] == [13, 14, 15]
         again = without_heads(7, [])
         take(drafter, again, [12])

@@ -8,28 +8,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from euryale.scheduler.sampling_params import SamplingParams
-from euryale.scheduler.speculation import tree_builder as forests
-from euryale.scheduler.speculation.acceptance_stats import BINS, NUM_CLASSES, Momentum, Survival, class_of
+from euryale.scheduler.speculation import tree_builder as builders
+from euryale.scheduler.speculation.acceptance_stats import (
+    BINS,
+    NUM_CLASSES,
+    AcceptanceRateCorrection,
+    AcceptanceStats,
+    sampling_class_of,
+)
 from euryale.scheduler.speculation.ngram_table import FILE, ORDERS, SUCCESSORS, TEXT, NgramTable
-from euryale.scheduler.speculation.tree_builder import Forest, Roots
+from euryale.scheduler.speculation.tree_builder import TreeBuilder, TreeRoots
 
 VOCAB, HEADS, RANKS = 12, 2, 4
 
 
-def pair() -> tuple[Forest, Forest]:
-    """A forest that runs compiled, and one that runs the reference."""
+def pair() -> tuple[TreeBuilder, TreeBuilder]:
+    """A builder that runs compiled, and one that runs the reference."""
     text = np.random.default_rng(0).integers(0, VOCAB, 400).astype(np.int32)
-    made = [Forest(NgramTable.of_text([text], text_bits=5), Survival(HEADS)) for _ in range(2)]
+    made = [TreeBuilder(NgramTable.of_text([text], text_bits=5), AcceptanceStats(HEADS)) for _ in range(2)]
     assert made[0]._native is not None, "install with a compiler: pip install -e ."
     made[1]._native = None
     return made[0], made[1]
 
 
-def roots(rng, count: int, has_heads: bool) -> Roots:
+def roots(rng, count: int, has_heads: bool) -> TreeRoots:
     ids = np.stack([[rng.permutation(VOCAB)[:RANKS] for _ in range(HEADS)] for _ in range(count)]).astype(np.int32)
     if not has_heads:
         ids[rng.random(count) < 0.5] = -1
-    return Roots(
+    return TreeRoots(
         last=rng.integers(-1, VOCAB, (count, ORDERS)).astype(np.int32),
         ids=ids,
         logits=-np.sort(-rng.normal(0, 3, ids.shape), axis=2).astype(np.float32),
@@ -37,7 +43,7 @@ def roots(rng, count: int, has_heads: bool) -> Roots:
         classes=rng.integers(0, NUM_CLASSES, count).astype(np.int32),
         factors=rng.uniform(0.5, 1.5, count).astype(np.float32),
         values=rng.uniform(0.5, 2, count).astype(np.float32),
-        domains=np.stack([rng.integers(2, 5, count), np.full(count, 9), np.full(count, TEXT)], axis=1),
+        sources=np.stack([rng.integers(2, 5, count), np.full(count, 9), np.full(count, TEXT)], axis=1),
     )
 
 
@@ -52,22 +58,24 @@ def roots(rng, count: int, has_heads: bool) -> Roots:
 def test_the_compiled_forest_is_the_references(seed, count, most, each, has):
     rng, (native, reference) = np.random.default_rng(seed), pair()
     for _ in range(3):
-        made, heard = roots(rng, count, has), rng.integers(0, VOCAB, 30).astype(np.int32)
-        for forest in (native, reference):
-            forest.add([(heard, int(seed % 5), 2 + int(seed % 3)), (heard[5:9], 1, 9)])
-            forest.grow(made, most, each, 1e-3)
+        made, sequences = roots(rng, count, has), rng.integers(0, VOCAB, 30).astype(np.int32)
+        for builder in (native, reference):
+            builder.add([(sequences, int(seed % 5), 2 + int(seed % 3)), (sequences[5:9], 1, 9)])
+            builder.grow(made, most, each, 1e-3)
         assert native.num_nodes == reference.num_nodes
         nodes = slice(0, native.num_nodes)
         for name in ("request", "parent", "token", "depth", "evidence", "count"):
             assert getattr(native, name)[nodes].tolist() == getattr(reference, name)[nodes].tolist(), name
         # The reference computes powers in float64.
-        np.testing.assert_allclose(native.survival[nodes], reference.survival[nodes], rtol=1e-4)
+        np.testing.assert_allclose(
+            native.acceptance_probability[nodes], reference.acceptance_probability[nodes], rtol=1e-4
+        )
         np.testing.assert_allclose(native.expected[nodes], reference.expected[nodes], rtol=1e-4)
         reached = rng.permutation(native.num_nodes)[:4].astype(np.int32)
         truths = rng.integers(0, VOCAB, len(reached)).astype(np.int32)
-        for forest in (native, reference):
-            forest.learn(reached, truths)
-        for name in ("ratios", "weights", "trust"):
+        for builder in (native, reference):
+            builder.learn(reached, truths)
+        for name in ("ratios", "weights", "context_cases"):
             np.testing.assert_allclose(
                 getattr(native.estimates, name), getattr(reference.estimates, name), rtol=1e-4, err_msg=name
             )
@@ -76,29 +84,36 @@ def test_the_compiled_forest_is_the_references(seed, count, most, each, has):
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**32), most=st.integers(1, 30), each=st.integers(1, 10))
 def test_trees_are_closed_bounded_and_the_best_come_first(seed, most, each):
-    rng, (forest, _) = np.random.default_rng(seed), pair()
+    rng, (builder, _) = np.random.default_rng(seed), pair()
     made = roots(rng, 4, True)
-    total = forest.grow(made, most, each, 1e-3)
-    request, parent, survival = forest.request[:total], forest.parent[:total], forest.survival[:total]
+    total = builder.grow(made, most, each, 1e-3)
+    request, parent, acceptance_probability = (
+        builder.request[:total],
+        builder.parent[:total],
+        builder.acceptance_probability[:total],
+    )
     assert total - 4 <= most
     assert np.bincount(request[4:], minlength=4).max(initial=0) <= each
-    worth = survival * made.values[request]
+    worth = acceptance_probability * made.values[request]
     assert np.all(np.diff(worth[4:]) <= 1e-6)
     for node in range(4, total):
         assert parent[node] < node
         assert request[parent[node]] == request[node]
-        assert survival[node] <= survival[parent[node]]
-        assert forest.depth[node] == forest.depth[parent[node]] + 1 <= made.depths[request[node]]
-    children = list(zip(parent[4:].tolist(), forest.token[4:total].tolist(), strict=True))
+        assert acceptance_probability[node] <= acceptance_probability[parent[node]]
+        assert builder.depth[node] == builder.depth[parent[node]] + 1 <= made.depths[request[node]]
+    children = list(zip(parent[4:].tolist(), builder.token[4:total].tolist(), strict=True))
     assert len(set(children)) == len(children), "a guess twice below one node"
 
 
 def test_the_chosen_nodes_are_the_best_of_all_trees():
-    """Against every subset of what the trees could hold, by the sum of survival times value."""
-    rng, (forest, _) = np.random.default_rng(5), pair()
+    """Against every subset of what the trees could hold, by the sum of acceptance_probability times value."""
+    rng, (builder, _) = np.random.default_rng(5), pair()
     made = roots(rng, 2, True)
-    total = forest.grow(made, 9, 9, 1e-3)
-    parent, worth = forest.parent[:total].copy(), forest.survival[:total] * made.values[forest.request[:total]]
+    total = builder.grow(made, 9, 9, 1e-3)
+    parent, worth = (
+        builder.parent[:total].copy(),
+        builder.acceptance_probability[:total] * made.values[builder.request[:total]],
+    )
     for size in range(1, 6):
         closed = [
             worth[list(chosen)].sum()
@@ -109,31 +124,31 @@ def test_the_chosen_nodes_are_the_best_of_all_trees():
 
 
 def test_a_table_knows_what_followed_and_forgets_strangers():
-    forest, _ = pair()
-    table = forest.table
-    heard = np.asarray([5, 6, 7, 8, 5, 6, 7, 9, 5, 6, 7, 9, 5, 6, 7, 9, 5, 6, 7, 9], dtype=np.int32)
-    forest.add([(heard[:3], 0, 77)])
-    forest.add([(heard, 3, 77)])
-    shares, evidence, cases = forests.forest_reference.find(table, np.asarray([7, 6, 5], dtype=np.int32), 77)
+    builder, _ = pair()
+    table = builder.table
+    sequences = np.asarray([5, 6, 7, 8, 5, 6, 7, 9, 5, 6, 7, 9, 5, 6, 7, 9, 5, 6, 7, 9], dtype=np.int32)
+    builder.add([(sequences[:3], 0, 77)])
+    builder.add([(sequences, 3, 77)])
+    shares, evidence, cases = builders.tree_builder_reference.find(table, np.asarray([7, 6, 5], dtype=np.int32), 77)
     assert shares == {9: 1.0}, "four cases are remembered, the eldest is forgotten"
     assert (evidence, cases) == ((ORDERS - 1) * SUCCESSORS + 4, 4)
-    assert forests.forest_reference.find(table, np.asarray([7, 6, 5], dtype=np.int32), 78)[0] == {}
-    shorter = forests.forest_reference.find(table, np.asarray([7, 1, 1], dtype=np.int32), 77)
+    assert builders.tree_builder_reference.find(table, np.asarray([7, 6, 5], dtype=np.int32), 78)[0] == {}
+    shorter = builders.tree_builder_reference.find(table, np.asarray([7, 1, 1], dtype=np.int32), 77)
     assert shorter == ({9: 1.0}, 4, 4)
     # As many contexts again as there are rows: the table stays as large as it is, and the text's rows stay.
     text = table.rows[: 1 << table.text_bits].copy()
-    small = Forest(NgramTable(live_bits=4), Survival(HEADS))
+    small = TreeBuilder(NgramTable(live_bits=4), AcceptanceStats(HEADS))
     many = np.random.default_rng(1).integers(0, 1000, 500).astype(np.int32)
     small.add([(many, 0, 3)])
     assert len(small.table.rows) == 1 + 16
-    forest.add([(many, 0, 3)])
+    builder.add([(many, 0, 3)])
     assert np.array_equal(table.rows[: 1 << table.text_bits], text)
 
 
 def test_the_text_counts_what_follows(tmp_path):
     text = np.asarray([1, 2, 3, 1, 2, 3, 1, 2, 4, 1, 2, 3], dtype=np.int32)
     table = NgramTable.of_text([text], text_bits=8)
-    shares, evidence, _ = forests.forest_reference.find(table, np.asarray([2, 1, 9], dtype=np.int32), TEXT)
+    shares, evidence, _ = builders.tree_builder_reference.find(table, np.asarray([2, 1, 9], dtype=np.int32), TEXT)
     assert shares == pytest.approx({3: 0.75, 4: 0.25}, abs=1e-4)
     assert evidence == SUCCESSORS + 2
     table.save_text(tmp_path)
@@ -148,36 +163,36 @@ def test_the_text_counts_what_follows(tmp_path):
 
 def test_a_context_may_come_without_end():
     """Half a million times, and what came last is still known."""
-    for forest in pair():
-        tokens = np.asarray([3, 4] * (250 if forest._native is None else 250_000) + [3, 5], dtype=np.int32)
-        forest.add([(tokens, 0, 3)])
-        shares, *_ = forests.forest_reference.find(forest.table, np.asarray([3, 4, 3], dtype=np.int32), 3)
+    for builder in pair():
+        tokens = np.asarray([3, 4] * (250 if builder._native is None else 250_000) + [3, 5], dtype=np.int32)
+        builder.add([(tokens, 0, 3)])
+        shares, *_ = builders.tree_builder_reference.find(builder.table, np.asarray([3, 4, 3], dtype=np.int32), 3)
         assert shares == {4: 0.75, 5: 0.25}
-        assert forest.table.rows["total"][1 << forest.table.text_bits :].max() < 2 * SUCCESSORS
+        assert builder.table.rows["total"][1 << builder.table.text_bits :].max() < 2 * SUCCESSORS
 
 
 def test_estimates_follow_what_comes_true():
-    """Guesses that are right half as often as stated are believed half as much, soon, and again when that changes."""
-    forest, _ = pair()
-    rng, survival = np.random.default_rng(0), forest.estimates
+    """Guesses that are right half as often as expected are believed half as much, soon, and again when that changes."""
+    builder, _ = pair()
+    rng, acceptance_probability = np.random.default_rng(0), builder.estimates
     made = roots(rng, 1, True)
     made.depths[:], made.factors[:] = 1, 1.0
     for true_share in (0.25, 0.9):
         for _ in range(600):
-            forest.grow(made, 4, 4, 1e-3)
-            guess = forest.children[forest.first[0]]
+            builder.grow(made, 4, 4, 1e-3)
+            guess = builder.children[builder.first[0]]
             right = rng.random() < true_share
-            forest.learn(
+            builder.learn(
                 np.zeros(1, dtype=np.int32), np.asarray([guess["token"] if right else VOCAB + 1], dtype=np.int32)
             )
-        forest.grow(made, 4, 4, 1e-3)
-        stated = forest.children[forest.first[0]]
-        assert stated["survival"] == pytest.approx(true_share, abs=0.12)
-    assert survival.ratios.shape == (NUM_CLASSES, HEADS + 1, 4, BINS)
+        builder.grow(made, 4, 4, 1e-3)
+        expected = builder.children[builder.first[0]]
+        assert expected["acceptance_probability"] == pytest.approx(true_share, abs=0.12)
+    assert acceptance_probability.ratios.shape == (NUM_CLASSES, HEADS + 1, 4, BINS)
 
 
 def test_momentum_follows_a_requests_luck():
-    lucky, unlucky, fair = Momentum(), Momentum(), Momentum()
+    lucky, unlucky, fair = AcceptanceRateCorrection(), AcceptanceRateCorrection(), AcceptanceRateCorrection()
     for _ in range(30):
         lucky.learn(2, 1)
         unlucky.learn(0, 1)
@@ -194,5 +209,5 @@ def test_classes_tell_sampling_apart():
         SamplingParams(temperature=1.0),
         SamplingParams(temperature=1.0, acceptance="typical"),
     ]
-    assert [class_of(p) for p in kinds] == [0, 1, 2, 3]
-    assert class_of(SamplingParams(acceptance="typical")) == 0  # greedy: it accepts the argmax only
+    assert [sampling_class_of(p) for p in kinds] == [0, 1, 2, 3]
+    assert sampling_class_of(SamplingParams(acceptance="typical")) == 0  # greedy: it accepts the argmax only
