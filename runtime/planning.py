@@ -24,7 +24,7 @@ def make_scheduler(
     return Scheduler(
         loaded.limits,
         _make_drafter(config, loaded, costs),
-        share_prefixes=config.enable_prefix_caching,
+        enable_prefix_caching=config.enable_prefix_caching,
         starvation_bound=config.starvation_bound,
         costs=costs,
         longest_step=config.max_itl / 1000,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from euryale.scheduler.page_pool import PagePool
-from euryale.scheduler.prefix import PageNames
+from euryale.scheduler.prefix import PageHasher
 from euryale.scheduler.request import FinishReason, Request
 from euryale.scheduler.waiting_queue import WaitingQueue
 
@@ -49,19 +49,21 @@ class Admission:
     Before a step is planned call ``begin_step``, then ``hold_for_drafts`` for each tree; after it ``settle`` for each
     request that it advanced, or ``end``."""
 
-    def __init__(self, limits: Limits, share_prefixes: bool, starvation_bound: int) -> None:
-        """``share_prefixes``: requests that begin alike use the same pages, and these are kept for later ones while
-        there is room. ``starvation_bound`` in steps; with 0 requests are let in in the order of arrival."""
+    def __init__(self, limits: Limits, enable_prefix_caching: bool, starvation_bound: int) -> None:
+        """``enable_prefix_caching``: requests that begin alike use the same pages, and these are kept for later ones
+        while there is room. ``starvation_bound`` in steps; with 0 requests are let in in the order of arrival."""
         self.limits = limits
         self.pages = PagePool(limits.num_pages, limits.page_size)
         self.waiting = WaitingQueue(starvation_bound)
         self.running: list[Request] = []
-        self.num_prompt = self.num_shared = 0  # prompt tokens of requests that began, and those found computed
+        self.num_prompt_tokens = self.num_cached_tokens = (
+            0  # prompt tokens of requests that began, and those found computed
+        )
         self.num_preempted_for_pages = self.num_preempted_for_priority = 0
         self.num_recomputed = 0  # tokens
-        self._names = PageNames(limits.page_size) if share_prefixes else None
+        self._hasher = PageHasher(limits.page_size) if enable_prefix_caching else None
         # Names of pages that running requests will compute, and who waits for them.
-        self._coming: dict[bytes, list[Request]] = {}
+        self._pending: dict[bytes, list[Request]] = {}
         self._step = 0
         self._preempted_now: set[int] = set()  # keys; they wait for a step at least
 
@@ -143,15 +145,17 @@ class Admission:
             self.pages.free(request.pages[needed:])
             del request.pages[needed:]
         full = min(request.num_computed, known) // size  # an answer may end before the accepted path does
-        if self._names is None or full == request.num_published:
+        if self._hasher is None or full == request.num_cached_pages:
             return
-        names = request.page_names
-        if len(names) < full:
-            self._names.extend(names, request.known_tokens(len(names) * size, full * size), request.params.cache_salt)
-        for place in range(request.num_published, full):
-            self.pages.name(request.pages[place], names[place])
-            self._no_longer_coming(names[place])
-        request.num_published = full
+        hashes = request.page_hashes
+        if len(hashes) < full:
+            self._hasher.extend(
+                hashes, request.known_tokens(len(hashes) * size, full * size), request.params.cache_salt
+            )
+        for place in range(request.num_cached_pages, full):
+            self.pages.cache(request.pages[place], hashes[place])
+            self._no_longer_pending(hashes[place])
+        request.num_cached_pages = full
 
     # ---- growth
 
@@ -209,11 +213,11 @@ class Admission:
             has_seat = len(self.running) < self.limits.max_num_seqs
             if not victims and not (has_seat and self.pages.num_free):
                 return
-            names = self._name_known(request)
-            shared = self.pages.share(names)
-            if len(shared) < len(names) and names[len(shared)] in self._coming:
+            hashes = self._hash_known(request)
+            shared = self.pages.acquire_cached(hashes)
+            if len(shared) < len(hashes) and hashes[len(shared)] in self._pending:
                 self.pages.free(shared)
-                self._park(request, names[len(shared) :])
+                self._park(request, hashes[len(shared) :])
                 continue
             needed = self.pages.pages_for(request.num_known)
             if request.is_protected:
@@ -222,7 +226,9 @@ class Admission:
                 self.pages.free(shared)
                 return
             self._start(request, shared, needed - len(shared))
-            self._coming.update((name, []) for name in names[len(shared) :] if name not in self._coming)
+            self._pending.update(
+                (page_hash, []) for page_hash in hashes[len(shared) :] if page_hash not in self._pending
+            )
 
     def _make_room(self, num_pages: int, victims: list[Request]) -> bool:
         """Whether there are a seat and so many pages, and one more for each running request that can still grow;
@@ -236,7 +242,7 @@ class Admission:
             if count == len(victims):
                 return False
             seats += 1
-            room += self.pages.count_unshared(victims[count].pages) + _can_grow(victims[count])
+            room += self.pages.count_exclusive(victims[count].pages) + _can_grow(victims[count])
             count += 1
         for victim in victims[:count]:
             self._preempt(victim)
@@ -247,14 +253,14 @@ class Admission:
         self.waiting.leave(request, self._step)
         request.page_ids = np.zeros(self._most_pages(request), dtype=np.int32)
         request.page_ids[: len(shared)] = shared
-        request.pages, request.num_published = list(shared), len(shared)
+        request.pages, request.num_cached_pages = list(shared), len(shared)
         self._take(request, num_new)
         request.num_computed = len(shared) * self.pages.page_size
         if request.num_preempted:
             self.num_recomputed += max(request.num_lost - request.num_computed, 0)
         else:
-            self.num_shared += request.num_computed
-            self.num_prompt += len(request.prompt)
+            self.num_cached_tokens += request.num_computed
+            self.num_prompt_tokens += len(request.prompt)
         self.running.append(request)
 
     def _most_pages(self, request: Request) -> int:
@@ -262,31 +268,33 @@ class Admission:
 
     # ---- shared pages
 
-    def _name_known(self, request: Request) -> list[bytes]:
+    def _hash_known(self, request: Request) -> list[bytes]:
         """Names of the known tokens' full pages but for the one with the last token, which is computed in any case:
         what follows it is what the request asks for. None where the prompt's rows are to be reported on: they all have
         to be computed."""
-        if self._names is None or request.wants_prompt_logprobs:
+        if self._hasher is None or request.wants_prompt_logprobs:
             return []
-        names, size = request.page_names, self.pages.page_size
+        hashes, size = request.page_hashes, self.pages.page_size
         full = request.num_known // size
-        if len(names) < full:
-            self._names.extend(names, request.known_tokens(len(names) * size, full * size), request.params.cache_salt)
-        return names[: (request.num_known - 1) // size]
+        if len(hashes) < full:
+            self._hasher.extend(
+                hashes, request.known_tokens(len(hashes) * size, full * size), request.params.cache_salt
+            )
+        return hashes[: (request.num_known - 1) // size]
 
-    def _park(self, request: Request, names: list[bytes]) -> None:
+    def _park(self, request: Request, hashes: list[bytes]) -> None:
         """Let others pass until the last of the pages that are coming one after the other is there, or will not be."""
-        last = next((i for i, name in enumerate(names) if name not in self._coming), len(names)) - 1
-        self._coming[names[last]].append(request)
+        last = next((i for i, page_hash in enumerate(hashes) if page_hash not in self._pending), len(hashes)) - 1
+        self._pending[hashes[last]].append(request)
         self.waiting.park(request)
 
-    def _no_longer_coming(self, name: bytes) -> None:
-        for request in self._coming.pop(name, ()):
+    def _no_longer_pending(self, page_hash: bytes) -> None:
+        for request in self._pending.pop(page_hash, ()):
             self.waiting.wake(request)
 
     def _give_back(self, request: Request) -> None:
-        for name in request.page_names[request.num_published :]:
-            self._no_longer_coming(name)
+        for page_hash in request.page_hashes[request.num_cached_pages :]:
+            self._no_longer_pending(page_hash)
         self.pages.free(request.pages)
         request.pages = []
 

@@ -1,6 +1,6 @@
 """Accounting of KV-cache pages: who holds which, and which are known by what they hold.
 
-A page is *held* by one or more requests, *kept* (held by nobody, but known by name and given out again to whoever
+A page is *held* by one or more requests, *kept* (held by nobody, but known by page_hash and given out again to whoever
 needs the same contents, until its place is needed), or *free*.
 """
 
@@ -17,25 +17,25 @@ class PagePool:
         self.num_pages = num_pages
         self.page_size = page_size
         self._free = list(range(num_pages - 1, -1, -1))
-        self._kept: OrderedDict[int, None] = OrderedDict()  # the least recently held first
+        self._cached: OrderedDict[int, None] = OrderedDict()  # the least recently held first
         self._holders = [0] * num_pages
-        self._page_of: dict[bytes, int] = {}
-        self._name_of: dict[int, bytes] = {}
+        self._page_of_hash: dict[bytes, int] = {}
+        self._hash_of_page: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
         """Pages that can be allocated: the free and the kept ones."""
-        return len(self._free) + len(self._kept)
+        return len(self._free) + len(self._cached)
 
     @property
-    def num_kept(self) -> int:
-        return len(self._kept)
+    def num_cached(self) -> int:
+        return len(self._cached)
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.page_size)
 
-    def count_unshared(self, pages: list[int]) -> int:
+    def count_exclusive(self, pages: list[int]) -> int:
         """How many of the pages are held by one request only."""
         return list(map(self._holders.__getitem__, pages)).count(1)
 
@@ -46,23 +46,23 @@ class PagePool:
             return None
         return [self._take_free() for _ in range(count)]
 
-    def share(self, names: list[bytes]) -> list[int]:
-        """The pages of the longest run of ``names``, from the first on, that is known; held once more each."""
+    def acquire_cached(self, hashes: list[bytes]) -> list[int]:
+        """The pages of the longest run of ``hashes``, from the first on, that is known; held once more each."""
         shared = []
-        for name in names:
-            page = self._page_of.get(name)
+        for page_hash in hashes:
+            page = self._page_of_hash.get(page_hash)
             if page is None:
                 break
-            self._kept.pop(page, None)
+            self._cached.pop(page, None)
             self._holders[page] += 1
             shared.append(page)
         return shared
 
-    def name(self, page: int, name: bytes) -> None:
+    def cache(self, page: int, page_hash: bytes) -> None:
         """Make a held page known by what it holds from now on, unless another page is known by that already."""
         assert self._holders[page], f"page {page} is held by nobody"
-        if name not in self._page_of and page not in self._name_of:
-            self._page_of[name], self._name_of[page] = page, name
+        if page_hash not in self._page_of_hash and page not in self._hash_of_page:
+            self._page_of_hash[page_hash], self._hash_of_page[page] = page, page_hash
 
     def free(self, pages: list[int]) -> None:
         """Give pages back, a request's pages in their order. This is the only place where a page becomes free: it does
@@ -71,8 +71,8 @@ class PagePool:
             assert self._holders[page], f"page {page} freed twice"
             self._holders[page] -= 1
             if not self._holders[page]:
-                if page in self._name_of:
-                    self._kept[page] = None
+                if page in self._hash_of_page:
+                    self._cached[page] = None
                 else:
                     self._free.append(page)
 
@@ -80,7 +80,7 @@ class PagePool:
         if self._free:
             page = self._free.pop()
         else:
-            page, _ = self._kept.popitem(last=False)
-            del self._page_of[self._name_of.pop(page)]
+            page, _ = self._cached.popitem(last=False)
+            del self._page_of_hash[self._hash_of_page.pop(page)]
         self._holders[page] = 1
         return page

@@ -42,8 +42,8 @@ class Request:
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
     page_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))  # the same, int32
-    page_names: list[bytes] = field(default_factory=list)  # of the full pages of the known tokens, as far as made
-    num_published: int = 0  # of the page names, those by which others can find the pages
+    page_hashes: list[bytes] = field(default_factory=list)  # of the full pages of the known tokens, as far as made
+    num_cached_pages: int = 0  # of the page names, those by which others can find the pages
     head_candidates: HeadCandidates | None = None  # None: the heads did not run
     drafting: object | None = None  # what the drafter keeps of it
     tokens_per_step: list[int] = field(default_factory=list)  # tokens emitted by each decoding step

@@ -51,7 +51,7 @@ class Scheduler:
         self,
         limits: Limits,
         drafter: Drafter | None,
-        share_prefixes: bool = True,
+        enable_prefix_caching: bool = True,
         starvation_bound: int = STARVATION_BOUND,
         costs: StepCosts | None = None,
         longest_step: float = 0.0,
@@ -60,7 +60,7 @@ class Scheduler:
         the rest is as in ``Admission``."""
         self.limits = limits
         self.drafter = drafter
-        self.admission = Admission(limits, share_prefixes, starvation_bound)
+        self.admission = Admission(limits, enable_prefix_caching, starvation_bound)
         self.step = 0
         self.num_first_head_candidates = self.num_first_head_correct = 0  # of the first head's likeliest token
         self.step_results: list[RequestStepResult] = []  # what the last step found

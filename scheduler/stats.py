@@ -112,7 +112,7 @@ class EngineStats:
 
     def values(self) -> dict:
         """Counters since start; ``step_ms`` is the mean of the last 256 steps, ``tokens_per_step`` counts decoding
-        steps by the tokens they emitted; ``pages_free`` includes ``pages_kept``, those known by what they hold."""
+        steps by the tokens they emitted; ``pages_free`` includes ``pages_cached``, those known by what they hold."""
         admission = self._scheduler.admission
         pages = admission.pages
         recent = sum(self._recent) / len(self._recent) if self._recent else 0.0
@@ -130,9 +130,9 @@ class EngineStats:
             "engine_cancelled": self.num_cancelled,
             "pages_total": pages.num_pages,
             "pages_free": pages.num_free,
-            "pages_kept": pages.num_kept,
-            "prompt_tokens_admitted": admission.num_prompt,
-            "prompt_tokens_shared": admission.num_shared,
+            "pages_cached": pages.num_cached,
+            "prompt_tokens_admitted": admission.num_prompt_tokens,
+            "prompt_tokens_cached": admission.num_cached_tokens,
             "preemptions_for_pages": admission.num_preempted_for_pages,
             "preemptions_for_priority": admission.num_preempted_for_priority,
             "recomputed_tokens": admission.num_recomputed,

@@ -235,7 +235,7 @@ def answer(group, config, wanted: list[tuple], arrivals: int = 0) -> dict | None
         "accepted": [r.tokens_per_step for r in requests],
         "reasons": [str(r.finish_reason) for r in requests],
         "steps": steps,
-        "shared": admission.num_shared,
+        "shared": admission.num_cached_tokens,
         "recomputed": admission.num_recomputed,
         "preempted": [r.num_preempted for r in requests],
         "prompt_logprobs": [r.prompt_logprobs for r in requests],

@@ -207,7 +207,7 @@ def make_scheduler(setting: Setting, limits: Limits) -> Scheduler:
     elif setting.tree == "dynamic":
         costs = StepCosts(make_profile(setting, limits))
         drafter = _dynamic(setting, limits, costs)
-    return Scheduler(limits, drafter, share_prefixes=False, costs=costs)
+    return Scheduler(limits, drafter, enable_prefix_caching=False, costs=costs)
 
 
 def _dynamic(setting: Setting, limits: Limits, costs: StepCosts) -> Drafter:

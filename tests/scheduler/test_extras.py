@@ -83,12 +83,12 @@ def test_who_wants_to_know_of_its_prompt_computes_all_of_it_for_the_others_too()
     scheduler, rng = Scheduler(LARGE, None), np.random.default_rng(0)
 
     def run(key: int, **params) -> int:
-        before = scheduler.admission.num_shared
+        before = scheduler.admission.num_cached_tokens
         scheduler.add(request(200, key=key, max_tokens=1, **params))
         while scheduler.has_work:
             plan = scheduler.plan(1, 0)
             scheduler.advance(plan, told(plan, results(plan, rng)))
-        return scheduler.admission.num_shared - before
+        return scheduler.admission.num_cached_tokens - before
 
     assert run(0, prompt_logprobs=0) == 0
     assert run(1) == 199 // LARGE.page_size * LARGE.page_size

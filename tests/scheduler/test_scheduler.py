@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from made_up_model import LIMITS, TREE, request, results
 
-from euryale.scheduler.prefix import PageNames
+from euryale.scheduler.prefix import PageHasher
 from euryale.scheduler.request import FinishReason, Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import Scheduler
@@ -123,12 +123,12 @@ def alike(count: int, shared: int, own: int) -> list[Request]:
 def test_what_requests_begin_with_is_computed_once():
     scheduler = Scheduler(LARGE, None)
     assert run_all(scheduler, alike(32, 200, 7)) == 200 + 32 * 7
-    assert scheduler.admission.num_shared == 31 * 200
-    assert scheduler.admission.num_prompt == 32 * 207
+    assert scheduler.admission.num_cached_tokens == 31 * 200
+    assert scheduler.admission.num_prompt_tokens == 32 * 207
     assert scheduler.admission.pages.num_free == LARGE.num_pages
     # The same again finds all full pages but the last token's.
     assert run_all(scheduler, alike(1, 200, 7)) == 207 - 204
-    assert run_all(Scheduler(LARGE, None, share_prefixes=False), alike(32, 200, 7)) == 32 * 207
+    assert run_all(Scheduler(LARGE, None, enable_prefix_caching=False), alike(32, 200, 7)) == 32 * 207
 
 
 def test_the_last_token_is_computed_even_if_its_page_is_known():
@@ -151,8 +151,8 @@ def test_pages_are_forgotten_when_their_place_is_needed_the_longest_unused_first
     for n, made in enumerate((one, two, three)):
         made.prompt[0] = 40 + n
     for made in (one, two, three):  # ten pages each, of which nine are full in the end
-        run_all(scheduler, [dataclasses.replace(made, output=[], accepted=[], page_names=[])])
-    again = [dataclasses.replace(made, output=[], accepted=[], page_names=[]) for made in (three, one)]
+        run_all(scheduler, [dataclasses.replace(made, output=[], accepted=[], page_hashes=[])])
+    again = [dataclasses.replace(made, output=[], accepted=[], page_hashes=[]) for made in (three, one)]
     assert run_all(scheduler, [again[0]]) == 35 - 32
     assert run_all(scheduler, [again[1]]) > 1 + 33 - 32
 
@@ -184,7 +184,7 @@ def test_cancelling_one_that_waits_for_shared_pages_leaves_the_others_waiting():
 
 
 def test_pages_known_by_name_are_not_those_of_other_tokens():
-    names, one, two = PageNames(4), [], []
+    names, one, two = PageHasher(4), [], []
     names.extend(one, np.arange(8, dtype=np.int32))
     names.extend(two, np.arange(4, dtype=np.int32))
     names.extend(two, np.arange(4, 11, dtype=np.int32))  # three tokens more than fill a page
@@ -194,5 +194,5 @@ def test_pages_known_by_name_are_not_those_of_other_tokens():
     names.extend(after_others, np.arange(1, 9, dtype=np.int32)[::-1].copy())
     assert not set(after_others) & set(one)
     elsewhere: list[bytes] = []
-    PageNames(4).extend(elsewhere, np.arange(8, dtype=np.int32))
+    PageHasher(4).extend(elsewhere, np.arange(8, dtype=np.int32))
     assert not set(elsewhere) & set(one)

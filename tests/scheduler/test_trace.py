@@ -57,7 +57,7 @@ def results(plan, known: dict[int, list[int]], rng) -> list[SegmentResult]:
 
 def run(drafter, path=None) -> tuple[EngineStats, list[dict], list[RequestStepResult]]:
     """Four requests to their ends: the statistics, a record of every step, and all that was tested."""
-    scheduler = Scheduler(LIMITS, drafter, share_prefixes=False)
+    scheduler = Scheduler(LIMITS, drafter, enable_prefix_caching=False)
     stats, rng = EngineStats(scheduler), np.random.default_rng(0)
     known, records, tested = {}, [], []
     file = Trace(path) if path else None

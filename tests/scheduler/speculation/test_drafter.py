@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from made_up_model import LIMITS, TREE, request, results
 
-from euryale.scheduler.prefix import PageNames
+from euryale.scheduler.prefix import PageHasher
 from euryale.scheduler.request import FinishReason, HeadCandidates, Request
 from euryale.scheduler.scheduler import Scheduler
 from euryale.scheduler.speculation.draft_budget import Budget
@@ -108,7 +108,7 @@ def test_a_target_of_a_request_that_cannot_guess_keeps_nobody_awake():
 
 
 def test_pages_are_shared_within_a_salt_only():
-    names, found = PageNames(4), {}
+    names, found = PageHasher(4), {}
     for salt in ("", "a", "b"):
         found[salt] = []
         names.extend(found[salt], np.arange(8, dtype=np.int32), salt)
