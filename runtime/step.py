@@ -12,8 +12,8 @@ from euryale.runtime.kv_cache import KVCache
 from euryale.runtime.model.decoder import Decoder
 from euryale.runtime.model.medusa_heads import MedusaHeads
 from euryale.runtime.sampling.acceptance import decide
-from euryale.runtime.sampling.logits_processors import adjust
-from euryale.runtime.sampling.logprobs import Reports
+from euryale.runtime.sampling.logits_processors import process_logits
+from euryale.runtime.sampling.logprobs import StepLogprobs
 from euryale.runtime.step_batch import StepBatch
 from euryale.runtime.step_graphs import StepGraphs
 from euryale.scheduler.request import HeadCandidates
@@ -25,12 +25,12 @@ from euryale.scheduler.step_plan import StepPlan
 class Outcome:
     """What a step found, on the device: ``next_tokens`` int32 [N] after the decided rows, ``last`` int32 [B], the row
     where each segment's walk ended, ``candidates`` int32 [2, K, W, k] after it (see ``MedusaHeads``), or None. Nothing
-    but ``reports``, if no segment samples."""
+    but ``logprobs``, if no segment samples."""
 
     next_tokens: torch.Tensor | None = None
     last: torch.Tensor | None = None
     candidates: torch.Tensor | None = None
-    reports: Reports | None = None
+    logprobs: StepLogprobs | None = None
 
     def to_host(self) -> list[np.ndarray]:
         """The three as arrays, in one copy; waits for the device."""
@@ -75,7 +75,7 @@ class StepRunner:
         self.decoder.shard.group.wait_for_device()
         batch, outcome = started
         results = self._results(batch, outcome) if batch.sampling else []
-        return outcome.reports.add_to(batch, results) if outcome.reports else results
+        return outcome.logprobs.add_to(batch, results) if outcome.logprobs else results
 
     def run(self, plan: StepPlan) -> list[SegmentResult]:
         """Execute the plan and wait for its results."""
@@ -93,20 +93,22 @@ class StepRunner:
         """What follows the last layer; None if nothing is asked for but its K/V."""
         if not batch.sampling:
             self.cache.commit(batch.geometry.slots)
-            reports = Reports.prepare(self.decoder, hidden_RD, None, batch) if batch.kind.has_extras else None
-            return reports and Outcome(reports=reports)
+            logprobs = (
+                StepLogprobs.prepare(self.decoder, hidden_RD, None, batch) if batch.kind.has_logits_inputs else None
+            )
+            return logprobs and Outcome(logprobs=logprobs)
         decided_ND = hidden_RD if batch.decided is None else hidden_RD[batch.decided]
-        logits_NV, reports = self.decoder.logits(decided_ND), None
-        if batch.kind.has_extras:
-            reports = Reports.prepare(self.decoder, hidden_RD, logits_NV, batch)
-            logits_NV = adjust(self.decoder.shard, logits_NV, batch)
+        logits_NV, logprobs = self.decoder.logits(decided_ND), None
+        if batch.kind.has_logits_inputs:
+            logprobs = StepLogprobs.prepare(self.decoder, hidden_RD, logits_NV, batch)
+            logits_NV = process_logits(self.decoder.shard, logits_NV, batch)
         accepted = decide(self.decoder.shard, logits_NV, batch)
         self.cache.commit(accepted.kept)
         candidates = None
         if self.heads is not None and batch.kind.wants_head_candidates:
             after = accepted.last if batch.wanted is None else accepted.last[batch.wanted]
             candidates = self.heads.candidates(hidden_RD, after, self.num_candidates)
-        return Outcome(accepted.next_tokens, accepted.last, candidates, reports)
+        return Outcome(accepted.next_tokens, accepted.last, candidates, logprobs)
 
     def _results(self, batch: StepBatch, outcome: Outcome) -> list[SegmentResult]:
         next_tokens, last, candidates = outcome.to_host()

@@ -20,19 +20,19 @@ _GREEDY = SamplingParams()
 class StepKind:
     """What a plan asks for. ``is_decode``: every segment samples and has one row of a known token, so that every row is
     decided. ``is_sampled``: some request draws; ``is_filtered``: one that draws leaves out some tokens or accepts by
-    the typical rule; ``has_extras``: some request changes logits or wants to be told of them.
+    the typical rule; ``has_logits_inputs``: some request changes logits or wants to be told of them.
     ``wants_head_candidates``: some request guesses on."""
 
     is_decode: bool
     is_sampled: bool
     is_filtered: bool
-    has_extras: bool
+    has_logits_inputs: bool
     wants_head_candidates: bool
 
     @property
     def is_plain(self) -> bool:
         """Whether none wants more than exact acceptance without filters, of the logits as they are."""
-        return not self.is_filtered and not self.has_extras
+        return not self.is_filtered and not self.has_logits_inputs
 
     @classmethod
     def of(cls, plan: StepPlan) -> "StepKind":
@@ -41,7 +41,7 @@ class StepKind:
             is_decode=all(s.emits_tokens and s.num_new_tokens == 1 for s in plan.segments),
             is_sampled=bool(drawing),
             is_filtered=any(p.is_filtered or p.acceptance == "typical" for p in drawing),
-            has_extras=any(s.extras is not None for s in plan.segments),
+            has_logits_inputs=any(s.logits_inputs is not None for s in plan.segments),
             wants_head_candidates=any(s.wants_head_candidates for s in plan.segments),
         )
 

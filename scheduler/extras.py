@@ -21,7 +21,7 @@ def _no_ids() -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extras:
+class LogitsInputs:
     """Of the rows from which tokens are drawn: the penalties ``repetition``, ``frequency`` and ``presence``;
     ``history`` int32 [2, H], distinct tokens and how often the answer has each (0: only the prompt has it), without the
     drafts of this step; ``bias_ids`` int32 [B] and ``bias`` float32 [B]; ``ends`` int32 [E], not to be drawn where
@@ -71,8 +71,8 @@ class History:
         return np.stack([np.fromiter(part, np.int32, len(counts)) for part in (counts.keys(), counts.values())])
 
 
-def extras_of_rows(params: SamplingParams, history: History, output: list[int], end_ids: frozenset[int]) -> dict:
-    """The fields of Extras that concern the rows from which tokens are drawn."""
+def inputs_of_rows(params: SamplingParams, history: History, output: list[int], end_ids: frozenset[int]) -> dict:
+    """The fields of LogitsInputs that concern the rows from which tokens are drawn."""
     fields: dict = {"logprobs": -1 if params.logprobs is None else params.logprobs}
     if params.has_penalties:
         fields |= {
@@ -91,22 +91,22 @@ def extras_of_rows(params: SamplingParams, history: History, output: list[int], 
 
 
 def targets_of_rows(prompt: np.ndarray, context: int, num_new_tokens: int, num_scored: int) -> dict:
-    """The fields of Extras that concern the rows of known tokens, which follow ``context`` tokens: what comes after
-    them in the prompt, as far as it is not among the ``num_scored`` tokens, the first left out, that were reported
-    already."""
+    """The fields of LogitsInputs that concern the rows of known tokens, which follow ``context`` tokens: what comes
+    after them in the prompt, as far as it is not among the ``num_scored`` tokens, the first left out, that were
+    reported already."""
     first = max(context, num_scored)
     return {"first_target": first - context, "targets": prompt[first + 1 : context + num_new_tokens + 1]}
 
 
-def num_words(extras: Extras) -> int:
+def num_words(logits_inputs: LogitsInputs) -> int:
     """How many ``pack`` makes."""
-    e = extras
+    e = logits_inputs
     return _HEAD.size // 4 + e.history.size + 2 * len(e.bias_ids) + len(e.ends) + len(e.targets)
 
 
-def pack(extras: Extras) -> np.ndarray:
+def pack(logits_inputs: LogitsInputs) -> np.ndarray:
     """As int32 words."""
-    e = extras
+    e = logits_inputs
     counts = (e.history.shape[1], len(e.bias_ids), len(e.ends), len(e.targets))
     marks = (e.min_tokens, e.logprobs, e.prompt_logprobs, e.first_target)
     head = np.frombuffer(_HEAD.pack(e.repetition, e.frequency, e.presence, *marks, *counts), dtype=np.int32)
@@ -114,12 +114,12 @@ def pack(extras: Extras) -> np.ndarray:
     return np.concatenate(parts).astype(np.int32, copy=False)
 
 
-def unpack(words: np.ndarray) -> Extras:
+def unpack(words: np.ndarray) -> LogitsInputs:
     """The inverse of ``pack``."""
     *penalties, min_tokens, logprobs, prompt_logprobs, first_target, seen, biased, ending, _ = _HEAD.unpack_from(words)
     sizes = (_HEAD.size // 4, 2 * seen, biased, biased, ending)
     _, history, bias_ids, bias, ends, targets = np.split(words, np.cumsum(sizes))
-    return Extras(
+    return LogitsInputs(
         **dict(zip(("repetition", "frequency", "presence"), penalties, strict=True)),
         history=history.reshape(2, seen),
         bias_ids=bias_ids,

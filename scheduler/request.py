@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from euryale.client.logprobs import Logprobs
-from euryale.scheduler.extras import Extras, History, extras_of_rows, targets_of_rows
+from euryale.scheduler.logits_inputs import History, LogitsInputs, inputs_of_rows, targets_of_rows
 from euryale.scheduler.sampling_params import SamplingParams
 
 
@@ -78,17 +78,21 @@ class Request:
         """Whether rows of the prompt have to be computed for what they say, not only for their K/V."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt) - 1
 
-    def extras(self, num_new_tokens: int, emits_tokens: bool, end_ids: frozenset[int]) -> Extras | None:
+    def logits_inputs(self, num_new_tokens: int, emits_tokens: bool, end_ids: frozenset[int]) -> LogitsInputs | None:
         """What a step with so many rows of known tokens has to know beyond the parameters, None if that is nothing;
         ``emits_tokens``: it draws tokens."""
-        fields: dict = extras_of_rows(self.params, self._history, self.output, end_ids) if emits_tokens else {}
+        fields: dict = inputs_of_rows(self.params, self._history, self.output, end_ids) if emits_tokens else {}
         if self.wants_prompt_logprobs:
             fields |= targets_of_rows(self.prompt, self.num_computed, num_new_tokens, len(self.prompt_logprobs))
             fields["prompt_logprobs"] = self.params.prompt_logprobs
-        extras = Extras(**fields)
-        return extras if extras.changes_logits or extras.logprobs >= 0 or len(extras.targets) else None
+        logits_inputs = LogitsInputs(**fields)
+        return (
+            logits_inputs
+            if logits_inputs.changes_logits or logits_inputs.logprobs >= 0 or len(logits_inputs.targets)
+            else None
+        )
 
-    def reports(self, logprobs: Logprobs | None, taken: list[int]) -> tuple[Logprobs | None, Logprobs | None]:
+    def logprobs_of(self, logprobs: Logprobs | None, taken: list[int]) -> tuple[Logprobs | None, Logprobs | None]:
         """What is told with the tokens just taken: their part of a step's ``logprobs``, and the prompt's with the first
         of them; each None if it was not asked for."""
         is_first = self.params.prompt_logprobs is not None and len(self.output) == len(taken)

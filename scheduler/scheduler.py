@@ -127,7 +127,7 @@ class Scheduler:
             request.head_candidates = result.head_candidates
             request.tokens_per_step.append(len(taken))
             self.admission.settle(request)
-            outputs.append(Output(request, taken, request.finish_reason, *request.reports(result.logprobs, taken)))
+            outputs.append(Output(request, taken, request.finish_reason, *request.logprobs_of(result.logprobs, taken)))
             step_results.append(
                 RequestStepResult(request, result.tokens, result.accepted_nodes, segment.num_draft_tokens, named)
             )
@@ -196,7 +196,7 @@ class Scheduler:
             output_index=len(request.output),
             params=request.params,
             sample_index=request.sample_index,
-            extras=None
+            logits_inputs=None
             if request.params.is_bare
-            else request.extras(num_new_tokens, emits_tokens, self.limits.end_ids),
+            else request.logits_inputs(num_new_tokens, emits_tokens, self.limits.end_ids),
         )

@@ -4,8 +4,8 @@ Every request in a plan is a *segment* of rows: first its rows of known tokens (
 computed, a chain), then its draft rows (a candidate tree whose root is the last row of a known token). A segment
 carries all a rank has to know of its request, so that ranks keep no state between steps but the KV cache.
 
-Buffer layout, in int32 words: a header, then per segment its fields, then row tokens, row parents, page ids, extras.
-This file does not know how the buffer travels.
+Buffer layout, in int32 words: a header, then per segment its fields, then row tokens, row parents, page ids,
+logits_inputs. This file does not know how the buffer travels.
 """
 
 import enum
@@ -16,16 +16,16 @@ from functools import lru_cache
 
 import numpy as np
 
-from euryale.scheduler import extras as more
-from euryale.scheduler.extras import Extras
+from euryale.scheduler import logits_inputs
+from euryale.scheduler.logits_inputs import LogitsInputs
 from euryale.scheduler.sampling_params import ACCEPTANCE_RULES, SamplingParams
 
 MAGIC = 0x45555259  # "EURY"
 VERSION = 2
-# magic, version, checksum, length, kind, epoch, step, digest, segments, rows, pages, words of extras
+# magic, version, checksum, length, kind, epoch, step, digest, segments, rows, pages, words of logits_inputs
 _HEADER = struct.Struct("<12I")
-# rows of known tokens, drafts, context, pages, words of extras, samples, wants_head_candidates, position, sample;
-# temperature, top_k, top_p, min_p, seed, acceptance, epsilon, delta
+# rows of known tokens, drafts, context, pages, words of logits_inputs, samples, wants_head_candidates, position,
+# sample; temperature, top_k, top_p, min_p, seed, acceptance, epsilon, delta
 _SEGMENT = struct.Struct("<9i" + "fiffQiff")
 _CHECKSUM = slice(8, 12)  # bytes of the buffer
 
@@ -48,7 +48,8 @@ class Segment:
     candidate tree (0: the root, i.e. the last row of a known token); ``pages`` int32, the request's pages in order;
     ``context`` tokens are committed already. ``samples``: the last row of a known token is the last known token, so the
     step emits tokens for this request. ``position``: output tokens so far, the counter of the noise; ``sample``: which
-    of the request's independent answers this is. ``extras``: what goes beyond ``params``, None for most requests.
+    of the request's independent answers this is. ``logits_inputs``: what goes beyond ``params``, None for most
+    requests.
     """
 
     tokens: np.ndarray
@@ -60,12 +61,12 @@ class Segment:
     output_index: int
     params: SamplingParams
     sample_index: int = 0
-    extras: Extras | None = None
+    logits_inputs: LogitsInputs | None = None
 
     @property
     def has_result(self) -> bool:
         """Whether the step finds anything for this request: tokens, or log-probabilities of its prompt."""
-        return self.emits_tokens or (self.extras is not None and len(self.extras.targets) > 0)
+        return self.emits_tokens or (self.logits_inputs is not None and len(self.logits_inputs.targets) > 0)
 
     @property
     def num_draft_tokens(self) -> int:
@@ -95,13 +96,13 @@ def encode(plan: StepPlan) -> np.ndarray:
     """The plan as one int32 buffer."""
     segments = plan.segments
     fields = b"".join(_SEGMENT.pack(*_fields(s)) for s in segments)
-    extras = [more.pack(s.extras) for s in segments if s.extras is not None]
+    logits_inputs = [logits_inputs.pack(s.logits_inputs) for s in segments if s.logits_inputs is not None]
     body = [s.tokens for s in segments]
     # Certain rows have no parent in the tree.
     body += [part for s in segments for part in (np.full(s.num_new_tokens, -1, dtype=np.int32), s.parents)]
-    body += [s.pages for s in segments] + extras
+    body += [s.pages for s in segments] + logits_inputs
     payload = fields + (np.concatenate(body).astype(np.int32, copy=False).tobytes() if body else b"")
-    counts = (len(segments), plan.num_rows, sum(len(s.pages) for s in segments), sum(map(len, extras)))
+    counts = (len(segments), plan.num_rows, sum(len(s.pages) for s in segments), sum(map(len, logits_inputs)))
     length = (_HEADER.size + len(payload)) // 4
     marks = (plan.epoch & 0xFFFFFFFF, plan.step & 0xFFFFFFFF, plan.digest & 0xFFFFFFFF)
     buffer = bytearray(_HEADER.pack(MAGIC, VERSION, 0, length, int(plan.kind), *marks, *counts) + payload)
@@ -126,7 +127,7 @@ def decode(buffer: np.ndarray, epoch: int) -> StepPlan:
     sizes = [(_HEADER.size + num_segments * _SEGMENT.size) // 4, num_rows, num_rows, num_pages, num_words]
     if sum(sizes) != len(buffer):
         raise PlanError(f"the plan of step {step} does not add up: {sizes}, {len(buffer)} words")
-    head, tokens, parents, pages, extras = np.split(buffer, np.cumsum(sizes)[:-1])
+    head, tokens, parents, pages, logits_inputs = np.split(buffer, np.cumsum(sizes)[:-1])
     segments, row, page, word = [], 0, 0, 0
     for (
         certain,
@@ -152,7 +153,7 @@ def decode(buffer: np.ndarray, epoch: int) -> StepPlan:
                 output_index=output_index,
                 params=_params(*params),
                 sample_index=sample_index,
-                extras=more.unpack(extras[word : word + words]) if words else None,
+                logits_inputs=logits_inputs.unpack(logits_inputs[word : word + words]) if words else None,
             )
         )
         row, page, word = stop, page + num, word + words
@@ -166,7 +167,7 @@ def _fields(segment: Segment) -> tuple:
         segment.num_draft_tokens,
         segment.context,
         len(segment.pages),
-        0 if segment.extras is None else more.num_words(segment.extras),
+        0 if segment.logits_inputs is None else logits_inputs.num_words(segment.logits_inputs),
         segment.emits_tokens,
         segment.wants_head_candidates,
         segment.output_index,

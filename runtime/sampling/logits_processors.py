@@ -17,39 +17,41 @@ import torch
 from euryale.kernels.geometry import tree_tables
 from euryale.parallel.vocabulary import VocabShard
 from euryale.runtime.step_batch import StepBatch
-from euryale.scheduler.extras import Extras
+from euryale.scheduler.logits_inputs import LogitsInputs
 from euryale.scheduler.step_plan import Segment
 
 
-def adjust(shard: VocabShard, logits_NV: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+def process_logits(shard: VocabShard, logits_NV: torch.Tensor, batch: StepBatch) -> torch.Tensor:
     """The logits [N, V] of the batch's decided rows as its requests want them changed: float32, in place if they are
     float32 already; as they are if no request wants that."""
-    adjusted = [i for i in batch.sampling if (extras := batch.segments[i].extras) and extras.changes_logits]
+    adjusted = [
+        i for i in batch.sampling if (logits_inputs := batch.segments[i].logits_inputs) and logits_inputs.changes_logits
+    ]
     if not adjusted:
         return logits_NV
     logits_NV = logits_NV.float()
     for i in adjusted:
-        _adjust_segment(shard, logits_NV[batch.decided_rows(i)], batch.segments[i])
+        _process_segment(shard, logits_NV[batch.decided_rows(i)], batch.segments[i])
     return logits_NV
 
 
-def _adjust_segment(shard: VocabShard, logits_TV: torch.Tensor, segment: Segment) -> None:
+def _process_segment(shard: VocabShard, logits_TV: torch.Tensor, segment: Segment) -> None:
     """Change the rows of one tree, root first, in place."""
-    extras, device = segment.extras, logits_TV.device
+    logits_inputs, device = segment.logits_inputs, logits_TV.device
     depths, ancestors = tree_tables(segment.parents.astype(np.int32).tobytes())
-    if len(extras.bias_ids):
-        ids, places = _mine(shard, extras.bias_ids)
-        logits_TV[:, torch.from_numpy(ids).to(device)] += torch.from_numpy(extras.bias[places]).to(device)
-    if extras.has_penalties:
+    if len(logits_inputs.bias_ids):
+        ids, places = _mine(shard, logits_inputs.bias_ids)
+        logits_TV[:, torch.from_numpy(ids).to(device)] += torch.from_numpy(logits_inputs.bias[places]).to(device)
+    if logits_inputs.has_penalties:
         drafts = segment.tokens[segment.num_new_tokens :]
-        ids, counts, is_seen = _histories(extras.history, drafts, ancestors)
+        ids, counts, is_seen = _histories(logits_inputs.history, drafts, ancestors)
         ids, places = _mine(shard, ids)
         counts, is_seen = (torch.from_numpy(x[:, places]).to(device) for x in (counts, is_seen))
         columns = torch.from_numpy(ids).to(device)
-        logits_TV[:, columns] = _penalized(logits_TV[:, columns], counts, is_seen, extras)
-    if len(extras.ends):
-        ids, _ = _mine(shard, extras.ends)
-        barred = np.ix_(np.flatnonzero(segment.output_index + depths < extras.min_tokens), ids)
+        logits_TV[:, columns] = _penalized(logits_TV[:, columns], counts, is_seen, logits_inputs)
+    if len(logits_inputs.ends):
+        ids, _ = _mine(shard, logits_inputs.ends)
+        barred = np.ix_(np.flatnonzero(segment.output_index + depths < logits_inputs.min_tokens), ids)
         logits_TV[tuple(torch.from_numpy(x).to(device) for x in barred)] = -torch.inf
 
 
@@ -68,11 +70,13 @@ def _histories(history: np.ndarray, drafts: np.ndarray, ancestors: np.ndarray) -
     return ids, counts.T, (is_seen | (counts > 0)).T
 
 
-def _penalized(logits: torch.Tensor, counts: torch.Tensor, is_seen: torch.Tensor, extras: Extras) -> torch.Tensor:
-    if extras.repetition != 1:
-        weaker = torch.where(logits > 0, logits / extras.repetition, logits * extras.repetition)
+def _penalized(
+    logits: torch.Tensor, counts: torch.Tensor, is_seen: torch.Tensor, logits_inputs: LogitsInputs
+) -> torch.Tensor:
+    if logits_inputs.repetition != 1:
+        weaker = torch.where(logits > 0, logits / logits_inputs.repetition, logits * logits_inputs.repetition)
         logits = torch.where(is_seen, weaker, logits)
-    return logits - extras.frequency * counts - extras.presence * (counts > 0)
+    return logits - logits_inputs.frequency * counts - logits_inputs.presence * (counts > 0)
 
 
 def _mine(shard: VocabShard, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -62,7 +62,7 @@ def score(shard: VocabShard, logits_MV: torch.Tensor, tokens_M: torch.Tensor, k:
 
 
 @dataclass(frozen=True)
-class Reports:
+class StepLogprobs:
     """What a step will tell besides its tokens. ``raw`` float32 [M, V]: logits of the decided rows of segments that
     want log-probabilities, as they were before any change; ``starts``: where each of these segments begins there;
     ``prompt``: scores of the prompt rows, segment after segment. Either is None if nobody asks for it."""
@@ -75,10 +75,14 @@ class Reports:
     @classmethod
     def prepare(
         cls, decoder: Decoder, hidden_RD: torch.Tensor, logits_NV: torch.Tensor | None, batch: StepBatch
-    ) -> "Reports | None":
+    ) -> "StepLogprobs | None":
         """Of hidden states [R, D] and raw logits [N, V] of the decided rows (None: there are none); None if no request
         asks for log-probabilities. To be called before the logits are changed."""
-        asking = [i for i in batch.sampling if (extras := batch.segments[i].extras) and extras.logprobs >= 0]
+        asking = [
+            i
+            for i in batch.sampling
+            if (logits_inputs := batch.segments[i].logits_inputs) and logits_inputs.logprobs >= 0
+        ]
         prompt = _score_prompts(decoder, hidden_RD, batch)
         if not asking:
             return cls(decoder.shard, None, {}, prompt) if prompt else None
@@ -88,8 +92,8 @@ class Reports:
         return cls(decoder.shard, raw, dict(zip(asking, starts, strict=False)), prompt)
 
     def add_to(self, batch: StepBatch, results: list[SegmentResult]) -> list[SegmentResult]:
-        """The step's results, of the sampling segments, with the reports in their places, and with results that hold
-        nothing else for segments that only report on their prompt."""
+        """The step's results, of the sampling segments, with the step_logprobs in their places, and with results that
+        hold nothing else for segments that only report on their prompt."""
         drawn, told = self._output_logprobs(batch, results), self._prompt_logprobs(batch)
         of = dict(zip(batch.sampling, results, strict=True))
         nothing = SegmentResult(tokens=[], accepted_nodes=[])
@@ -107,7 +111,7 @@ class Reports:
         rows = [self.starts[i] + node for i, result in of.items() for node in (0, *result.accepted_nodes)]
         tokens = [token for result in of.values() for token in result.tokens]
         rows, tokens = (torch.tensor(x, device=self.raw.device) for x in (rows, tokens))
-        wanted = {i: batch.segments[i].extras.logprobs for i in of}
+        wanted = {i: batch.segments[i].logits_inputs.logprobs for i in of}
         scores, found, row = score(self.shard, self.raw[rows], tokens, max(wanted.values())), {}, 0
         for i, result in of.items():
             found[i] = scores.packed(row, row + len(result.tokens), wanted[i])
@@ -117,8 +121,8 @@ class Reports:
     def _prompt_logprobs(self, batch: StepBatch) -> dict[int, Logprobs]:
         found, row = {}, 0
         for i, segment in enumerate(batch.segments):
-            if segment.extras is not None and (count := len(segment.extras.targets)):
-                found[i] = self.prompt.packed(row, row + count, segment.extras.prompt_logprobs)
+            if segment.logits_inputs is not None and (count := len(segment.logits_inputs.targets)):
+                found[i] = self.prompt.packed(row, row + count, segment.logits_inputs.prompt_logprobs)
                 row += count
         return found
 
@@ -126,11 +130,11 @@ class Reports:
 def _score_prompts(decoder: Decoder, hidden_RD: torch.Tensor, batch: StepBatch) -> Scores | None:
     rows, targets, k = [], [], 0
     for start, segment in zip(batch.geometry.row_starts, batch.segments, strict=False):
-        if segment.extras is not None and len(segment.extras.targets):
-            first = start + segment.extras.first_target
-            rows += range(first, first + len(segment.extras.targets))
-            targets += segment.extras.targets.tolist()
-            k = max(k, segment.extras.prompt_logprobs)
+        if segment.logits_inputs is not None and len(segment.logits_inputs.targets):
+            first = start + segment.logits_inputs.first_target
+            rows += range(first, first + len(segment.logits_inputs.targets))
+            targets += segment.logits_inputs.targets.tolist()
+            k = max(k, segment.logits_inputs.prompt_logprobs)
     if not rows:
         return None
     rows, targets = (torch.tensor(x, device=hidden_RD.device) for x in (rows, targets))

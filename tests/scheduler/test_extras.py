@@ -7,7 +7,7 @@ from made_up_model import LIMITS, TREE, results
 from test_scheduler import LARGE
 
 from euryale.client.logprobs import Logprobs
-from euryale.scheduler.extras import History
+from euryale.scheduler.logits_inputs import History
 from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import Scheduler, SegmentResult
@@ -26,7 +26,7 @@ def told(plan, found: list[SegmentResult]) -> list[SegmentResult]:
         if segment.has_result:
             empty = SegmentResult(tokens=[], accepted_nodes=[])
             result = next(found) if segment.emits_tokens else empty
-            targets = segment.extras.targets if segment.extras else ()
+            targets = segment.logits_inputs.targets if segment.logits_inputs else ()
             prompt = Logprobs(np.asarray(targets, dtype="<f4").tobytes()) if len(targets) else None
             tokens = Logprobs(np.asarray(result.tokens, dtype="<f4").tobytes())
             out.append(dataclasses.replace(result, logprobs=tokens, prompt_logprobs=prompt))
@@ -35,14 +35,14 @@ def told(plan, found: list[SegmentResult]) -> list[SegmentResult]:
 
 def test_those_who_ask_for_nothing_pay_nothing():
     for params in ({}, {"temperature": 0.7, "top_p": 0.9, "stop_token_ids": (4,), "n": 3}):
-        assert request(5, **params).extras(5, True, frozenset([2])) is None
+        assert request(5, **params).logits_inputs(5, True, frozenset([2])) is None
     penalised = request(9, frequency_penalty=0.5)
-    assert penalised.extras(4, False, frozenset()) is None, "no token is drawn from a prompt's rows"
-    assert penalised.extras(9, True, frozenset()).frequency == 0.5
+    assert penalised.logits_inputs(4, False, frozenset()) is None, "no token is drawn from a prompt's rows"
+    assert penalised.logits_inputs(9, True, frozenset()).frequency == 0.5
     barred = request(5, min_tokens=3, output=[7, 7], stop_token_ids=(9,))
-    assert barred.extras(1, True, frozenset([2])).ends.tolist() == [2, 9]
+    assert barred.logits_inputs(1, True, frozenset([2])).ends.tolist() == [2, 9]
     barred.output.append(8)
-    assert barred.extras(1, True, frozenset([2])) is None, "nothing is barred any more"
+    assert barred.logits_inputs(1, True, frozenset([2])) is None, "nothing is barred any more"
 
 
 def test_a_history_counts_the_answer():
@@ -53,8 +53,11 @@ def test_a_history_counts_the_answer():
         ids, counts = history.table(output)
         assert sorted(ids) == sorted({5, 6, *output})
         assert [output.count(token) for token in ids] == counts.tolist()
-    assert request(4, frequency_penalty=1, output=[3]).extras(1, True, frozenset()).history.tolist() == [[3], [1]]
-    seen = request(2, repetition_penalty=2, output=[3]).extras(1, True, frozenset()).history
+    assert request(4, frequency_penalty=1, output=[3]).logits_inputs(1, True, frozenset()).history.tolist() == [
+        [3],
+        [1],
+    ]
+    seen = request(2, repetition_penalty=2, output=[3]).logits_inputs(1, True, frozenset()).history
     assert dict(seen.T.tolist()) == {3: 1, 10: 0}
 
 

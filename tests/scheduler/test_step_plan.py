@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from euryale.scheduler.extras import Extras
+from euryale.scheduler.logits_inputs import LogitsInputs
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.step_plan import PlanError, PlanKind, Segment, StepPlan, decode, encode
 
@@ -19,10 +19,10 @@ def arrays(dtype, *shape):
 
 
 @st.composite
-def extras(draw):
+def logits_inputs(draw):
     seen, biased = draw(st.integers(0, 5)), draw(st.integers(0, 4))
     single = st.floats(-100, 100, width=32)
-    return Extras(
+    return LogitsInputs(
         repetition=draw(single),
         frequency=draw(single),
         presence=draw(single),
@@ -54,7 +54,7 @@ def segments(draw):
         wants_head_candidates=draw(st.booleans()),
         output_index=draw(int32s),
         sample_index=draw(int32s),
-        extras=draw(st.none() | extras()),
+        logits_inputs=draw(st.none() | logits_inputs()),
         params=SamplingParams(
             temperature=draw(st.just(0.0) | st.floats(0.001, 100)),
             top_k=draw(int32s),
@@ -80,7 +80,8 @@ def as_plain(plan: StepPlan):
             s.output_index,
             s.sample_index,
             s.params,
-            s.extras and [x.tolist() if isinstance(x, np.ndarray) else x for x in vars(s.extras).values()],
+            s.logits_inputs
+            and [x.tolist() if isinstance(x, np.ndarray) else x for x in vars(s.logits_inputs).values()],
         )
         for s in plan.segments
     ]

@@ -16,7 +16,7 @@ from euryale.parallel.vocabulary import VocabShard
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.kv_cache import GIB
 from euryale.runtime.sampling.acceptance import decide
-from euryale.runtime.sampling.logits_processors import adjust
+from euryale.runtime.sampling.logits_processors import process_logits
 from euryale.runtime.step_batch import StepBatch
 from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
@@ -175,7 +175,7 @@ def random_segment(rng, params: SamplingParams, vocab: int) -> tuple[Segment, li
         wants_head_candidates=False,
         output_index=len(output),
         params=params,
-        extras=owner.extras(1, True, frozenset([END])),
+        logits_inputs=owner.logits_inputs(1, True, frozenset([END])),
     )
     return segment, prompt.tolist(), output
 
@@ -213,7 +213,7 @@ def test_every_node_has_its_own_path_as_history():
             padded = torch.nn.functional.pad(logits, (0, length * size - vocab))
             for rank in range(size):
                 shard = VocabShard(Group(rank, size, torch.device("cpu")), vocab, length)
-                found.append(adjust(shard, padded[:, rank * length :][:, :length].clone(), batch))
+                found.append(process_logits(shard, padded[:, rank * length :][:, :length].clone(), batch))
             torch.testing.assert_close(torch.cat(found, dim=1)[:, :vocab], expected, rtol=0, atol=1e-5)
 
 
@@ -234,7 +234,7 @@ def test_typical_acceptance_judges_the_adjusted_distribution():
         segment, prompt, output = random_segment(rng, params, vocab)
         logits = torch.randn(len(segment.tokens), vocab) * 2
         batch = StepBatch(StepPlan(segments=[segment]), 16, torch.device("cpu"))
-        got = decide(shard, adjust(shard, logits.clone(), batch), batch)
+        got = decide(shard, process_logits(shard, logits.clone(), batch), batch)
         shaped = by_hand(segment, logits, prompt, output)
         path, bonus = typical_by_hand(shaped, segment.tokens, segment.parents.tolist(), params, len(output))
         kept = [node for node, slot in enumerate(got.kept.tolist()) if slot >= 0]
