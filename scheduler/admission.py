@@ -6,7 +6,7 @@ again, and is recomputed with what it has answered as known tokens: the worst pr
 last. So the best of them always goes on. A better priority that waits may do the same to a worse one that runs. What
 is preempted keeps its output, and no token changes.
 
-A request that has waited ``starvation_bound`` steps in all is overdue (``scheduler/waiting_queue.py``): nobody passes
+A request that has waited ``starvation_bound`` steps in all is aged (``scheduler/waiting_queue.py``): nobody passes
 it any more, and no priority preempts it. If it was preempted before, nothing does so again: it is let in with all the
 pages it can ever need. Of two requests that need more than half of the pages each, both come to their ends that way.
 """
@@ -181,15 +181,15 @@ class Admission:
     # ---- preemption
 
     def _victim(self) -> Request:
-        """Who gives way when pages run short: the overdue last, the worst priority first, of these the one let in last;
+        """Who gives way when pages run short: the aged last, the worst priority first, of these the one let in last;
         there is one, for whoever lacks a page is not protected."""
         found = [r for r in reversed(self.running) if not r.is_protected]
-        return max(found, key=lambda r: (r.overdue_since is None, r.params.priority))
+        return max(found, key=lambda r: (r.aged_since is None, r.params.priority))
 
     def _worse_than(self, request: Request) -> list[Request]:
         """Running requests of a worse priority that may be preempted for it, the first to be so first."""
         best = request.params.priority
-        found = [r for r in reversed(self.running) if r.params.priority > best and r.overdue_since is None]
+        found = [r for r in reversed(self.running) if r.params.priority > best and r.aged_since is None]
         return sorted(found, key=lambda r: -r.params.priority)
 
     def _preempt(self, request: Request) -> None:

@@ -52,7 +52,7 @@ class Request:
     num_lost: int = 0  # tokens that were computed when it last did
     arrival: int = 0  # place among all requests that ever came
     num_waited: int = 0  # steps before it ran, and after every preemption
-    overdue_since: int | None = None  # the step from which nobody may pass it
+    aged_since: int | None = None  # the step from which nobody may pass it
     prompt_logprobs: Logprobs = field(default_factory=Logprobs)  # of the prompt's tokens but the first, as far as known
 
     @property
@@ -71,7 +71,7 @@ class Request:
     @property
     def is_protected(self) -> bool:
         """Whether nobody may preempt it again; it holds all the pages it can need while it runs."""
-        return self.num_preempted > 0 and self.overdue_since is not None
+        return self.num_preempted > 0 and self.aged_since is not None
 
     @property
     def wants_prompt_logprobs(self) -> bool:

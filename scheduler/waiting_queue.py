@@ -1,7 +1,7 @@
 """Requests that wait, in the order in which they are to run.
 
-Better priorities come first, then earlier arrivals. A request that has waited ``bound`` steps in all is *overdue* from
-then on: it stands before all that are not, behind those that were overdue before it, and keeps its place for good.
+Better priorities come first, then earlier arrivals. A request that has waited ``bound`` steps in all is *aged* from
+then on: it stands before all that are not, behind those that were aged before it, and keeps its place for good.
 Nothing here costs time in proportion to how many wait, but for moving list entries (a memmove).
 """
 
@@ -22,7 +22,7 @@ class WaitingQueue:
         self._requests: dict[int, Request] = {}  # all that wait, by key
         self._since: dict[int, int] = {}  # the step at which each came
         self._turns: list[tuple[tuple[int, int, int], Request]] = []  # sorted; all but the parked ones
-        self._due: list[tuple[int, int, Request]] = []  # sorted: when who is overdue, of those that are not
+        self._due: list[tuple[int, int, Request]] = []  # sorted: when who is aged, of those that are not
         self._parked: set[int] = set()
         self._arrivals = 0
 
@@ -44,7 +44,7 @@ class WaitingQueue:
 
     def enter(self, request: Request, step: int) -> None:
         """A new request."""
-        request.arrival, request.num_waited, request.overdue_since = self._arrivals, 0, None
+        request.arrival, request.num_waited, request.aged_since = self._arrivals, 0, None
         self._arrivals += 1
         self.enter_again(request, step)
 
@@ -52,7 +52,7 @@ class WaitingQueue:
         """A request that was here before: it takes its old place."""
         self._requests[request.key], self._since[request.key] = request, step
         insort(self._turns, (_turn(request), request))
-        if request.overdue_since is None:
+        if request.aged_since is None:
             insort(self._due, (self._due_step(request), request.arrival, request))
 
     def leave(self, request: Request, step: int) -> None:
@@ -61,7 +61,7 @@ class WaitingQueue:
             self._parked.remove(request.key)
         else:
             del self._turns[bisect_left(self._turns, (_turn(request),))]
-        if request.overdue_since is None:
+        if request.aged_since is None:
             del self._due[bisect_left(self._due, (self._due_step(request), request.arrival))]
         request.num_waited += step - self._since.pop(request.key)
         del self._requests[request.key]
@@ -78,13 +78,13 @@ class WaitingQueue:
             insort(self._turns, (_turn(request), request))
 
     def count(self, step: int) -> None:
-        """Note who is overdue at this step."""
+        """Note who is aged at this step."""
         while self._due and self._due[0][0] <= step:
             since, _, request = self._due.pop(0)
             has_turn = request.key not in self._parked
             if has_turn:
                 del self._turns[bisect_left(self._turns, (_turn(request),))]
-            request.overdue_since = since
+            request.aged_since = since
             if has_turn:
                 insort(self._turns, (_turn(request), request))
 
@@ -94,6 +94,6 @@ class WaitingQueue:
 
 def _turn(request: Request) -> tuple[int, int, int]:
     """What requests are sorted by; no two have the same."""
-    if request.overdue_since is not None:
-        return 0, request.overdue_since, request.arrival
+    if request.aged_since is not None:
+        return 0, request.aged_since, request.arrival
     return 1, request.params.priority, request.arrival

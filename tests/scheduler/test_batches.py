@@ -47,7 +47,7 @@ class Batches(RuleBasedStateMachine):
         self.rng = np.random.default_rng(0)
         self.all, self.ended, self.said = {}, {}, {}
         self.contents = {}  # slot -> the token whose K/V it holds
-        self.waits, self.overdue = Counter(), {}  # steps waited; the plan before which the bound was reached
+        self.waits, self.aged = Counter(), {}  # steps waited; the plan before which the bound was reached
 
     @initialize(drafts=st.sampled_from(sorted(DRAFTERS)), longest=st.sampled_from([0.0, 1.3]))
     def start(self, drafts, longest):
@@ -90,7 +90,7 @@ class Batches(RuleBasedStateMachine):
     def take_step(self, token):
         for waiting in self.admission.waiting:
             if self.waits[waiting.key] == BOUND:
-                self.overdue.setdefault(waiting.key, self.scheduler.step)
+                self.aged.setdefault(waiting.key, self.scheduler.step)
         before = Before(self.admission)
         plan = self.scheduler.plan(1, 0)
         self.check_who_runs(before)
@@ -117,17 +117,17 @@ class Batches(RuleBasedStateMachine):
         assert set(before.running) - set(preempted) <= set(running)
         assert len(running) <= FEW.max_num_seqs
         for r in [*running, *waiting]:
-            assert (r.overdue_since is not None) == (r.key in self.overdue), "the bound is counted wrongly"
+            assert (r.aged_since is not None) == (r.key in self.aged), "the bound is counted wrongly"
         self.check_preempted(before, admitted, preempted)
         for late in admitted:
             for passed in waiting:
                 if passed not in preempted and self.turn(passed) < self.turn(late):
                     assert before.keeps_waiting(passed, running), "passed for no reason"
-        self.seen["admitted overdue"] += any(r.key in self.overdue for r in admitted)
+        self.seen["admitted aged"] += any(r.key in self.aged for r in admitted)
         self.seen["found pages"] += any(r.num_computed > 0 for r in admitted)
 
     def turn(self, r: Request):
-        return (0, self.overdue[r.key], r.key) if r.key in self.overdue else (1, r.params.priority, r.key)
+        return (0, self.aged[r.key], r.key) if r.key in self.aged else (1, r.params.priority, r.key)
 
     def check_preempted(self, before, admitted, preempted):
         for_pages = self.admission.num_preempted_for_pages - before.counts[0]
@@ -135,24 +135,24 @@ class Batches(RuleBasedStateMachine):
         self.seen["preempted for pages"] += for_pages
         self.seen["preempted for priority"] += len(preempted) - for_pages
         for victim in preempted:
-            assert not before.protected[victim.key], "preempted again though overdue"
+            assert not before.protected[victim.key], "preempted again though aged"
             assert victim.num_preempted == before.times[victim.key] + 1
             assert victim.pages == []
             assert victim.num_computed == 0
-            self.seen["preempted overdue"] += victim.key in self.overdue
+            self.seen["preempted aged"] += victim.key in self.aged
             for other in before.running:
                 if (
                     other not in preempted
                     and not before.protected[other.key]
-                    and (for_pages or other.key not in self.overdue)
+                    and (for_pages or other.key not in self.aged)
                 ):
-                    assert before.worth(victim, self.overdue) > before.worth(other, self.overdue)
+                    assert before.worth(victim, self.aged) > before.worth(other, self.aged)
         if for_pages:
             assert not admitted, "let in though pages are short"
             assert before.lacks_pages, "preempted though there are pages: by speculation?"
         elif preempted:
             best = min(r.params.priority for r in admitted)
-            assert all(r.params.priority > best and r.key not in self.overdue for r in preempted)
+            assert all(r.params.priority > best and r.key not in self.aged for r in preempted)
 
     # ---- pages
 
@@ -221,10 +221,10 @@ class Before:
         lacking = sum(max(pool.pages_for(r.num_known) - len(r.pages), 0) for r in self.running)
         self.lacks_pages = len(held) + lacking > FEW.num_pages
 
-    def worth(self, r: Request, overdue):
+    def worth(self, r: Request, aged):
         """The lowest is preempted last."""
         let_in = self.running.index(r) if r in self.running else len(self.running)
-        return r.key not in overdue, r.params.priority, let_in
+        return r.key not in aged, r.params.priority, let_in
 
     def keeps_waiting(self, passed: Request, running):
         """Whether somebody computes the page that the request would begin with."""
@@ -244,8 +244,8 @@ def test_whatever_happens_the_rules_hold():
     run_state_machine_as_test(Batches, settings=options)
     seen = Batches.seen
     assert seen["operations"] >= 50 * most >= 5000
-    for name in ("for pages", "for priority", "overdue"):
+    for name in ("for pages", "for priority", "aged"):
         assert seen[f"preempted {name}"] > 0, name
     assert min(seen[name] for name in DRAFTERS) > 10
     assert seen["guesses"] > 500
-    assert min(seen["found pages"], seen["admitted overdue"], seen["cancelled preempted"]) > 0
+    assert min(seen["found pages"], seen["admitted aged"], seen["cancelled preempted"]) > 0
