@@ -39,7 +39,7 @@ class Group:
     size: int
     device: torch.device
     collectives: SharedMemory | ProcessGroup | None = None
-    patient: dist.ProcessGroup | None = None  # for loading, where ranks may be minutes apart; gloo, CPU tensors
+    loading_group: dist.ProcessGroup | None = None  # for loading, where ranks may be minutes apart; gloo, CPU tensors
     timeout: float = 30.0  # seconds that ranks wait for each other in a step
     plans: SharedMemory | None = None  # how plans travel, if not as everything else: a GPU need not be asked for them
 
@@ -66,12 +66,12 @@ class Group:
 
     def minimum(self, value: int) -> int:
         """The smallest of the ranks' values; for use while loading."""
-        return value if self.size == 1 else int(self.patient_gather(torch.tensor([value])).min())
+        return value if self.size == 1 else int(self.gather_while_loading(torch.tensor([value])).min())
 
-    def patient_gather(self, x: torch.Tensor) -> torch.Tensor:
+    def gather_while_loading(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's CPU tensor ``x`` [...], stacked: [size, ...]; for use while loading."""
         out = torch.empty((self.size, *x.shape), dtype=x.dtype)
-        dist.all_gather(list(out.unbind(0)), x, group=self.patient)
+        dist.all_gather(list(out.unbind(0)), x, group=self.loading_group)
         return out
 
     def share(self, count: int) -> slice:
@@ -108,7 +108,7 @@ class Group:
             text = torch.zeros(1024, dtype=torch.uint8)
             raw = (error or "").encode()[:1024]
             text[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else text[:0]
-            gathered = self.patient_gather(text)
+            gathered = self.gather_while_loading(text)
             errors = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in gathered]
         distinct = list(dict.fromkeys(e for e in errors if e))
         if distinct:
@@ -120,7 +120,7 @@ class Group:
         if self.size == 1:
             return
         names = [zlib.crc32(str(fact).encode()) for fact in facts.values()]
-        differs = self.patient_gather(torch.tensor(names)) != torch.tensor(names)
+        differs = self.gather_while_loading(torch.tensor(names)) != torch.tensor(names)
         for (name, fact), ranks in zip(facts.items(), differs.T, strict=True):
             if ranks.any():
                 others = ", ".join(str(int(rank)) for rank in ranks.nonzero())
@@ -190,8 +190,8 @@ def join(timeout: float = 30.0, device: str = "auto") -> Group:
         return Group(rank, size, chosen)
     limit = datetime.timedelta(seconds=timeout)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=limit)
-    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=LOADING_TIMEOUT))
-    group = Group(rank, size, chosen, ProcessGroup(size, chosen), patient, timeout)
+    loading_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=LOADING_TIMEOUT))
+    group = Group(rank, size, chosen, ProcessGroup(size, chosen), loading_group, timeout)
     is_one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
     if not is_one_host or not group.minimum(cpu.library() is not None):
         return group
@@ -207,7 +207,7 @@ def _share_memory(group: Group, timeout: float, cores: int) -> SharedMemory | No
     shared, fd, error = None, -1, None
     with contextlib.suppress(OSError):
         fd = shared_memory.create(group.size) if group.is_leader else -1
-    place = group.patient_gather(torch.tensor([os.getpid(), fd]))[0].tolist()
+    place = group.gather_while_loading(torch.tensor([os.getpid(), fd]))[0].tolist()
     try:
         own = fd if fd >= 0 else shared_memory.open_of(*place)
         shared = SharedMemory(own, group.rank, group.size, timeout, may_spin=group.size <= cores)

@@ -28,14 +28,14 @@ class Outcome:
     but ``logprobs``, if no segment samples."""
 
     next_tokens: torch.Tensor | None = None
-    last: torch.Tensor | None = None
+    last_rows: torch.Tensor | None = None
     candidates: torch.Tensor | None = None
     logprobs: StepLogprobs | None = None
 
     def to_host(self) -> list[np.ndarray]:
         """The three as arrays, in one copy; waits for the device."""
-        tensors = [t for t in (self.next_tokens, self.last, self.candidates) if t is not None]
-        if self.last.device.type != "cpu":
+        tensors = [t for t in (self.next_tokens, self.last_rows, self.candidates) if t is not None]
+        if self.last_rows.device.type != "cpu":
             whole = torch.cat([t.flatten() for t in tensors]).cpu()
             parts = whole.split([t.numel() for t in tensors])
             tensors = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
@@ -87,7 +87,7 @@ class StepRunner:
     def _decode(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """A whole decoding step, without a look at what it finds."""
         outcome = self._conclude(batch, self._hidden_states(batch))
-        return outcome.next_tokens, outcome.last, outcome.candidates
+        return outcome.next_tokens, outcome.last_rows, outcome.candidates
 
     def _conclude(self, batch: StepBatch, hidden_RD: torch.Tensor) -> Outcome | None:
         """What follows the last layer; None if nothing is asked for but its K/V."""
@@ -103,12 +103,12 @@ class StepRunner:
             logprobs = StepLogprobs.prepare(self.decoder, hidden_RD, logits_NV, batch)
             logits_NV = process_logits(self.decoder.shard, logits_NV, batch)
         accepted = decide(self.decoder.shard, logits_NV, batch)
-        self.cache.commit(accepted.kept)
+        self.cache.commit(accepted.commit_slots)
         candidates = None
         if self.heads is not None and batch.kind.wants_head_candidates:
-            after = accepted.last if batch.wanted is None else accepted.last[batch.wanted]
+            after = accepted.last_rows if batch.wanted is None else accepted.last_rows[batch.wanted]
             candidates = self.heads.candidates(hidden_RD, after, self.num_candidates)
-        return Outcome(accepted.next_tokens, accepted.last, candidates, logprobs)
+        return Outcome(accepted.next_tokens, accepted.last_rows, candidates, logprobs)
 
     def _results(self, batch: StepBatch, outcome: Outcome) -> list[SegmentResult]:
         next_tokens, last, candidates = outcome.to_host()

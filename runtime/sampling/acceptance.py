@@ -25,8 +25,8 @@ class AcceptanceResult:
     segment's walk ended; ``kept`` int64 [R], the slots of the rows that become permanent, -1 for others."""
 
     next_tokens: torch.Tensor
-    last: torch.Tensor
-    kept: torch.Tensor
+    last_rows: torch.Tensor
+    commit_slots: torch.Tensor
 
 
 def decide(shard: VocabShard, logits_NV: torch.Tensor, batch: StepBatch) -> AcceptanceResult:
@@ -46,8 +46,8 @@ def decide(shard: VocabShard, logits_NV: torch.Tensor, batch: StepBatch) -> Acce
     next_R = tokens
     if batch.decided is not None:
         next_R = torch.where(batch.decided_at >= 0, tokens[batch.decided_at.clamp(min=0)], -1)
-    last, kept = accept(batch.geometry, batch.tokens, next_R, good, scores)
-    return AcceptanceResult(next_tokens=tokens, last=last, kept=kept)
+    last_rows, commit_slots = accept(batch.geometry, batch.tokens, next_R, good, scores)
+    return AcceptanceResult(next_tokens=tokens, last_rows=last_rows, commit_slots=commit_slots)
 
 
 @dataclass(frozen=True)
