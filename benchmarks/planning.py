@@ -14,7 +14,7 @@ import numpy as np
 from euryale.benchmarks import arguments
 from euryale.benchmarks.arguments import number
 from euryale.benchmarks.machine import describe
-from euryale.scheduler.admission import Limits
+from euryale.scheduler.admission import SchedulerLimits
 from euryale.scheduler.request import HeadCandidates, Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import Scheduler, SegmentResult
@@ -45,7 +45,7 @@ def made_up_results(plan: StepPlan, rng: np.random.Generator) -> list[SegmentRes
 def measure(requests: int, drafter: Drafter | None, steps: int) -> dict[str, float]:
     """Median milliseconds."""
     longest = PROMPT + 16 * steps
-    limits = Limits(
+    limits = SchedulerLimits(
         max_model_len=longest,
         max_num_seqs=requests,
         max_num_batched_tokens=requests * 128,

@@ -20,7 +20,7 @@ from euryale.runtime.model.medusa_heads import MedusaHeads
 from euryale.runtime.model.weights import Weights
 from euryale.runtime.startup import Loaded, make_graphs
 from euryale.runtime.step import StepRunner
-from euryale.scheduler.admission import Limits
+from euryale.scheduler.admission import SchedulerLimits
 from euryale.scheduler.speculation.tree import TreeChoice, TreeShape
 
 PAGE, ROWS = 16, 512  # tokens of a page, rows of a step
@@ -107,7 +107,7 @@ def make_engine(
     """An engine for ``seats`` requests of up to ``max_len`` tokens at a time; ``options`` are EngineConfig's."""
     runner = make_runner(name, dtype, max_len, group, False, tree.num_candidates if tree else 0, seats=seats)
     runner.heads = runner.heads if tree else None
-    limits = Limits(
+    limits = SchedulerLimits(
         max_model_len=max_len,
         max_num_seqs=seats,
         max_num_batched_tokens=ROWS,

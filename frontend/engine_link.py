@@ -97,7 +97,7 @@ class Failed:
 
 @message("add")
 @dataclass(frozen=True, kw_only=True)
-class Add:
+class AddRequest:
     """A checked request. ``key`` is unique for the life of the front end; ``sample`` tells the answers to a request for
     several apart, each of which is one to the engine."""
 
@@ -109,7 +109,7 @@ class Add:
 
 @message("cancel")
 @dataclass(frozen=True, kw_only=True)
-class Cancel:
+class CancelRequest:
     """Ends a request; acknowledged by its last Output. Unknown keys (it ended just now) are to be ignored."""
 
     key: int
@@ -171,7 +171,7 @@ class Drained:
     """Answer to Drain: the engine stops."""
 
 
-TO_ENGINE = {cls.type: cls for cls in (Attach, Failed, Add, Cancel, Drain)}
+TO_ENGINE = {cls.type: cls for cls in (Attach, Failed, AddRequest, CancelRequest, Drain)}
 TO_FRONT_END = {cls.type: cls for cls in (Welcome, StepOutput, Rejected, Stats, BeginDrain, Drained)}
 
 

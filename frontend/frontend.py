@@ -16,7 +16,7 @@ from euryale.frontend import engine_link as engine
 from euryale.frontend.client_socket import ClientPort
 from euryale.frontend.config import FrontEndConfig
 from euryale.frontend.in_flight import InFlight
-from euryale.frontend.validation import Limits, RequestError, read_params, read_prompt
+from euryale.frontend.validation import RequestError, RequestLimits, read_params, read_prompt
 
 logger = logging.getLogger("euryale.frontend")
 
@@ -44,7 +44,7 @@ class FrontEnd:
         self.endpoint = self._port.endpoint
         self._requests = InFlight(self._port, link, tokenizer)
         self._info: dict[str, Any] = {}
-        self._limits: Limits | None = None  # both known once the engine has introduced itself
+        self._limits: RequestLimits | None = None  # both known once the engine has introduced itself
         self._drainers: dict[tuple[bytes, bytes], None] = {}  # client and request id, in order
         self._drain_requested = False  # set by begin_drain, which may run in a signal handler
         self._drain_deadline: float | None = None  # set while draining
@@ -152,7 +152,7 @@ class FrontEnd:
             case engine.Welcome():
                 self._info = message.info
                 max_model_len = message.info["max_model_len"]
-                self._limits = Limits(
+                self._limits = RequestLimits(
                     max_tokens=min(max_model_len, message.info.get("max_request_tokens", max_model_len)),
                     vocab_size=message.info["vocab_size"],
                     max_characters_per_token=self._config.max_characters_per_token,

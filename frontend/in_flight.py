@@ -61,7 +61,7 @@ class InFlight:
         for sample in request.samples:
             self._held[sample.key] = request, sample
             self._tell_engine(
-                engine.Add(key=sample.key, prompt=prompt, params=sample.params, sample_index=sample.index)
+                engine.AddRequest(key=sample.key, prompt=prompt, params=sample.params, sample_index=sample.index)
             )
 
     def take(self, output: engine.Output) -> None:
@@ -151,7 +151,7 @@ class InFlight:
     def _release(self, sample: OpenSample) -> None:
         """Has the engine end a sample that it still holds and nobody waits for."""
         if sample.key in self._held:
-            self._tell_engine(engine.Cancel(key=sample.key))
+            self._tell_engine(engine.CancelRequest(key=sample.key))
 
     def _tell_engine(self, message: Any) -> None:
         with contextlib.suppress(engine.LinkLost):  # the loop sees the same from the link's monitor, and ends all

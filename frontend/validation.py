@@ -24,7 +24,7 @@ def _refuse(text: str) -> RequestError:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class RequestLimits:
     """What the model and its memory allow one request. ``defaults`` are SamplingParams fields."""
 
     max_tokens: int  # prompt and answer together
@@ -33,7 +33,7 @@ class Limits:
     defaults: dict[str, Any]
 
 
-def read_prompt(request: protocol.Generate, tokenizer: Any, limits: Limits) -> Sequence[int]:
+def read_prompt(request: protocol.Generate, tokenizer: Any, limits: RequestLimits) -> Sequence[int]:
     """The prompt's token ids. Raises RequestError if the request has none that this model can take."""
     given = [name for name in ("prompt", "prompt_tokens", "messages") if getattr(request, name) is not None]
     if len(given) != 1:
@@ -69,13 +69,13 @@ def _read_chat(messages: Sequence[dict[str, str]], tokenizer: Any) -> Sequence[i
         raise _refuse(f"the model's chat template refuses these messages: {error}") from None
 
 
-def _check_tokens(what: str, tokens: Sequence[int], limits: Limits) -> None:
+def _check_tokens(what: str, tokens: Sequence[int], limits: RequestLimits) -> None:
     wrong = next((token for token in tokens if not 0 <= token < limits.vocab_size), None)
     if wrong is not None:
         raise _refuse(f"{what} contains token id {wrong}; this model's ids are 0 to {limits.vocab_size - 1}")
 
 
-def read_params(given: dict[str, Any], prompt_length: int, limits: Limits) -> SamplingParams:
+def read_params(given: dict[str, Any], prompt_length: int, limits: RequestLimits) -> SamplingParams:
     """The sampling parameters, defaults filled in. Raises RequestError naming what does not fit and the remedy."""
     unknown = sorted(set(given) - PARAMETER_NAMES)
     if unknown:

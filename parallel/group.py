@@ -23,7 +23,7 @@ from euryale.kernels import cpu
 from euryale.kernels.add_rms_norm import add_rms_norm
 from euryale.parallel import shared_memory
 from euryale.parallel.process_group import ProcessGroup
-from euryale.parallel.shared_memory import GroupLost, SharedMemory
+from euryale.parallel.shared_memory import RankLost, SharedMemory
 
 logger = logging.getLogger("euryale.parallel")
 
@@ -151,7 +151,7 @@ class Group:
             self.collectives.check(status)
 
     def wait_for_device(self) -> None:
-        """Wait for this rank's GPU, which may wait for other ranks' in a recorded collective: GroupLost if it takes
+        """Wait for this rank's GPU, which may wait for other ranks' in a recorded collective: RankLost if it takes
         longer than the timeout. A CPU has done its work when it returns."""
         if self.device.type != "cuda" or self.size == 1:
             return
@@ -160,7 +160,7 @@ class Group:
         while not done.query():
             waited = time.monotonic() - started
             if waited > self.timeout:
-                raise GroupLost(f"the GPUs did not finish a step within {self.timeout:.0f} s (--step-timeout)")
+                raise RankLost(f"the GPUs did not finish a step within {self.timeout:.0f} s (--step-timeout)")
             time.sleep(0 if waited < 0.1 else 1e-3)
 
     def close(self) -> None:

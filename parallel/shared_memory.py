@@ -14,7 +14,7 @@ CAPACITY = 1 << 20  # bytes of a rank's buffer, a multiple of 64; longer message
 _TIMED_OUT, _CLOSED = -1, -2
 
 
-class GroupLost(RuntimeError):
+class RankLost(RuntimeError):
     """Another rank died, or did not come within the time allowed: the group must not go on."""
 
 
@@ -35,7 +35,7 @@ def open_of(pid: int, fd: int) -> int:
 
 
 class SharedMemory:
-    """This rank's end. Every method takes CPU tensors and returns the same bits on every rank; all raise GroupLost
+    """This rank's end. Every method takes CPU tensors and returns the same bits on every rank; all raise RankLost
     instead of waiting longer than the timeout, and within a moment if another rank's process ends."""
 
     def __init__(self, fd: int, rank: int, size: int, timeout: float, may_spin: bool) -> None:
@@ -90,10 +90,10 @@ class SharedMemory:
             self._handle = None
 
     def check(self, problem: int) -> None:
-        """Raise GroupLost unless the status ``problem`` of a call is 0."""
+        """Raise RankLost unless the status ``problem`` of a call is 0."""
         if problem == _TIMED_OUT:
-            raise GroupLost(f"a rank did not come to a collective within {self._timeout:.0f} s (--step-timeout)")
+            raise RankLost(f"a rank did not come to a collective within {self._timeout:.0f} s (--step-timeout)")
         if problem == _CLOSED:
-            raise GroupLost("this rank has left the group")
+            raise RankLost("this rank has left the group")
         if problem:
-            raise GroupLost(f"rank {problem - 1} is gone")
+            raise RankLost(f"rank {problem - 1} is gone")

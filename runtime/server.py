@@ -136,7 +136,7 @@ class Server:
         else is left for after it."""
         self._deliver()
         for message in self.link.receive(wait_ms):
-            if isinstance(message, links.Add):
+            if isinstance(message, links.AddRequest):
                 self._add(message)
             else:
                 self._postponed.append(message)
@@ -148,7 +148,7 @@ class Server:
             self.link.send(links.StepOutput(outputs=[_output(o) for o in self._outputs]))
             self._outputs = []
 
-    def _add(self, message: links.Add) -> None:
+    def _add(self, message: links.AddRequest) -> None:
         prompt = np.asarray(message.prompt, dtype=np.int32)
         try:
             self.scheduler.add(
@@ -158,7 +158,7 @@ class Server:
             self.link.send(links.Rejected(key=message.key, code="invalid_request", message=str(error)))
 
     def _handle(self, message) -> None:
-        if isinstance(message, links.Cancel):
+        if isinstance(message, links.CancelRequest):
             request = self.scheduler.cancel(message.key)
             if request is not None:
                 self.stats.num_cancelled += 1

@@ -19,7 +19,7 @@ from euryale.runtime.model.medusa_heads import MedusaHeads
 from euryale.runtime.model.weights import Weights
 from euryale.runtime.step import StepRunner
 from euryale.runtime.step_graphs import StepGraphs
-from euryale.scheduler.admission import Limits
+from euryale.scheduler.admission import SchedulerLimits
 from euryale.scheduler.speculation.acceptance_stats import AcceptanceStats
 from euryale.scheduler.speculation.ngram_table import FILE as NGRAMS
 from euryale.scheduler.speculation.ngram_table import NgramTable
@@ -38,7 +38,7 @@ class Loaded:
     directory without, an empty table and None."""
 
     runner: StepRunner
-    limits: Limits
+    limits: SchedulerLimits
     trees: TreeChoice | None
     text: NgramTable | None
     acceptance_probability: AcceptanceStats | None
@@ -63,7 +63,7 @@ def load(config: EngineConfig, group: Group) -> Loaded:
     num_pages = count_pages(config, model, layout.num_kv_heads, max_len, group)
     rows = config.max_num_batched_tokens
     cache = KVCache(model, layout, num_pages, config.page_size, rows)
-    limits = Limits(
+    limits = SchedulerLimits(
         max_model_len=max_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from euryale.runtime.step_graphs import ROWS
 from euryale.scheduler.request import HeadCandidates, Request
 from euryale.scheduler.sampling_params import SamplingParams
-from euryale.scheduler.scheduler import Limits
+from euryale.scheduler.scheduler import SchedulerLimits
 from euryale.scheduler.speculation.draft_budget import SHORTEST_REACH
 from euryale.scheduler.speculation.drafter import DynamicTrees
 from euryale.scheduler.speculation.ngram_table import ORDERS
@@ -43,7 +43,7 @@ _BUCKETS = [rows - 1 for rows in ROWS]
 
 def measure(
     run: Callable[[list[Segment]], object],
-    limits: Limits,
+    limits: SchedulerLimits,
     num_heads: int,
     steps: bool,
     time_step: Callable[[Callable[[], object]], float] | None = None,
@@ -140,7 +140,7 @@ def _choice(requests: int, num_heads: int) -> Callable[[], object]:
     return lambda: trees.draft(made, [DYNAMIC_DEPTH] * requests, room, 0)
 
 
-def _segments(limits: Limits, requests: int, extra: int, heads: bool, context: int = 0) -> list[Segment]:
+def _segments(limits: SchedulerLimits, requests: int, extra: int, heads: bool, context: int = 0) -> list[Segment]:
     """``requests`` that decode, with ``extra`` guesses among them, in trees where each node has two children."""
     share, more = divmod(extra, requests)
     nodes = [share + (i < more) for i in range(requests)]
@@ -151,13 +151,13 @@ def _segments(limits: Limits, requests: int, extra: int, heads: bool, context: i
     return found
 
 
-def _chunk(limits: Limits, rows: int, context: int) -> Segment:
+def _chunk(limits: SchedulerLimits, rows: int, context: int) -> Segment:
     """Part of a prompt, with ``context`` tokens before it."""
     return _segment(limits, rows, 0, context, 0, emits_tokens=False, heads=False)
 
 
 def _segment(
-    limits: Limits, rows: int, nodes: int, context: int, page: int, *, emits_tokens: bool, heads: bool
+    limits: SchedulerLimits, rows: int, nodes: int, context: int, page: int, *, emits_tokens: bool, heads: bool
 ) -> Segment:
     """``rows`` of one request, of which the last ``nodes`` are guesses, on pages from number ``page`` on."""
     used = -(-(context + rows) // limits.page_size)

@@ -24,7 +24,7 @@ STARVATION_BOUND = 5000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class SchedulerLimits:
     """What the model and its memory allow. Tokens, rows (tokens of one step) and pages are counts."""
 
     max_model_len: int
@@ -49,7 +49,7 @@ class Admission:
     Before a step is planned call ``begin_step``, then ``hold_for_drafts`` for each tree; after it ``settle`` for each
     request that it advanced, or ``end``."""
 
-    def __init__(self, limits: Limits, enable_prefix_caching: bool, starvation_bound: int) -> None:
+    def __init__(self, limits: SchedulerLimits, enable_prefix_caching: bool, starvation_bound: int) -> None:
         """``enable_prefix_caching``: requests that begin alike use the same pages, and these are kept for later ones
         while there is room. ``starvation_bound`` in steps; with 0 requests are let in in the order of arrival."""
         self.limits = limits

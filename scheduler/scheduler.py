@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from euryale.client.logprobs import Logprobs
-from euryale.scheduler.admission import STARVATION_BOUND, Admission, Limits
+from euryale.scheduler.admission import STARVATION_BOUND, Admission, SchedulerLimits
 from euryale.scheduler.request import FinishReason, HeadCandidates, Request
 from euryale.scheduler.speculation.draft_budget import BudgetChoice
 from euryale.scheduler.speculation.drafter import NO_DRAFT, Draft, Drafter, RequestStepResult
@@ -49,7 +49,7 @@ class Scheduler:
 
     def __init__(
         self,
-        limits: Limits,
+        limits: SchedulerLimits,
         drafter: Drafter | None,
         enable_prefix_caching: bool = True,
         starvation_bound: int = STARVATION_BOUND,

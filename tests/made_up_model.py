@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from euryale.scheduler.admission import Limits
+from euryale.scheduler.admission import SchedulerLimits
 from euryale.scheduler.request import HeadCandidates, Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import SegmentResult
 from euryale.scheduler.speculation.tree import default_tree
 
-LIMITS = Limits(
+LIMITS = SchedulerLimits(
     max_model_len=60,
     max_num_seqs=4,
     max_num_batched_tokens=12,

@@ -72,13 +72,13 @@ INFO = {
 Script = list[list[int]]
 
 
-def echo(request: engine.Add) -> Script:
+def echo(request: engine.AddRequest) -> Script:
     """Answers with the prompt over and over, three tokens a step."""
     answer = [request.prompt[i % len(request.prompt)] for i in range(request.params.max_tokens)]
     return [answer[i : i + 3] for i in range(0, len(answer), 3)]
 
 
-def saying(text: str, size: int = 1) -> Callable[[engine.Add], Script]:
+def saying(text: str, size: int = 1) -> Callable[[engine.AddRequest], Script]:
     """Answers with this text, ``size`` tokens a step, and the end-of-sequence token."""
     tokens = [*TOKENIZER.encode(text), EOS]
     return lambda request: [tokens[i : i + size] for i in range(0, len(tokens), size)]
@@ -103,8 +103,8 @@ class ScriptedEngine:
     """Plays the engine on its end of the link: one step per request in turn, as ``script`` says."""
 
     link: engine.EngineLink
-    script: Callable[[engine.Add], Script] = echo
-    adds: list[engine.Add] = field(default_factory=list)
+    script: Callable[[engine.AddRequest], Script] = echo
+    adds: list[engine.AddRequest] = field(default_factory=list)
     cancels: list[int] = field(default_factory=list)
     running: dict[int, deque[list[int]]] = field(default_factory=dict)
     answered: frozenset[int] = frozenset()
@@ -135,10 +135,10 @@ class ScriptedEngine:
             case engine.Attach():
                 self.endpoint = message.endpoint
                 self.link.send(engine.Welcome(info=INFO))
-            case engine.Add():
+            case engine.AddRequest():
                 self.adds.append(message)
                 self.running[message.key] = deque(self.script(message))
-            case engine.Cancel():
+            case engine.CancelRequest():
                 self.cancels.append(message.key)
                 if self.running.pop(message.key, None) is not None:
                     self.link.send(engine.StepOutput(outputs=[engine.Output(message.key, (), "cancelled")]))
@@ -179,7 +179,9 @@ class Rig:
 
 
 @contextlib.contextmanager
-def serving(script: Callable[[engine.Add], Script] = echo, *, hold: bool = False, **config: Any) -> Iterator[Rig]:
+def serving(
+    script: Callable[[engine.AddRequest], Script] = echo, *, hold: bool = False, **config: Any
+) -> Iterator[Rig]:
     """A front end and a scripted engine, each in a thread; ``hold`` lets no step run until ``may_step`` is set."""
     config = {"bind": "tcp://127.0.0.1:0", "drain_timeout": 2.0} | config
     engine_link = engine.EngineLink()

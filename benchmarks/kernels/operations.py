@@ -1,9 +1,9 @@
 """What every kernel costs beside the limits of this machine, and beside what PyTorch offers for the same work.
 
 ``python -m euryale.benchmarks.kernels.operations`` measures attention by context and tree size, and the small
-operations. Limits are measured in the same run: memory by reading, arithmetic by a large matrix product. A case's
-fraction is its least possible time (bytes over bandwidth or products over their rate, whichever is longer) over the
-time it took. Every call works on another copy of its data, as many as exceed the caches. ``--flex`` puts compiled
+operations. SchedulerLimits are measured in the same run: memory by reading, arithmetic by a large matrix product. A
+case's fraction is its least possible time (bytes over bandwidth or products over their rate, whichever is longer) over
+the time it took. Every call works on another copy of its data, as many as exceed the caches. ``--flex`` puts compiled
 FlexAttention beside attention; compiling takes a CPU up to a minute a shape.
 """
 

@@ -16,7 +16,7 @@ import numpy as np
 from euryale.benchmarks.simulate.heads import Answer, Answers
 from euryale.benchmarks.simulate.machine import Machine
 from euryale.runtime import step_profiler as profile
-from euryale.scheduler.admission import Limits
+from euryale.scheduler.admission import SchedulerLimits
 from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import Output, Scheduler, SegmentResult
@@ -187,9 +187,9 @@ class Simulation:
         return ended
 
 
-def make_limits(setting: Setting) -> Limits:
+def make_limits(setting: Setting) -> SchedulerLimits:
     """What the machine's memory allows."""
-    return Limits(
+    return SchedulerLimits(
         max_model_len=setting.max_model_len,
         max_num_seqs=setting.max_num_seqs,
         max_num_batched_tokens=setting.max_num_batched_tokens,
@@ -199,7 +199,7 @@ def make_limits(setting: Setting) -> Limits:
     )
 
 
-def make_scheduler(setting: Setting, limits: Limits) -> Scheduler:
+def make_scheduler(setting: Setting, limits: SchedulerLimits) -> Scheduler:
     """As an engine's leader makes it (``runtime/planning.py``), but that prefixes, being random, are not shared."""
     costs, drafter = None, None
     if isinstance(setting.tree, TreeShape):
@@ -210,12 +210,12 @@ def make_scheduler(setting: Setting, limits: Limits) -> Scheduler:
     return Scheduler(limits, drafter, enable_prefix_caching=False, costs=costs)
 
 
-def _dynamic(setting: Setting, limits: Limits, costs: StepCosts) -> Drafter:
+def _dynamic(setting: Setting, limits: SchedulerLimits, costs: StepCosts) -> Drafter:
     budget = Budget(costs, limits.max_num_batched_tokens)
     return DynamicTrees(setting.answers.num_heads, setting.max_tree_nodes, budget, sources=setting.sources)
 
 
-def make_profile(setting: Setting, limits: Limits) -> Profile:
+def make_profile(setting: Setting, limits: SchedulerLimits) -> Profile:
     """What the machine's steps cost, as they would be measured at start."""
     rng = np.random.default_rng([setting.seed, 3])
 

@@ -23,9 +23,9 @@ PARAMS = SamplingParams(
 TO_ENGINE = [
     link.Attach(endpoint="tcp://127.0.0.1:1"),
     link.Failed(reason="the address is in use"),
-    link.Add(key=2**40, prompt=(1, 2, 2**31 - 1), params=PARAMS),
-    link.Add(key=1, prompt=(5,), params=SamplingParams()),
-    link.Cancel(key=3),
+    link.AddRequest(key=2**40, prompt=(1, 2, 2**31 - 1), params=PARAMS),
+    link.AddRequest(key=1, prompt=(5,), params=SamplingParams()),
+    link.CancelRequest(key=3),
     link.Drain(),
 ]
 TO_FRONT_END = [
@@ -130,7 +130,7 @@ from euryale.frontend import engine_link as link
 end = link.FrontEndLink(sys.argv[2])
 end.send(link.Attach(endpoint="x"))
 end.receive(10_000)
-end.send(link.Cancel(key=1))
+end.send(link.CancelRequest(key=1))
 time.sleep(0.2)
 os.kill(os.getpid(), 9)
 """
@@ -142,7 +142,7 @@ def test_a_killed_front_end_is_noticed_after_its_last_message(engine):
         assert receive(engine, 1) == [link.Attach(endpoint="x")]
         assert not engine.lost
         engine.send(link.Welcome(info={}))
-        assert receive(engine, 1) == [link.Cancel(key=1)]
+        assert receive(engine, 1) == [link.CancelRequest(key=1)]
         start = time.monotonic()
         while not engine.lost:
             assert engine.receive(10_000) == []  # returns as soon as the other end dies

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from euryale.client.protocol import Usage
 from euryale.frontend.engine_link import Output
 from euryale.frontend.output_stream import OpenRequest
-from euryale.frontend.validation import Limits, read_params
+from euryale.frontend.validation import RequestLimits, read_params
 from euryale.scheduler.sampling_params import SamplingParams
 
 TEXT = "abcabdabcd"
@@ -84,7 +84,7 @@ def test_several_steps_make_one_delta():
 
 
 def limits(**defaults):
-    return Limits(max_tokens=100, vocab_size=50, max_characters_per_token=8, defaults=defaults)
+    return RequestLimits(max_tokens=100, vocab_size=50, max_characters_per_token=8, defaults=defaults)
 
 
 def test_defaults():

@@ -135,7 +135,7 @@ def test_waiting_ranks_sleep_and_notice_a_killed_one_at_once_which_leaves_nothin
     killed = time.monotonic()
     peers[1].kill()  # it stays a zombie until the end of this test: nobody waits for it
     for peer in (peers[0], peers[2]):
-        assert peer.stdout.readline().startswith("GroupLost rank 1 is gone")
+        assert peer.stdout.readline().startswith("RankLost rank 1 is gone")
     assert time.monotonic() - killed < 5  # looked for every 0.05 s; the rest is for a busy machine
     assert leftovers() <= before
 

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from euryale.runtime import step_profiler as profile
-from euryale.scheduler.admission import Limits
+from euryale.scheduler.admission import SchedulerLimits
 from euryale.scheduler.step_cost import Profile, StepCosts
 
-LIMITS = Limits(max_model_len=256, max_num_seqs=4, max_num_batched_tokens=64, vocab_size=50, num_pages=64, page_size=16)
+LIMITS = SchedulerLimits(
+    max_model_len=256, max_num_seqs=4, max_num_batched_tokens=64, vocab_size=50, num_pages=64, page_size=16
+)
 MEASURED = Profile(requests=[1, 4], plain=[1.0, 1.2], extra=[0, 8], speculating=[[1.1, 1.6], [1.4, 2.2]])
 
 

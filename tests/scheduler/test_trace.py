@@ -10,7 +10,7 @@ from euryale.benchmarks import plot_trace
 from euryale.scheduler import trace
 from euryale.scheduler.request import HeadCandidates, Request
 from euryale.scheduler.sampling_params import SamplingParams
-from euryale.scheduler.scheduler import Limits, Scheduler, SegmentResult
+from euryale.scheduler.scheduler import Scheduler, SchedulerLimits, SegmentResult
 from euryale.scheduler.speculation.draft_budget import Budget
 from euryale.scheduler.speculation.drafter import DynamicTrees, RequestStepResult, StaticTrees
 from euryale.scheduler.speculation.tree import default_tree
@@ -19,7 +19,7 @@ from euryale.scheduler.step_cost import Profile, StepCosts
 from euryale.scheduler.trace import Trace
 
 HEADS, RANKS = 3, 10
-LIMITS = Limits(
+LIMITS = SchedulerLimits(
     max_model_len=200, max_num_seqs=4, max_num_batched_tokens=64, vocab_size=5000, num_pages=60, page_size=16
 )
 COSTS = Profile(requests=[1, 4], plain=[2e-3, 2e-3], extra=[0, 60], speculating=[[2e-3, 2.1e-3], [2e-3, 2.1e-3]])

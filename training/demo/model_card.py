@@ -26,8 +26,8 @@ A Llama-architecture model and {num_heads} Medusa heads (arXiv 2401.10774) in on
 beside the code that serves them, so that tree decoding can be seen with real text on any machine. Made by Euryale's own
 `training/`.
 
-**Limits.** A toy: it writes text that looks like Python and means nothing. Do not run what it writes, and do not
-judge models of useful size by its numbers.
+**SchedulerLimits.** A toy: it writes text that looks like Python and means nothing. Do not run what it writes, and do
+not judge models of useful size by its numbers.
 
 ## Data and licence
 
