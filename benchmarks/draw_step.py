@@ -30,7 +30,7 @@ class Step:
 
     tokens: list[int]
     parents: list[int]
-    tokens_per_step: list[int]
+    accepted: list[int]
     bonus: int
     before: list[int]
 

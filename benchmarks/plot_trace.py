@@ -33,7 +33,7 @@ def draw_accepted(steps: list[dict]) -> plt.Figure:
     expected = column(steps, "expected_accepted_tokens")
     parts = np.array_split(np.arange(len(steps)), min(_BINS, max(1, len(steps))))
     when = [time[part].mean() for part in parts if len(part)]
-    found = [1 + column(steps, "accepted")[part].sum() / decoding[part].sum() for part in parts if len(part)]
+    found = [1 + column(steps, "num_accepted_tokens")[part].sum() / decoding[part].sum() for part in parts if len(part)]
     axes.plot(when, found, color="#2b8a3e", label="accepted")
     guessing = ~np.isnan(expected)
     said = [

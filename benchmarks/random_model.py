@@ -121,7 +121,7 @@ def make_engine(
         limits=limits,
         trees=tree and TreeChoice(shape=tree),
         text=None,
-        acceptance_probability=None,
+        acceptance_stats=None,
         model=model,
         fingerprint="random weights",
     )

@@ -57,14 +57,14 @@ def measure(args: argparse.Namespace) -> tuple[list[list[Recorded]], dict[str, l
     params, heads = SamplingParams(temperature=args.temperature), Path(args.medusa or args.model)
     vocab_size = RecordedAnswers(args.first).vocab_size
     new_text = count_ngrams(args)
-    begun = json.loads((heads / "calibration.json").read_text())["acceptance_probability"]
+    begun = json.loads((heads / "calibration.json").read_text())["acceptance_stats"]
 
-    def make(text: NgramTable, acceptance_probability: AcceptanceStats) -> DynamicTrees:
-        return DynamicTrees(num_heads, args.nodes, text=text, acceptance_probability=acceptance_probability)
+    def make(text: NgramTable, acceptance_stats: AcceptanceStats) -> DynamicTrees:
+        return DynamicTrees(num_heads, args.nodes, text=text, acceptance_stats=acceptance_stats)
 
-    def learn(text: NgramTable, acceptance_probability: AcceptanceStats, recorded: list[Recorded]) -> AcceptanceStats:
-        replay(make(text, acceptance_probability), recorded, args.nodes, params)
-        return acceptance_probability
+    def learn(text: NgramTable, acceptance_stats: AcceptanceStats, recorded: list[Recorded]) -> AcceptanceStats:
+        replay(make(text, acceptance_stats), recorded, args.nodes, params)
+        return acceptance_stats
 
     served, started = (
         make(NgramTable.load_text(heads, vocab_size), AcceptanceStats.from_json(begun, num_heads)) for _ in range(2)

@@ -6,7 +6,7 @@ from typing import Any
 from euryale.client import protocol
 from euryale.client.errors import Cancelled, ProtocolError
 from euryale.client.logprobs import Logprobs
-from euryale.client.protocol import Accepted, Delta, Done, SampleEnd, Usage
+from euryale.client.protocol import Delta, Done, Queued, SampleEnd, Usage
 from euryale.client.session import Exchange
 
 MAX_SAMPLES = 1024  # no server takes more
@@ -77,7 +77,7 @@ class Answer:
 
     def __init__(self, exchange: Exchange, message: protocol.Generate) -> None:
         self.exchange = exchange
-        self.tokens_per_step: Accepted | None = None
+        self.queued: Queued | None = None
         self.done: Done | None = None
         self.closed = False
         count = message.params.get("n", 1)
@@ -90,15 +90,15 @@ class Answer:
 
         Raises Cancelled if the answer ended by cancellation, ProtocolError if the reply is out of order.
         """
-        if isinstance(reply, Accepted) and self.tokens_per_step is None:
-            self.tokens_per_step = reply
+        if isinstance(reply, Queued) and self.queued is None:
+            self.queued = reply
             return None
         if isinstance(reply, Delta) and self._fits(reply):
             self._pieces[reply.sample_index].add(reply)
             if reply.prompt_logprobs is not None:
                 self._prompt_logprobs = reply.prompt_logprobs
             return reply
-        if isinstance(reply, Done) and self.tokens_per_step is not None:
+        if isinstance(reply, Done) and self.queued is not None:
             self.done = reply
             last = Delta(index=len(self._pieces[0].tokens), tokens=(), text=reply.text, tokens_per_step=())
             self._pieces[0].add(last)
@@ -109,21 +109,21 @@ class Answer:
 
     def completion(self) -> Completion:
         """What is known by now."""
-        done, accepted = self.done, self.tokens_per_step
+        done, queued = self.done, self.queued
         ends = (done and done.samples) or [done] * len(self._pieces)
         samples = tuple(pieces.sample(end) for pieces, end in zip(self._pieces, ends, strict=False))
         return Completion(
             **vars(samples[0]),
             usage=done and done.usage,
-            prompt_tokens=accepted.prompt_tokens if accepted else (),
-            seed=accepted and accepted.seed,
-            fingerprint=accepted and accepted.fingerprint,
+            prompt_tokens=queued.prompt_tokens if queued else (),
+            seed=queued and queued.seed,
+            fingerprint=queued and queued.fingerprint,
             samples=samples,
             prompt_logprobs=self._prompt_logprobs,
         )
 
     def _fits(self, delta: Delta) -> bool:
         """Whether the delta comes next."""
-        if self.tokens_per_step is None or not 0 <= delta.sample_index < len(self._pieces):
+        if self.queued is None or not 0 <= delta.sample_index < len(self._pieces):
             return False
         return delta.index == len(self._pieces[delta.sample_index].tokens)

@@ -56,7 +56,7 @@ class Logprobs(Sequence[TokenLogprob]):
         parts = [part for part in parts if part]
         if len({part.width for part in parts}) > 1:
             raise ValueError("log-probabilities with different numbers of likeliest tokens do not join")
-        names = ("num_draft_tokens", "top_tokens", "top_logprobs")
+        names = ("chosen", "top_tokens", "top_logprobs")
         return cls(*(b"".join(getattr(part, name) for part in parts) for name in names))
 
     @property

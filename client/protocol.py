@@ -147,9 +147,9 @@ class ServerInfo:
     defaults: dict
 
 
-@message("accepted")
+@message("queued")
 @dataclass(frozen=True, kw_only=True)
-class Accepted:
+class Queued:
     """First reply of a generate that was taken: what would have to be sent to get the same answer again."""
 
     prompt_tokens: Tokens
@@ -162,10 +162,10 @@ class Accepted:
 class Delta:
     """New tokens of an answer. ``index`` is the first one's position in the answer.
 
-    ``accepted`` lists how many tokens each decoding step gave. ``text`` may lag behind the tokens: a character
-    needs all its bytes, and what could be the beginning of a stop string is held back. ``sample`` tells the answers to
-    a request for several apart. ``logprobs`` of the tokens and, in the first delta, ``prompt_logprobs`` of the prompt's
-    tokens but the first: None unless asked for.
+    ``tokens_per_step`` lists how many tokens each decoding step gave. ``text`` may lag behind the tokens: a character
+    needs all its bytes, and what could be the beginning of a stop string is held back. ``sample_index`` tells the
+    answers to a request for several apart. ``logprobs`` of the tokens and, in the first delta, ``prompt_logprobs`` of
+    the prompt's tokens but the first: None unless asked for.
     """
 
     index: int
@@ -245,6 +245,6 @@ class Alive:
 REQUESTS = {cls.type: cls for cls in (Hello, Generate, Cancel, Stats, Health, Drain)}
 REPLIES = {
     cls.type: cls
-    for cls in (ServerInfo, Accepted, Delta, Done, Error, CancelReply, StatsReply, HealthReply, Drained, Alive)
+    for cls in (ServerInfo, Queued, Delta, Done, Error, CancelReply, StatsReply, HealthReply, Drained, Alive)
 }
-STREAMED = (Accepted, Delta)  # replies after which more follow
+STREAMED = (Queued, Delta)  # replies after which more follow

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import msgpack
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_DEPTH = 8
 MAX_ITEMS = 16384  # values and keys in one message; keeps the depth scan, which is plain Python, within milliseconds
 

@@ -232,8 +232,8 @@ class FrontEnd:
                 "invalid_request", f"n {params.n} is more than this server works on: ask for {most} or less"
             )
         self._check_room(params.n)
-        accepted = protocol.Accepted(prompt_tokens=prompt, seed=params.seed, fingerprint=self._info["fingerprint"])
-        self._port.send(client, request_id, accepted)
+        queued = protocol.Queued(prompt_tokens=prompt, seed=params.seed, fingerprint=self._info["fingerprint"])
+        self._port.send(client, request_id, queued)
         self._requests.add(client, request_id, prompt, params)
 
     def _check_room(self, num_samples: int) -> None:

@@ -132,7 +132,7 @@ def _write_finished(
     """Write the answers at the head of the queue that are complete."""
     while waiting and all(request.finish_reason for request in waiting[0].requests):
         job = waiting.popleft()
-        row: dict = {"id": job.id, "text": "", "tokens": [], "finish_reason": None, "accepted": []}
+        row: dict = {"id": job.id, "text": "", "tokens": [], "finish_reason": None, "tokens_per_step": []}
         if job.requests:
             samples = [_answer(request, tokenizer, told) for request in job.requests]
             first = job.requests[0]
@@ -155,7 +155,7 @@ def _answer(request: Request, tokenizer, told: dict[int, list[Logprobs]]) -> dic
         "text": text.push(request.output) + text.finish(),
         "tokens": request.output,
         "finish_reason": request.finish_reason,
-        "accepted": request.tokens_per_step,
+        "tokens_per_step": request.tokens_per_step,
     }
     if request.key in told:
         answer["logprobs"] = _readable(Logprobs.join(told[request.key]))

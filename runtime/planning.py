@@ -42,7 +42,7 @@ def _make_drafter(config: EngineConfig, loaded: Loaded, costs: StepCosts | None)
         trees.nodes or config.max_tree_nodes,
         None if trees.nodes else Budget(costs, loaded.limits.max_num_batched_tokens),
         loaded.text,
-        loaded.acceptance_probability,
+        loaded.acceptance_stats,
         Sources(text=config.draft_from_text, traffic=config.draft_from_traffic, context=config.draft_from_context),
         secrets.token_bytes(16),
     )

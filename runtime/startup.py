@@ -34,14 +34,14 @@ GRAPH_MEMORY = 4 << 20  # bytes of a recorded decoder's buffers; what needs more
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
     """All that an engine needs of a model. ``trees`` None: no speculation. For dynamic trees, else None: ``text``, what
-    calibration text says follows what, and ``acceptance_probability``, what calibration learned of guesses; of a heads'
+    calibration text says follows what, and ``acceptance_stats``, what calibration learned of guesses; of a heads'
     directory without, an empty table and None."""
 
     runner: StepRunner
     limits: SchedulerLimits
     trees: TreeChoice | None
     text: NgramTable | None
-    acceptance_probability: AcceptanceStats | None
+    acceptance_stats: AcceptanceStats | None
     model: ModelConfig
     fingerprint: str
 
@@ -74,13 +74,13 @@ def load(config: EngineConfig, group: Group) -> Loaded:
     )
     graphs = None if config.eager else make_graphs(cache, model, rows, group)
     runner = StepRunner(decoder, heads if tree else None, cache, tree.num_candidates if tree else 0, graphs)
-    text, acceptance_probability = known
+    text, acceptance_stats = known
     return Loaded(
         runner=runner,
         limits=limits,
         trees=tree,
         text=text,
-        acceptance_probability=acceptance_probability,
+        acceptance_stats=acceptance_stats,
         model=model,
         fingerprint=marks,
     )
@@ -159,7 +159,7 @@ def _calibration(
         text = NgramTable.load_text(directory, vocab_size, bits)
     path = directory / "calibration.json"
     try:
-        content = json.loads(path.read_text()).get("acceptance_probability") if path.is_file() else None
+        content = json.loads(path.read_text()).get("acceptance_stats") if path.is_file() else None
         return text, AcceptanceStats.from_json(content, num_heads) if content else None
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} cannot be used ({error}): calibrate the heads again or remove it") from error

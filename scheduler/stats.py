@@ -33,7 +33,7 @@ class DraftStats:
         chosen = 0
         for test in step_results:
             chosen += test.num_draft_tokens
-            if test.accepted:
+            if test.accepted_nodes:
                 self._paths.append(test)
         self._chosen += chosen
         self._steps += chosen > 0
@@ -65,7 +65,7 @@ class DraftStats:
 
     def _count_paths(self) -> None:
         """Look up the ranks of many paths at once: one by one it would take longer than all else here."""
-        for length, count in Counter(len(test.accepted) for test in self._paths).items():
+        for length, count in Counter(len(test.accepted_nodes) for test in self._paths).items():
             self._accepted += length * count
             self._depths.update(dict.fromkeys(range(1, length + 1), count))
         named = [test for test in self._paths if test.head_candidates is not None]
@@ -76,13 +76,13 @@ class DraftStats:
             tokens: list[int] = []
             rows: list[int] = []  # of ``ids``
             for number, test in enumerate(named):
-                length = min(len(test.accepted), heads)
+                length = min(len(test.accepted_nodes), heads)
                 tokens += test.tokens[:length]
                 rows += range(number * heads, number * heads + length)
             ranks = np.nonzero(ids[rows] == np.asarray(tokens)[:, None])[1]
             found = len(ranks)
             self._ranks.update(dict(enumerate(np.bincount(ranks).tolist())))
-        self._ranks[-1] += sum(len(test.accepted) for test in self._paths) - found
+        self._ranks[-1] += sum(len(test.accepted_nodes) for test in self._paths) - found
         self._paths = []
 
 

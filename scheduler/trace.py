@@ -87,7 +87,7 @@ def record(scheduler: Scheduler, plan: StepPlan, seconds: float, now: float) -> 
         "prompt_rows": sum(s.num_new_tokens for s in plan.segments) - len(decoding),
         "num_proposed_tokens": max(choice.num_proposed_tokens, chosen) if choice else chosen,
         "num_draft_tokens": chosen,
-        "num_accepted_tokens": sum(len(test.accepted) for test in scheduler.step_results),
+        "num_accepted_tokens": sum(len(test.accepted_nodes) for test in scheduler.step_results),
         "expected_accepted_tokens": None if expected is None else round(expected, 3),
         "predicted_seconds": round(choice.predicted_seconds, 6) if choice and choice.predicted_seconds else None,
         "seconds": round(seconds, 6),
@@ -96,7 +96,7 @@ def record(scheduler: Scheduler, plan: StepPlan, seconds: float, now: float) -> 
             {
                 "key": t.request.key,
                 "num_draft_tokens": t.num_draft_tokens,
-                "num_accepted_tokens": len(t.accepted),
+                "num_accepted_tokens": len(t.accepted_nodes),
                 "ranks": path_ranks(t),
             }
             for t in scheduler.step_results
@@ -106,9 +106,9 @@ def record(scheduler: Scheduler, plan: StepPlan, seconds: float, now: float) -> 
 
 def path_ranks(test: RequestStepResult) -> list[int | None]:
     """Of each accepted guess its rank among those of the head of its depth; None if that did not name it."""
-    named = test.head_candidates.ids.tolist() if test.accepted and test.head_candidates is not None else []
+    named = test.head_candidates.ids.tolist() if test.accepted_nodes and test.head_candidates is not None else []
     ranks: list[int | None] = []
-    for depth, token in enumerate(test.tokens[: len(test.accepted)]):
+    for depth, token in enumerate(test.tokens[: len(test.accepted_nodes)]):
         is_named = depth < len(named) and token in named[depth]
         ranks.append(named[depth].index(token) if is_named else None)
     return ranks

@@ -244,7 +244,7 @@ class RawClient:
         self.socket.send_multipart(list(frames))
 
     def request(self, request_id: bytes, **fields: Any) -> None:
-        self.send(request_id, msgpack.packb({"v": 1} | fields))
+        self.send(request_id, msgpack.packb({"v": 2} | fields))
 
     def receive(self, seconds: float = 10.0) -> tuple[bytes, Any]:
         """The next reply that is no sign of life."""

@@ -232,7 +232,7 @@ def answer(group, config, wanted: list[tuple], arrivals: int = 0) -> dict | None
     assert pool.num_free == pool.num_pages, "pages were not given back"
     return {
         "outputs": [r.output for r in requests],
-        "accepted": [r.tokens_per_step for r in requests],
+        "tokens_per_step": [r.tokens_per_step for r in requests],
         "reasons": [str(r.finish_reason) for r in requests],
         "steps": steps,
         "shared": admission.num_cached_tokens,

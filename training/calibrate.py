@@ -201,9 +201,7 @@ def result_of(args: CalibrateOptions, own: Continuations, text_NK: np.ndarray) -
             "nodes": len(paths),
             "tokens_per_step": round(tree_search.tokens_per_step(measured, paths), 4),
             "paths": paths,
-            "acceptance_probability": [
-                round(share, 4) for share in tree_search.acceptance_probability(measured, paths)
-            ],
+            "acceptance_probability": [round(p, 4) for p in tree_search.acceptance_probability(measured, paths)],
         },
         "chain": round(tree_search.tokens_per_step(measured, chain), 4),
         "trees": tree_search.compare_trees(searched, measured),
@@ -224,8 +222,8 @@ def run(args: CalibrateOptions, group: Group) -> dict:
     with group.agreed():
         if group.is_leader:
             text = NgramTable.of_text(_some_text([d.tokens for d in learned]))
-            acceptance_probability, result["dynamic"] = learn_dynamic(recorded, text)
-            _write(Path(args.out), result | {"acceptance_probability": acceptance_probability.to_json()}, text)
+            acceptance_stats, result["dynamic"] = learn_dynamic(recorded, text)
+            _write(Path(args.out), result | {"acceptance_stats": acceptance_stats.to_json()}, text)
     return result
 
 

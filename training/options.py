@@ -64,7 +64,7 @@ class DistillOptions(PromptOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateOptions(PromptOptions):
-    """Accuracy of heads, acceptance_probability of guesses and the best static tree (section 2.3.3), on held-out
+    """Accuracy of heads, acceptance probabilities of draft tokens and the best static tree (section 2.3.3), on held-out
     prompts and the backbone's greedy answers to them. --out is where tree.json and its companions go (default: beside
     the heads)."""
 

@@ -72,7 +72,7 @@ def search_joint_tree(ranks_NK: np.ndarray, num_draft_tokens: int, prior_count: 
     return paths[1:]
 
 
-def tokens_per_step(ranks: np.ndarray, paths: list[list[int]]) -> np.ndarray:
+def num_accepted_tokens(ranks: np.ndarray, paths: list[list[int]]) -> np.ndarray:
     """How many guesses of a tree with all prefixes listed are accepted at each position: int64 [...] for ranks
     [..., K]."""
     base = NUM_RANKS + 1
@@ -88,7 +88,9 @@ def visited(measured: Continuations, paths: list[list[int]]) -> np.ndarray:
     """Where decoding steps start when every answer is walked as the engine would, bool [S, P]: after a step that
     accepted n guesses the next one starts n + 1 positions further."""
     starts = np.zeros_like(measured.valid_SP)
-    for row, lengths, valid in zip(starts, tokens_per_step(measured.ranks_SPK, paths), measured.valid_SP, strict=True):
+    for row, lengths, valid in zip(
+        starts, num_accepted_tokens(measured.ranks_SPK, paths), measured.valid_SP, strict=True
+    ):
         position = 0
         while position < len(valid) and valid[position]:
             row[position] = True
@@ -99,7 +101,7 @@ def visited(measured: Continuations, paths: list[list[int]]) -> np.ndarray:
 def tokens_per_step(measured: Continuations, paths: list[list[int]]) -> float:
     """Mean tokens of the steps that decode the answers."""
     starts = visited(measured, paths)
-    return 1 + float(tokens_per_step(measured.ranks_SPK[starts], paths).mean())
+    return 1 + float(num_accepted_tokens(measured.ranks_SPK[starts], paths).mean())
 
 
 def search_walked_tree(measured: Continuations, num_draft_tokens: int, rounds: int = 6) -> list[list[int]]:

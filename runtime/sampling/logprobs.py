@@ -140,4 +140,4 @@ def _score_prompts(decoder: Decoder, hidden_RD: torch.Tensor, batch: StepBatch) 
     rows, targets = (torch.tensor(x, device=hidden_RD.device) for x in (rows, targets))
     blocks = zip(rows.split(_BLOCK), targets.split(_BLOCK), strict=True)
     scores = [score(decoder.shard, decoder.logits(hidden_RD[r]), t, k) for r, t in blocks]
-    return Scores(*(torch.cat([getattr(s, name) for s in scores]) for name in ("num_draft_tokens", "top_ids", "top")))
+    return Scores(*(torch.cat([getattr(s, name) for s in scores]) for name in ("chosen", "top_ids", "top")))

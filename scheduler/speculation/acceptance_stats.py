@@ -16,7 +16,7 @@ LIKELY_BINS = 8  # of probabilities from 1/2 on, two for each halving of what th
 BINS = 18 + LIKELY_BINS  # of probability, below 1/2 two for each factor of two
 WINDOW = 60.0
 _BELIEF = 4.0  # cases that a starting value counts for
-_LEARNED = ("accepted", "expected", "context_accepted", "context_cases")
+_LEARNED = ("accepted", "predicted", "context_accepted", "context_cases")
 _KEEP = 0.93  # of what is known of a request, at each of its steps
 
 # Share of cases in which what followed the context before is the better guide than heads and text, by evidence (the
@@ -36,7 +36,7 @@ def sampling_class_of(params: SamplingParams) -> int:
 class AcceptanceStats:
     """The estimates of one model.
 
-    ``ratios`` float32 [classes, depths, RANK_CLASSES, BINS]: right guesses for each one expected (``accepted`` over
+    ``ratios`` float32 [classes, depths, RANK_CLASSES, BINS]: right guesses for each one predicted (``accepted`` over
     ``expected``, float64), where the depths below all heads are one. ``weights`` float32 [classes, evidences]: of the
     request's own context beside heads and text (``context_accepted`` over ``context_cases``, float64)."""
 
@@ -45,7 +45,7 @@ class AcceptanceStats:
         self.evidences = ORDERS * SUCCESSORS + 1
         shape = (NUM_CLASSES, self.num_depths, RANK_CLASSES, BINS)
         self.accepted = np.full(shape, _BELIEF)
-        self.expected = np.full(shape, _BELIEF)
+        self.predicted = np.full(shape, _BELIEF)
         self.ratios = np.ones(shape, dtype=np.float32)
         self.weights = np.tile(np.array(_STARTING_WEIGHTS, dtype=np.float32), (NUM_CLASSES, 1))
         self.context_cases = np.full((NUM_CLASSES, self.evidences), 4 * _BELIEF)
@@ -63,28 +63,28 @@ class AcceptanceStats:
         for name in _LEARNED:
             found, own = np.asarray(content.get(name, ()), dtype=np.float64), getattr(made, name)
             if found.shape != own.shape[1:] or not np.all(found >= 0):
-                raise ValueError(f"its acceptance_probability.{name} does not fit {num_heads} heads")
+                raise ValueError(f"its acceptance_stats.{name} does not fit {num_heads} heads")
             own[0] = found
-        made.accepted[1:] = _BELIEF * (made.accepted[0] / np.maximum(made.expected[0], 1e-9))
+        made.accepted[1:] = _BELIEF * (made.accepted[0] / np.maximum(made.predicted[0], 1e-9))
         made.context_accepted[1:] = made.context_cases[1:] * (
             made.context_accepted[0] / np.maximum(made.context_cases[0], 1e-9)
         )
-        made.ratios[:] = made.accepted / np.maximum(made.expected, 1e-9)
+        made.ratios[:] = made.accepted / np.maximum(made.predicted, 1e-9)
         made.weights[:] = made.context_accepted / np.maximum(made.context_cases, 1e-9)
         return made
 
 
 @dataclass
 class AcceptanceRateCorrection:
-    """How much better or worse than expected one request's guesses do, a factor on their probability: right guesses for
-    each one expected over about the last fourteen steps."""
+    """How much better or worse than predicted one request's guesses do, a factor on their probability: right guesses
+    for each one predicted over about the last fourteen steps."""
 
     factor: float = 1.0
     _hits: float = _BELIEF
     _expected: float = _BELIEF
 
     def learn(self, accepted: float, expected: float) -> None:
-        """Take how many guesses on the accepted path were right, and how many were expected to be."""
+        """Take how many guesses on the accepted path were right, and how many were predicted to be."""
         self._hits = _KEEP * self._hits + (1 - _KEEP) * _BELIEF + accepted
         self._expected = _KEEP * self._expected + (1 - _KEEP) * _BELIEF + expected
         self.factor = min(1.6, max(0.3, self._hits / self._expected))

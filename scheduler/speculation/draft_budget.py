@@ -59,7 +59,9 @@ class Budget:
                 self._resting, self._load = 0, requests
         self.last.predicted_seconds = self.costs.plain(requests, context)
         if num_prompt_rows:
-            self.last.predicted_seconds = float(self.costs.prefilling(requests, np.array([others]), context)[0])
+            self.last.predicted_seconds = float(
+                self.costs.prefilling(requests, np.array([num_prompt_rows]), context)[0]
+            )
         return self._is_on or self._resting < 0 or is_urgent
 
     def reach(self) -> int:

@@ -39,7 +39,7 @@ class RequestStepResult(NamedTuple):
 
     request: Request
     tokens: list[int]
-    tokens_per_step: list[int]
+    accepted_nodes: list[int]
     num_draft_tokens: int = 0
     head_candidates: HeadCandidates | None = None
 
@@ -173,7 +173,7 @@ class DynamicTrees:
         place = {request.key: i for i, request in enumerate(self._planned)}
         reached, truths = [], []
         nodes, starts = self._nodes.tolist(), self._starts.tolist()
-        expected = self.builder.expected[: self.builder.num_nodes].tolist() if self._planned else []
+        expected = self.builder.expected_children[: self.builder.num_nodes].tolist() if self._planned else []
         for request, tokens, accepted, _, _ in step_results:
             kept = self._kept(request)
             if kept.since is None:
@@ -192,7 +192,7 @@ class DynamicTrees:
         requests = [step_result.request for step_result in step_results]
         self._remember([r for r in requests if (self._sources.traffic if r.finish_reason else goes_on)])
         if self._budget and seconds:
-            self._budget.observe(seconds, sum(len(step_result.accepted) for step_result in step_results))
+            self._budget.observe(seconds, sum(len(step_result.accepted_nodes) for step_result in step_results))
         self._planned = []
 
     def _kept(self, request: Request) -> _Kept:

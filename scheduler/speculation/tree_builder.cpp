@@ -119,7 +119,7 @@ struct Growth {
         const int64_t node = nodes++;
         f.request[node] = request, f.parent[node] = parent, f.token[node] = token, f.acceptance_probability[node] = acceptance_probability;
         f.depth[node] = parent < 0 ? 0 : f.depth[parent] + 1;
-        f.expected[node] = 0, f.evidence[node] = -1, f.first[node] = children, f.count[node] = 0;
+        f.expected_children[node] = 0, f.evidence[node] = -1, f.first[node] = children, f.count[node] = 0;
         int32_t* last = lasts.data() + node * ORDERS;
         last[0] = token;
         std::copy_n(parent < 0 ? f.last + request * ORDERS + 1 : lasts.data() + parent * ORDERS, ORDERS - 1, last + 1);
@@ -197,7 +197,7 @@ struct Growth {
             if (nodes_of[request] == f.each) continue;
             ++nodes_of[request];
             const Child& guess = f.children[f.first[best.parent] + best.guess];
-            f.expected[best.parent] += guess.acceptance_probability / f.acceptance_probability[best.parent];
+            f.expected_children[best.parent] += guess.acceptance_probability / f.acceptance_probability[best.parent];
             add(request, best.parent, guess.token, guess.acceptance_probability);
             offer(best.parent, best.guess + 1);
             expand(nodes - 1);
@@ -225,11 +225,11 @@ extern "C" void tree_builder_learn(const TreeBuilder* builder, int64_t count, co
             const Child& guess = f.children[g];
             const bool is_right = guess.token == truths[i];
             if (is_right) own = guess.own / guess.probability;
-            double &accepted = f.accepted[guess.cell], &expected = f.expected[guess.cell];
-            accepted += is_right, expected += guess.probability;
-            const double shrink = f.window / std::max(expected, (double)f.window);
-            accepted *= shrink, expected *= shrink;
-            f.ratios[guess.cell] = accepted / expected;
+            double &accepted = f.accepted[guess.cell], &predicted = f.predicted[guess.cell];
+            accepted += is_right, predicted += guess.probability;
+            const double shrink = f.window / std::max(predicted, (double)f.window);
+            accepted *= shrink, predicted *= shrink;
+            f.ratios[guess.cell] = accepted / predicted;
         }
         if (!f.evidence[node]) continue;
         const int64_t at = cls * f.evidences + f.evidence[node];

@@ -31,10 +31,10 @@ struct TreeBuilder {
     const int64_t* sources;
     // Estimates.
     float *weights, *ratios;
-    double *accepted, *expected, *context_accepted, *context_cases;
+    double *accepted, *predicted, *context_accepted, *context_cases;
     // Nodes, and their children.
     int32_t *request, *parent, *token, *depth;
-    float *acceptance_probability, *expected;
+    float *acceptance_probability, *expected_children;
     int32_t *evidence, *first, *count;
     Child* children;
 };

@@ -29,9 +29,9 @@ CHILD = np.dtype(
     [("token", "i4"), ("cell", "i4"), ("acceptance_probability", "f4"), ("probability", "f4"), ("own", "f4")]
 )
 _REQUESTS = ("last", "ids", "logits", "depths", "classes", "factors", "values", "sources")
-_ESTIMATES = ("weights", "ratios", "accepted", "expected", "context_accepted", "context_cases")
+_ESTIMATES = ("weights", "ratios", "accepted", "predicted", "context_accepted", "context_cases")
 _NODES = dict.fromkeys(("request", "parent", "token", "depth"), np.int32)
-_NODES |= dict.fromkeys(("acceptance_probability", "expected"), np.float32) | dict.fromkeys(
+_NODES |= dict.fromkeys(("acceptance_probability", "expected_children"), np.float32) | dict.fromkeys(
     ("evidence", "first", "count"), np.int32
 )
 
@@ -76,8 +76,8 @@ class _TreeBuilder(ctypes.Structure):
 class TreeBuilder:
     """Grows the trees of one step after the other. Of the last step's: the arrays ``request``, ``parent`` (-1: none),
     ``token``, ``depth``, int32 [N], ``acceptance_probability`` float32 [N], the probability that all guesses on the way
-    are right, and ``expected`` float32 [N], the probability that one of the node's children is. The first B nodes are
-    the roots."""
+    are right, and ``expected_children`` float32 [N], the probability that one of the node's children is. The first B
+    nodes are the roots."""
 
     def __init__(self, table: NgramTable, acceptance_probability: AcceptanceStats) -> None:
         self.table, self.estimates = table, acceptance_probability

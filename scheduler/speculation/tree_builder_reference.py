@@ -83,7 +83,7 @@ def grow(builder) -> int:
             acceptance_probability,
         )
         f.depth[node] = 0 if parent < 0 else f.depth[parent] + 1
-        f.expected[node], f.evidence[node], f.first[node], f.count[node] = 0, -1, f.num_children, 0
+        f.expected_children[node], f.evidence[node], f.first[node], f.count[node] = 0, -1, f.num_children, 0
 
     def expand(node: int) -> None:
         value = float(f.acceptance_probability[node]) * float(roots.values[f.request[node]])
@@ -102,7 +102,7 @@ def grow(builder) -> int:
             continue
         taken[request] += 1
         guess = f.children[f.first[parent] + place]
-        f.expected[parent] += guess["acceptance_probability"] / f.acceptance_probability[parent]
+        f.expected_children[parent] += guess["acceptance_probability"] / f.acceptance_probability[parent]
         add(request, parent, int(guess["token"]), float(guess["acceptance_probability"]))
         offer(parent, place + 1)
         expand(len(lasts) - 1)
@@ -174,11 +174,11 @@ def learn(builder, nodes: np.ndarray, tokens: np.ndarray) -> None:
             cell, is_right = np.unravel_index(guess["cell"], estimates.accepted.shape), guess["token"] == truth
             own = float(guess["own"] / guess["probability"]) if is_right else own
             estimates.accepted[cell] += is_right
-            estimates.expected[cell] += guess["probability"]
-            shrink = WINDOW / max(estimates.expected[cell], WINDOW)
+            estimates.predicted[cell] += guess["probability"]
+            shrink = WINDOW / max(estimates.predicted[cell], WINDOW)
             estimates.accepted[cell] *= shrink
-            estimates.expected[cell] *= shrink
-            estimates.ratios[cell] = estimates.accepted[cell] / estimates.expected[cell]
+            estimates.predicted[cell] *= shrink
+            estimates.ratios[cell] = estimates.accepted[cell] / estimates.predicted[cell]
         if f.evidence[node]:
             at = (f.roots.classes[f.request[node]], f.evidence[node])
             estimates.context_accepted[at] += own

@@ -45,7 +45,7 @@ messages = st.one_of(
         params=mapping,
     ),
     st.builds(protocol.Cancel, target=st.binary(max_size=64)),
-    st.builds(protocol.Accepted, prompt_tokens=tokens, seed=st.integers(0, 2**64 - 1), fingerprint=st.text()),
+    st.builds(protocol.Queued, prompt_tokens=tokens, seed=st.integers(0, 2**64 - 1), fingerprint=st.text()),
     st.builds(
         protocol.Delta,
         index=token,
@@ -108,18 +108,18 @@ def test_logprobs_are_a_sequence_of_tokens():
     [b"1234", [b"1234", b""], [b"123", b"", b""], [b"", b"1234", b"1234"], [b"1234", b"1234", b""], [b"", b"", 5]],
 )
 def test_logprobs_that_do_not_fit_together_are_refused(parts):
-    delta = {"index": 0, "tokens": b"", "text": "", "accepted": [], "logprobs": parts}
+    delta = {"index": 0, "tokens": b"", "text": "", "tokens_per_step": [], "logprobs": parts}
     with pytest.raises(wire.WireError, match="logprobs must"):
-        wire.decode(msgpack.packb({"type": "delta", "v": 1} | delta), ALL, strict=True)
+        wire.decode(msgpack.packb({"type": "delta", "v": 2} | delta), ALL, strict=True)
 
 
 def test_replies_to_a_request_for_one_sample_are_what_they_were():
     """Byte for byte: a client from before there were more cannot stumble."""
-    delta = {"index": 3, "tokens": b"\1\0\0\0", "text": "x", "accepted": [1]}
-    body = msgpack.packb({"type": "delta", "v": 1} | delta)
+    delta = {"index": 3, "tokens": b"\1\0\0\0", "text": "x", "tokens_per_step": [1]}
+    body = msgpack.packb({"type": "delta", "v": 2} | delta)
     assert wire.encode(protocol.Delta(index=3, tokens=(1,), text="x", tokens_per_step=(1,))) == body
     usage = {"prompt_tokens": 3, "output_tokens": 5, "decode_steps": 3}
-    body = msgpack.packb({"type": "done", "v": 1, "finish_reason": "length", "text": "", "usage": usage})
+    body = msgpack.packb({"type": "done", "v": 2, "finish_reason": "length", "text": "", "usage": usage})
     assert wire.encode(protocol.Done(finish_reason="length", text="", usage=protocol.Usage(**usage))) == body
 
 
@@ -189,8 +189,8 @@ def test_depth_is_bounded():
         msgpack.packb([1, 2]),
         msgpack.packb({1: 2}),
         msgpack.packb({"type": "hello"}),
-        msgpack.packb({"v": 1}),
-        msgpack.packb({"type": 3, "v": 1}),
+        msgpack.packb({"v": 2}),
+        msgpack.packb({"type": 3, "v": 2}),
         msgpack.packb({"type": "hello", "v": "1"}),
         msgpack.packb({"type": "hello", "v": True}),
         msgpack.packb(list(range(100_000))),
@@ -214,17 +214,17 @@ def test_a_hostile_body_is_refused_quickly():
     ("fields", "code", "text"),
     [
         ({"type": "hello", "v": 2}, "unsupported_version", "version 2 is not spoken here, version 1 is"),
-        ({"type": "evaluate", "v": 1}, "unknown_verb", "known are hello, generate"),
-        ({"type": "hello", "v": 1, "name": "x"}, "invalid_request", "unknown field 'name'"),
-        ({"type": "cancel", "v": 1}, "invalid_request", "target .bytes. is missing"),
-        ({"type": "cancel", "v": 1, "target": "text"}, "invalid_request", "must be of type bytes, not str"),
-        ({"type": "generate", "v": 1, "prompt": 5}, "invalid_request", "prompt must be of type str"),
-        ({"type": "generate", "v": 1, "prompt_tokens": [1]}, "invalid_request", "little-endian int32"),
-        ({"type": "generate", "v": 1, "prompt_tokens": b"abc"}, "invalid_request", "little-endian int32"),
-        ({"type": "generate", "v": 1, "messages": []}, "invalid_request", "list of 1 to"),
-        ({"type": "generate", "v": 1, "messages": [{"role": "user"}]}, "invalid_request", "role and content"),
-        ({"type": "generate", "v": 1, "messages": [{"role": "u", "content": 1}]}, "invalid_request", "are strings"),
-        ({"type": "generate", "v": 1, "params": [1]}, "invalid_request", "params must be a map"),
+        ({"type": "evaluate", "v": 2}, "unknown_verb", "known are hello, generate"),
+        ({"type": "hello", "v": 2, "name": "x"}, "invalid_request", "unknown field 'name'"),
+        ({"type": "cancel", "v": 2}, "invalid_request", "target .bytes. is missing"),
+        ({"type": "cancel", "v": 2, "target": "text"}, "invalid_request", "must be of type bytes, not str"),
+        ({"type": "generate", "v": 2, "prompt": 5}, "invalid_request", "prompt must be of type str"),
+        ({"type": "generate", "v": 2, "prompt_tokens": [1]}, "invalid_request", "little-endian int32"),
+        ({"type": "generate", "v": 2, "prompt_tokens": b"abc"}, "invalid_request", "little-endian int32"),
+        ({"type": "generate", "v": 2, "messages": []}, "invalid_request", "list of 1 to"),
+        ({"type": "generate", "v": 2, "messages": [{"role": "user"}]}, "invalid_request", "role and content"),
+        ({"type": "generate", "v": 2, "messages": [{"role": "u", "content": 1}]}, "invalid_request", "are strings"),
+        ({"type": "generate", "v": 2, "params": [1]}, "invalid_request", "params must be a map"),
     ],
 )
 def test_schema(fields, code, text):
@@ -234,7 +234,7 @@ def test_schema(fields, code, text):
 
 
 def test_a_client_skips_fields_it_does_not_know():
-    body = msgpack.packb({"type": "drained", "v": 1, "new": 1})
+    body = msgpack.packb({"type": "drained", "v": 2, "new": 1})
     assert wire.decode(body, protocol.REPLIES, strict=False) == protocol.Drained()
 
 

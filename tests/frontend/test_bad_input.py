@@ -19,7 +19,7 @@ def rig():
         yield rig
 
 
-GENERATE = {"type": "generate", "v": 1}
+GENERATE = {"type": "generate", "v": 2}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_tokenizer_that_fails(rig, monkeypatch):
         assert client.health().status == "ok"
 
 
-HELLO = msgpack.packb({"type": "hello", "v": 1})
+HELLO = msgpack.packb({"type": "hello", "v": 2})
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ HELLO = msgpack.packb({"type": "hello", "v": 1})
         ([b"id", msgpack.packb("hello")], b"id", "malformed"),
         ([b"id", b"\x91" * 50_000 + b"\xc0"], b"id", "malformed"),
         ([b"id", msgpack.packb({"type": "hello", "v": 9})], b"id", "unsupported_version"),
-        ([b"id", msgpack.packb({"type": "shutdown", "v": 1})], b"id", "unknown_verb"),
-        ([b"id", msgpack.packb({"type": "hello", "v": 1, "x": 1})], b"id", "invalid_request"),
+        ([b"id", msgpack.packb({"type": "shutdown", "v": 2})], b"id", "unknown_verb"),
+        ([b"id", msgpack.packb({"type": "hello", "v": 2, "x": 1})], b"id", "invalid_request"),
         ([b"x" * 64, b"x" * 5_000_000], b"x" * 64, "too_large"),
     ],
 )
@@ -175,11 +175,11 @@ def test_fuzz(rig):
     rng = random.Random(5)
     valid = [
         HELLO,
-        msgpack.packb({"type": "generate", "v": 1, "prompt": "hello", "params": {"max_tokens": 3, "stop": ["x"]}}),
-        msgpack.packb({"type": "generate", "v": 1, "prompt_tokens": wire.pack_tokens([3, 4]), "params": {}}),
-        msgpack.packb({"type": "generate", "v": 1, "messages": [{"role": "user", "content": "x"}]}),
-        msgpack.packb({"type": "cancel", "v": 1, "target": b"x"}),
-        msgpack.packb({"type": "stats", "v": 1}),
+        msgpack.packb({"type": "generate", "v": 2, "prompt": "hello", "params": {"max_tokens": 3, "stop": ["x"]}}),
+        msgpack.packb({"type": "generate", "v": 2, "prompt_tokens": wire.pack_tokens([3, 4]), "params": {}}),
+        msgpack.packb({"type": "generate", "v": 2, "messages": [{"role": "user", "content": "x"}]}),
+        msgpack.packb({"type": "cancel", "v": 2, "target": b"x"}),
+        msgpack.packb({"type": "stats", "v": 2}),
     ]
     with RawClient(rig.address) as raw, Client(rig.address) as client:
         expected = set()

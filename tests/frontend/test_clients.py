@@ -59,7 +59,7 @@ def test_a_client_that_does_not_read_is_given_up(monkeypatch, tmp_path):
 def test_signs_of_life():
     with serving(hold=True) as rig, RawClient(rig.address) as raw:
         raw.request(b"id", type="generate", prompt="hello")
-        assert isinstance(raw.receive()[1], protocol.Accepted)
+        assert isinstance(raw.receive()[1], protocol.Queued)
         start = time.monotonic()
         kinds = set()
         while time.monotonic() - start < 1.5 and raw.socket.poll(1500):

@@ -22,7 +22,7 @@ def test_the_order_of_replies(rig):
         assert {request_id for request_id, _ in replies} == {b"id"}
         accepted, *deltas = (reply for _, reply in replies)
         prompt = tuple(TOKENIZER.encode("hello"))
-        assert accepted == protocol.Accepted(prompt_tokens=prompt, seed=7, fingerprint="f00d")
+        assert accepted == protocol.Queued(prompt_tokens=prompt, seed=7, fingerprint="f00d")
         assert all(isinstance(delta, protocol.Delta) for delta in deltas[:-1])
         final = deltas[-1] if isinstance(deltas[-1], protocol.Done) else raw.receive()[1]
         usage = protocol.Usage(prompt_tokens=len(prompt), output_tokens=6, decode_steps=2)

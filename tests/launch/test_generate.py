@@ -59,7 +59,7 @@ def test_answers_in_input_order_and_errors_in_their_place(model, tmp_path, size,
     for i, prompt in enumerate(asked):
         row = by_id[f"p{i}"]
         assert row["tokens"] == oracle_greedy(model[1], prompt, 4 + i)
-        assert sum(row["accepted"]) == 4 + i
+        assert sum(row["tokens_per_step"]) == 4 + i
         assert row["finish_reason"] == "length"
         assert "error" not in row
     assert len(by_id["h"]["tokens"]) == 7
@@ -70,7 +70,7 @@ def test_answers_in_input_order_and_errors_in_their_place(model, tmp_path, size,
         assert by_id[key]["tokens"] == []
     assert summary["requests"] == 13
     assert summary["output_tokens"] == sum(len(row["tokens"]) for row in rows)
-    assert summary["decode_steps"] == sum(len(row["accepted"]) for row in rows)
+    assert summary["decode_steps"] == sum(len(row["tokens_per_step"]) for row in rows)
     assert summary["world_size"] == size
     assert summary["dtype"] == "float32"
     assert summary["tokens_per_second"] > 0

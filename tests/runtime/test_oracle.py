@@ -38,7 +38,7 @@ def test_greedy_tokens_are_those_of_transformers(models, ranks, family, size):
     directory, heads, asked, expected = models[family]
     tree = run(ranks, size, directory, heads, asked)
     assert tree["outputs"] == expected
-    assert sum(map(sum, tree["accepted"])) == LENGTH * len(asked)
+    assert sum(map(sum, tree["tokens_per_step"])) == LENGTH * len(asked)
 
 
 CHANGES = [
@@ -60,7 +60,7 @@ def test_no_setting_changes_greedy_tokens(models, ranks, changes, family, size):
     got = run(ranks, size, directory, heads, asked, **changes)
     assert got["outputs"] == expected
     if changes.get("tree") == "off":
-        assert all(n == 1 for accepted in got["accepted"] for n in accepted)
+        assert all(n == 1 for accepted in got["tokens_per_step"] for n in accepted)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -80,4 +80,4 @@ def test_some_drafts_are_accepted(models, ranks):
     """Without this, identity would say nothing about trees."""
     directory, heads, asked, _ = models["llama"]
     got = run(ranks, 1, directory, heads, asked)
-    assert sum(len(a) for a in got["accepted"]) < LENGTH * len(asked)
+    assert sum(len(a) for a in got["tokens_per_step"]) < LENGTH * len(asked)

@@ -201,10 +201,10 @@ class Batches(RuleBasedStateMachine):
             assert made.output == self.said[key]
             assert len(made.output) <= made.params.max_tokens
             assert made.finish_reason == self.ended[key]
-            assert sum(made.accepted) == len(made.output)
+            assert sum(made.tokens_per_step) == len(made.output)
             assert made.num_waited == self.waits[key]
             if not made.params.speculation:
-                assert max(made.accepted, default=1) == 1
+                assert max(made.tokens_per_step, default=1) == 1
 
 
 class Before:

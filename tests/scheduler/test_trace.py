@@ -89,13 +89,13 @@ def drafter(kind: str):
 def test_statistics_count_what_was_tested(kind):
     stats, records, tested = run(drafter(kind))
     values = stats.values()
-    accepted = [len(t.accepted) for t in tested]
+    accepted = [len(t.accepted_nodes) for t in tested]
     assert (
         values["num_draft_tokens"]
         == sum(t.num_draft_tokens for t in tested)
         == sum(r["num_draft_tokens"] for r in records)
     )
-    assert values["num_accepted_tokens"] == sum(accepted) == sum(r["accepted"] for r in records)
+    assert values["num_accepted_tokens"] == sum(accepted) == sum(r["num_accepted_tokens"] for r in records)
     assert values["num_rejected_tokens"] == values["num_draft_tokens"] - values["num_accepted_tokens"]
     assert values["num_proposed_tokens"] == sum(r["num_proposed_tokens"] for r in records) >= values["num_draft_tokens"]
     assert values["num_speculative_steps"] == sum(r["num_draft_tokens"] > 0 for r in records)
@@ -189,9 +189,9 @@ def test_an_engine_traces_its_steps_and_pictures_show_them(tmp_path, capsys):
     run_script(ROOT / "launch" / "generate.py", *command).check_returncode()
     answer = json.loads((tmp_path / "out.jsonl").read_text())
     (steps,) = trace.read(path)
-    given = [r["accepted"] + 1 for r in steps if r["requests"]]
-    assert given[:-1] == answer["accepted"][:-1]
-    assert given[-1] >= answer["accepted"][-1], "the last path may be longer than the answer"
+    given = [r["num_accepted_tokens"] + 1 for r in steps if r["requests"]]
+    assert given[:-1] == answer["num_accepted_tokens"][:-1]
+    assert given[-1] >= answer["num_accepted_tokens"][-1], "the last path may be longer than the answer"
     assert steps[0]["prompt_rows"] > 0
     assert all(r["seconds"] > 0 and r["pages_free"] > 0 for r in steps)
     plot_trace.main(plot_trace.parser_of_arguments().parse_args([str(path), "--out", str(tmp_path / "pictures")]))

@@ -93,10 +93,10 @@ def test_files_beside_the_heads(calibrated):
     written = json.loads((out / "calibration.json").read_text())
     assert written["tree"]["paths"] == tree.paths() == result["tree"]["paths"]
     assert [len(row) for row in written["accuracy"]] == [NUM_RANKS] * NUM_HEADS
-    learned = AcceptanceStats.from_json(written["acceptance_probability"], NUM_HEADS)
+    learned = AcceptanceStats.from_json(written["acceptance_stats"], NUM_HEADS)
     assert not np.array_equal(learned.ratios, AcceptanceStats(NUM_HEADS).ratios)
-    with pytest.raises(ValueError, match=r"acceptance_probability.hits does not fit 2 heads"):
-        AcceptanceStats.from_json(written["acceptance_probability"], NUM_HEADS - 1)
+    with pytest.raises(ValueError, match=r"acceptance_stats.accepted does not fit 2 heads"):
+        AcceptanceStats.from_json(written["acceptance_stats"], NUM_HEADS - 1)
     assert NgramTable.load_text(out, 1 << 20).rows["total"].any()
     assert [row["nodes"] for row in written["dynamic"]] == list(calibrate.DYNAMIC_SIZES)
     assert all(1 <= row["tokens_per_step"] <= 1 + NUM_HEADS for row in written["trees"])
@@ -117,12 +117,12 @@ def test_the_engine_gains_what_the_walk_says(calibrated, model_dir, text_file, h
     written = calibrate.own_answers(args, prompts, single())
     own, _ = calibrate.measure_answers(args, model, written, single())
     paths = load_tree(out / "tree.json", NUM_HEADS).paths()
-    walked = calibrate.tree_search.tokens_per_step(own.ranks_SPK, paths)
+    walked = calibrate.tree_search.num_accepted_tokens(own.ranks_SPK, paths)
     starts = calibrate.tree_search.visited(own, paths)
     config = EngineConfig(model=model_dir, medusa=heads_dir, tree=str(out / "tree.json"), dtype="float32")
     found = answer(single(), config, [(p, SamplingParams(max_tokens=16)) for p in prompts])
     assert [row["tokens"] for row in written] == found["outputs"]
-    for s, accepted in enumerate(found["accepted"]):
+    for s, accepted in enumerate(found["tokens_per_step"]):
         wanted = (1 + walked[s][starts[s]]).tolist()
         assert accepted[1 : 1 + len(wanted)] == wanted  # the first step ends the prompt, the last ones the answer
     assert walked[starts].sum() > 10  # these heads were taught by this backbone: there is something to compare
@@ -144,7 +144,7 @@ def test_the_engine_takes_the_steps_of_the_replay(model_dir, text_file, heads_di
     )
     found = answer(single(), config, [(p, SamplingParams(max_tokens=16)) for p in asked])
     assert [row["tokens"] for row in written] == found["outputs"]
-    means = [np.mean(accepted[1:-1]) if accepted[1:-1] else np.nan for accepted in found["accepted"]]
+    means = [np.mean(accepted[1:-1]) if accepted[1:-1] else np.nan for accepted in found["tokens_per_step"]]
     np.testing.assert_allclose(taken, means)
     assert np.nanmax(means) > 1.5
 

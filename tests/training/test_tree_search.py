@@ -26,9 +26,9 @@ def test_joint_tree_is_the_best_tree(size):
     ranks = np.where(ranks == 3, NUM_RANKS, ranks)
     nodes = [[a] for a in range(3)] + [[a, b] for a in range(3) for b in range(3)]
     closed = (t for t in itertools.combinations(nodes, size) if all([n[0]] in t for n in t))
-    best = max(tree_search.tokens_per_step(ranks, list(tree)).mean() for tree in closed)
+    best = max(tree_search.num_accepted_tokens(ranks, list(tree)).mean() for tree in closed)
     found = tree_search.search_joint_tree(ranks, size, prior_count=0.0)
-    assert tree_search.tokens_per_step(ranks, found).mean() == best
+    assert tree_search.num_accepted_tokens(ranks, found).mean() == best
 
 
 def test_joint_tree_order(tmp_path):
@@ -36,12 +36,13 @@ def test_joint_tree_order(tmp_path):
     order = tree_search.search_joint_tree(ranks, 40)
     (tmp_path / "tree.json").write_text(json.dumps(order))
     assert load_tree(tmp_path / "tree.json", 3).paths() == order  # parents first, none twice, none added
-    gains = np.diff([tree_search.tokens_per_step(ranks, order[:n]).mean() for n in range(20)])
+    gains = np.diff([tree_search.num_accepted_tokens(ranks, order[:n]).mean() for n in range(20)])
     # Smoothing may swap neighbours whose counts differ by less than the prior's weight.
     assert (np.diff(gains) < 64 / len(ranks)).all()
     independent = search_tree(tree_search.accuracy_by_rank(ranks), 16).paths()
     assert (
-        tree_search.tokens_per_step(ranks, order[:16]).mean() > tree_search.tokens_per_step(ranks, independent).mean()
+        tree_search.num_accepted_tokens(ranks, order[:16]).mean()
+        > tree_search.num_accepted_tokens(ranks, independent).mean()
     )
 
 
@@ -53,7 +54,7 @@ def test_tokens_per_step_walks_the_answers():
     measured = Continuations(ranks, valid)
     assert tree_search.tokens_per_step(measured, [[0], [0, 0]]) == pytest.approx((3 + 2 + 1) / 3)
     assert tree_search.tokens_per_step(measured, []) == 1
-    assert tree_search.tokens_per_step(ranks, [[0], [1], [1, 0]])[0].tolist() == [1, 0, 0, 1, 2, 0, 1]
+    assert tree_search.num_accepted_tokens(ranks, [[0], [1], [1, 0]])[0].tolist() == [1, 0, 0, 1, 2, 0, 1]
 
 
 def test_walked_tree_is_no_worse_where_steps_start():
@@ -68,7 +69,7 @@ def test_walked_tree_is_no_worse_where_steps_start():
     assert tree_search.tokens_per_step(measured, walked) >= tree_search.tokens_per_step(measured, everywhere)
     starts = tree_search.visited(measured, walked)
     assert starts[:, 0].all()
-    lengths = tree_search.tokens_per_step(ranks, walked)
+    lengths = tree_search.num_accepted_tokens(ranks, walked)
     for row, accepted in zip(starts, lengths, strict=True):
         begun = np.flatnonzero(row)
         assert (np.diff(begun) == 1 + accepted[begun[:-1]]).all()

@@ -37,15 +37,18 @@ def test_the_choice_is_that_of_brute_force(requests, num_prompt_rows, acceptance
     assert budget.begin(requests, num_prompt_rows)
     rates = {}
     for n in range(len(acceptance_probability) + 1):
-        rows = requests + others + n
+        rows = requests + num_prompt_rows + n
         # Sizes that steps may have, up to 31 rows: any at first, then every second; where steps are padded, full ones.
         padded = {0, 7 if requests == 1 else 4, 11 if requests == 1 else 0}
-        if n == 0 or (others or n in padded if steps else rows < 16 or rows % 2 == 0):
+        if n == 0 or (num_prompt_rows or n in padded if steps else rows < 16 or rows % 2 == 0):
             # Prompts take their time in any case, however long that is: guesses are weighed as if without them.
             with_them, alone = (
-                costs.speculating(requests, np.array([others + more]), prompts=others > 0)[0] for more in (n, 0)
+                costs.speculating(requests, np.array([num_prompt_rows + more]), prompts=num_prompt_rows > 0)[0]
+                for more in (n, 0)
             )
-            seconds = costs.speculating(requests, np.array([0]))[0] + with_them - alone if others else with_them
+            seconds = (
+                costs.speculating(requests, np.array([0]))[0] + with_them - alone if num_prompt_rows else with_them
+            )
             rates[n] = (requests + sum(acceptance_probability[:n])) / seconds
     chosen = budget.choose(np.asarray(acceptance_probability, dtype=np.float32))
     assert chosen in rates
@@ -53,8 +56,8 @@ def test_the_choice_is_that_of_brute_force(requests, num_prompt_rows, acceptance
     assert budget.last.expected_accepted_tokens == pytest.approx(
         sum(acceptance_probability[:chosen]), rel=1e-5, abs=1e-9
     )
-    prompts = costs.prefilling(requests, np.array([others]))[0] - costs.plain(requests)
-    assert budget.last.seconds > prompts
+    prompts = costs.prefilling(requests, np.array([num_prompt_rows]))[0] - costs.plain(requests)
+    assert budget.last.predicted_seconds > prompts
 
 
 def test_heads_rest_where_guesses_do_not_pay_and_are_asked_again_now_and_then():
@@ -93,7 +96,7 @@ def test_expectations_that_prove_too_low_are_raised():
         for _ in range(60):
             if budget.begin(1, 0):
                 taken = budget.choose(np.asarray([0.6, 0.5], dtype=np.float32))
-                budget.observe(budget.last.seconds, int((rng.random(taken) < right).sum()))
+                budget.observe(budget.last.predicted_seconds, int((rng.random(taken) < right).sum()))
                 found.append(taken)
         assert (max(found[-5:]) == 2) == more, found
 
@@ -133,7 +136,7 @@ def test_costs_are_interpolated_and_monotone():
 def test_prompts_do_not_make_guesses_look_cheap():
     """They take their time in any case: a guess that costs more than its token elsewhere is none for such a step."""
     costs = StepCosts(profile(requests=[8], plain=[2e-3], extra=[0, 100], speculating=[[2e-3, 32e-3]]))
-    for others in (0, 50):  # a step of 2 or of 17 ms, and 0.3 ms for each guess
+    for num_prompt_rows in (0, 50):  # a step of 2 or of 17 ms, and 0.3 ms for each guess
         budget = Budget(costs, most=100)
         budget.begin(8, num_prompt_rows)
         assert budget.choose(np.full(32, 0.9, dtype=np.float32)) == 0, "8 tokens in 2 ms; 3 more in each further 1"

@@ -32,7 +32,7 @@ def told(drafter, made: Request, room: int = 6) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("sources", "own", "others"),
+    ("sources", "own", "from_others"),
     [
         (Sources(), True, True),
         (Sources(traffic=False), True, False),
@@ -40,8 +40,8 @@ def told(drafter, made: Request, room: int = 6) -> list[int]:
         (Sources(traffic=False, context=False), False, False),
     ],
 )
-def test_sources_can_be_switched_off(sources, own, num_prompt_rows):
-    """The heads say nothing here: what is guessed was sequences before."""
+def test_sources_can_be_switched_off(sources, own, from_others):
+    """The heads say nothing here: what is proposed was seen before."""
     drafter = DynamicTrees(3, 6, sources=sources)
     first = without_heads(0, [])
     take(drafter, first, SEQUENCES[1:])
@@ -50,7 +50,7 @@ def test_sources_can_be_switched_off(sources, own, num_prompt_rows):
     take(drafter, first, [19], ends=True)
     second = without_heads(1, [])
     take(drafter, second, [12])
-    assert (13 in told(drafter, second)) == others
+    assert (13 in told(drafter, second)) == from_others
 
 
 def test_requests_learn_from_others_of_their_salt_only():
@@ -87,7 +87,7 @@ def test_a_step_that_only_reads_prompts_says_nothing_of_decoding():
     scale = costs.scale
     scheduler.add(request(1, 50, max_tokens=4))
     plan = scheduler.plan(1, 0)
-    assert not plan.segments[0].samples
+    assert not plan.segments[0].emits_tokens
     scheduler.advance(plan, results(plan, rng), 5e-3)
     assert costs.scale == scale
     assert record(scheduler, plan, 5e-3, 0.0)["predicted"] is None

@@ -70,7 +70,7 @@ def test_the_compiled_forest_is_the_references(seed, count, most, each, has):
         np.testing.assert_allclose(
             native.acceptance_probability[nodes], reference.acceptance_probability[nodes], rtol=1e-4
         )
-        np.testing.assert_allclose(native.expected[nodes], reference.expected[nodes], rtol=1e-4)
+        np.testing.assert_allclose(native.expected_children[nodes], reference.expected_children[nodes], rtol=1e-4)
         reached = rng.permutation(native.num_nodes)[:4].astype(np.int32)
         truths = rng.integers(0, VOCAB, len(reached)).astype(np.int32)
         for builder in (native, reference):
@@ -174,7 +174,7 @@ def test_a_context_may_come_without_end():
 def test_estimates_follow_what_comes_true():
     """Guesses that are right half as often as expected are believed half as much, soon, and again when that changes."""
     builder, _ = pair()
-    rng, acceptance_probability = np.random.default_rng(0), builder.estimates
+    rng, stats = np.random.default_rng(0), builder.estimates
     made = roots(rng, 1, True)
     made.depths[:], made.factors[:] = 1, 1.0
     for true_share in (0.25, 0.9):
@@ -188,7 +188,7 @@ def test_estimates_follow_what_comes_true():
         builder.grow(made, 4, 4, 1e-3)
         expected = builder.children[builder.first[0]]
         assert expected["acceptance_probability"] == pytest.approx(true_share, abs=0.12)
-    assert acceptance_probability.ratios.shape == (NUM_CLASSES, HEADS + 1, 4, BINS)
+    assert stats.ratios.shape == (NUM_CLASSES, HEADS + 1, 4, BINS)
 
 
 def test_momentum_follows_a_requests_luck():
