@@ -14,7 +14,7 @@ from euryale.parallel.group import Group
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.planning import make_scheduler
 from euryale.runtime.startup import Loaded, load
-from euryale.scheduler import step_plan as plans
+from euryale.scheduler import plan_codec
 from euryale.scheduler.scheduler import Output
 from euryale.scheduler.step_plan import PlanKind, Segment, StepPlan
 from euryale.scheduler.trace import Trace
@@ -85,7 +85,7 @@ class Engine:
     def follow(self) -> None:
         """Execute the leader's plans until it stops. Raises GroupDiverged if this rank's tokens differ."""
         while True:
-            plan = plans.decode(self.group.broadcast(None), self.epoch)
+            plan = plan_codec.decode(self.group.broadcast(None), self.epoch)
             if plan.digest != self.runner.digest:
                 raise GroupDiverged(
                     f"step {plan.step}: this rank's digest is {self.runner.digest:08x}, rank 0's {plan.digest:08x}"
@@ -97,7 +97,7 @@ class Engine:
     def _start(self, plan: StepPlan):
         """Have all ranks begin a step."""
         if self.group.size > 1:
-            self.group.broadcast(plans.encode(plan))
+            self.group.broadcast(plan_codec.encode(plan))
         self._last_sent = time.monotonic()
         return self.runner.start(plan)
 
@@ -108,5 +108,5 @@ class Engine:
     def _send(self, kind: PlanKind) -> None:
         if self.group.size > 1:
             plan = StepPlan(kind=kind, epoch=self.epoch, step=self.scheduler.step, digest=self.runner.digest)
-            self.group.broadcast(plans.encode(plan))
+            self.group.broadcast(plan_codec.encode(plan))
         self._last_sent = time.monotonic()

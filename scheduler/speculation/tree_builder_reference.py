@@ -182,11 +182,11 @@ def learn(builder, nodes: np.ndarray, tokens: np.ndarray) -> None:
         if f.evidence[node]:
             at = (f.roots.classes[f.request[node]], f.evidence[node])
             estimates.context_accepted[at] += own
-            estimates.trust[at] += 1
-            shrink = WINDOW / max(estimates.trust[at], WINDOW)
+            estimates.context_cases[at] += 1
+            shrink = WINDOW / max(estimates.context_cases[at], WINDOW)
             estimates.context_accepted[at] *= shrink
-            estimates.trust[at] *= shrink
-            estimates.weights[at] = estimates.context_accepted[at] / estimates.trust[at]
+            estimates.context_cases[at] *= shrink
+            estimates.weights[at] = estimates.context_accepted[at] / estimates.context_cases[at]
 
 
 def add(table, sequences: list[tuple[np.ndarray, int, int]]) -> None:

@@ -81,11 +81,11 @@ def test_a_closed_client(rig):
 
 
 class NewerHello:
-    """A hello of version 2."""
+    """A hello of version 3."""
 
     type = "hello"
     schema = MappingProxyType({"v": (wire.Kind("int", int), True)})
-    v = 2
+    v = 3
 
 
 def test_a_server_of_another_version(rig):

@@ -150,7 +150,7 @@ def test_a_step_looks_at_few_of_those_that_wait():
             scheduler.add(request(key, 25, first=first or key % 50, max_tokens=5))
         for _ in range(20):
             with patch.object(
-                scheduler.admission, "_name_known", side_effect=scheduler.admission._name_known
+                scheduler.admission, "_hash_known", side_effect=scheduler.admission._hash_known
             ) as looked:
                 step(scheduler)
             assert looked.call_count <= seats

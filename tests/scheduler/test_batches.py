@@ -195,7 +195,7 @@ class Batches(RuleBasedStateMachine):
             self.take_step(9)
         assert not self.scheduler.has_work, "a request starved"
         assert self.admission.pages.num_free == FEW.num_pages
-        assert not self.admission._coming
+        assert not self.admission._pending
         assert set(self.ended) == set(self.all)
         for key, made in self.all.items():
             assert made.output == self.said[key]

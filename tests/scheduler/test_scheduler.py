@@ -151,8 +151,8 @@ def test_pages_are_forgotten_when_their_place_is_needed_the_longest_unused_first
     for n, made in enumerate((one, two, three)):
         made.prompt[0] = 40 + n
     for made in (one, two, three):  # ten pages each, of which nine are full in the end
-        run_all(scheduler, [dataclasses.replace(made, output=[], accepted=[], page_hashes=[])])
-    again = [dataclasses.replace(made, output=[], accepted=[], page_hashes=[]) for made in (three, one)]
+        run_all(scheduler, [dataclasses.replace(made, output=[], tokens_per_step=[], page_hashes=[])])
+    again = [dataclasses.replace(made, output=[], tokens_per_step=[], page_hashes=[]) for made in (three, one)]
     assert run_all(scheduler, [again[0]]) == 35 - 32
     assert run_all(scheduler, [again[1]]) > 1 + 33 - 32
 

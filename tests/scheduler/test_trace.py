@@ -190,8 +190,8 @@ def test_an_engine_traces_its_steps_and_pictures_show_them(tmp_path, capsys):
     answer = json.loads((tmp_path / "out.jsonl").read_text())
     (steps,) = trace.read(path)
     given = [r["num_accepted_tokens"] + 1 for r in steps if r["requests"]]
-    assert given[:-1] == answer["num_accepted_tokens"][:-1]
-    assert given[-1] >= answer["num_accepted_tokens"][-1], "the last path may be longer than the answer"
+    assert given[:-1] == answer["tokens_per_step"][:-1]
+    assert given[-1] >= answer["tokens_per_step"][-1], "the last path may be longer than the answer"
     assert steps[0]["prompt_rows"] > 0
     assert all(r["seconds"] > 0 and r["pages_free"] > 0 for r in steps)
     plot_trace.main(plot_trace.parser_of_arguments().parse_args([str(path), "--out", str(tmp_path / "pictures")]))

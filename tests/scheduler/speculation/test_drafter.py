@@ -90,8 +90,8 @@ def test_a_step_that_only_reads_prompts_says_nothing_of_decoding():
     assert not plan.segments[0].emits_tokens
     scheduler.advance(plan, results(plan, rng), 5e-3)
     assert costs.scale == scale
-    assert record(scheduler, plan, 5e-3, 0.0)["predicted"] is None
-    assert record(scheduler, plan, 5e-3, 0.0)["expected"] is None
+    assert record(scheduler, plan, 5e-3, 0.0)["predicted_seconds"] is None
+    assert record(scheduler, plan, 5e-3, 0.0)["expected_accepted_tokens"] is None
 
 
 def test_a_target_of_a_request_that_cannot_guess_keeps_nobody_awake():
