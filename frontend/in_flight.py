@@ -11,6 +11,7 @@ from euryale.frontend import engine_link as engine
 from euryale.frontend.client_socket import ClientPort
 from euryale.frontend.output_stream import OpenRequest, OpenSample
 from euryale.scheduler.sampling_params import SamplingParams
+from euryale.scheduler.step_result import RequestOutput
 
 
 class InFlight:
@@ -64,7 +65,7 @@ class InFlight:
                 engine.AddRequest(key=sample.key, prompt=prompt, params=sample.params, sample_index=sample.index)
             )
 
-    def take(self, output: engine.Output) -> None:
+    def take(self, output: RequestOutput) -> None:
         """Notes what a step gave a sample, and ends its request if that was all."""
         if output.key not in self._held:
             return

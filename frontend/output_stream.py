@@ -7,8 +7,9 @@ from typing import Any
 from euryale.client import protocol
 from euryale.client.logprobs import Logprobs
 from euryale.frontend.detokenizer import Detokenizer, StopMatcher
-from euryale.frontend.engine_link import Output
+from euryale.frontend.engine_link import pack_logprobs
 from euryale.scheduler.sampling_params import SamplingParams
+from euryale.scheduler.step_result import RequestOutput, TokenLogprobs
 
 
 class OpenSample:
@@ -31,10 +32,10 @@ class OpenSample:
         self._new_tokens: list[int] = []
         self._new_steps: list[int] = []
         self._new_text = ""
-        self._new_logprobs: Logprobs | None = None
-        self._prompt_logprobs: Logprobs | None = None
+        self._new_logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: TokenLogprobs | None = None
 
-    def take(self, output: Output) -> None:
+    def take(self, output: RequestOutput) -> None:
         """Notes what a step gave.
 
         With stop strings tokens are read one by one, and those after the string are dropped: so the answer does not
@@ -76,21 +77,21 @@ class OpenSample:
             text=self._new_text,
             tokens_per_step=tuple(self._new_steps),
             sample_index=self.index,
-            logprobs=self._new_logprobs,
-            prompt_logprobs=self._prompt_logprobs,
+            logprobs=_packed(TokenLogprobs.join(self._new_logprobs) if self._new_logprobs else None),
+            prompt_logprobs=_packed(self._prompt_logprobs),
         )
         self._new_tokens, self._new_steps, self._new_text = [], [], ""
-        self._new_logprobs = self._prompt_logprobs = None
+        self._new_logprobs, self._prompt_logprobs = [], None
         return delta
 
-    def _note(self, output: Output, count: int) -> None:
+    def _note(self, output: RequestOutput, count: int) -> None:
         """Adds the first ``count`` tokens of a step to what is new."""
         self._new_tokens += output.tokens[:count]
         self._new_steps.append(count)
         self.num_steps += 1
         self.num_tokens += count
         if output.logprobs is not None:
-            self._new_logprobs = (self._new_logprobs or Logprobs()) + output.logprobs[:count]
+            self._new_logprobs.append(output.logprobs[:count])
         if output.prompt_logprobs is not None:
             self._prompt_logprobs = output.prompt_logprobs
 
@@ -153,3 +154,8 @@ class OpenRequest:
             stop=first.end.stop,
             samples=ends if len(ends) > 1 else None,
         )
+
+
+def _packed(logprobs: TokenLogprobs | None) -> Logprobs | None:
+    """Return log-probabilities as the client gets them."""
+    return None if logprobs is None else Logprobs(*pack_logprobs(logprobs))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from euryale.scheduler.speculation.draft_budget import Budget
+from euryale.scheduler.speculation.draft_budget import DraftBudget
 from euryale.scheduler.step_cost import Profile, StepCosts
 
 
@@ -33,7 +33,7 @@ def test_the_choice_is_that_of_brute_force(requests, num_prompt_rows, acceptance
         profile=profile(steps=steps, extra=[0, 7, 11], speculating=[[2e-3, 3e-3, 4e-3], [4e-3, 4e-3, 5e-3]]),
     )
     acceptance_probability = sorted(acceptance_probability, reverse=True)
-    budget = Budget(costs, most=100)
+    budget = DraftBudget(costs, most=100)
     assert budget.begin(requests, num_prompt_rows)
     rates = {}
     for n in range(len(acceptance_probability) + 1):
@@ -61,7 +61,7 @@ def test_the_choice_is_that_of_brute_force(requests, num_prompt_rows, acceptance
 
 
 def test_heads_rest_where_guesses_do_not_pay_and_are_asked_again_now_and_then():
-    budget = Budget(StepCosts(profile()), most=10)
+    budget = DraftBudget(StepCosts(profile()), most=10)
     useless, steps_on = np.full(4, 0.01, dtype=np.float32), []
     for step in range(400):
         if budget.begin(1, 0):
@@ -79,7 +79,7 @@ def test_heads_rest_where_guesses_do_not_pay_and_are_asked_again_now_and_then():
 
 def test_heads_rest_though_they_seem_to_cost_nothing():
     """A profile may say so by its noise."""
-    budget, looked = Budget(StepCosts(profile(speculating=[[1e-3, 3e-3], [2e-3, 4e-3]])), most=10), 0
+    budget, looked = DraftBudget(StepCosts(profile(speculating=[[1e-3, 3e-3], [2e-3, 4e-3]])), most=10), 0
     for _ in range(100):
         if budget.begin(8, 0):
             looked += 1
@@ -92,7 +92,7 @@ def test_expectations_that_prove_too_low_are_raised():
     """The second guess does not pay as such; where more come true than expected, it does."""
     costs = StepCosts(profile(speculating=[[1.02e-3, 1.5e-3], [2.04e-3, 2.5e-3]], requests=[1, 2], extra=[0, 1]))
     for right, more in ((0.35, False), (1.0, True)):
-        budget, rng, found = Budget(costs, most=4), np.random.default_rng(0), []
+        budget, rng, found = DraftBudget(costs, most=4), np.random.default_rng(0), []
         for _ in range(60):
             if budget.begin(1, 0):
                 taken = budget.choose(np.asarray([0.6, 0.5], dtype=np.float32))
@@ -102,7 +102,7 @@ def test_expectations_that_prove_too_low_are_raised():
 
 
 def test_another_load_is_another_question():
-    budget = Budget(StepCosts(profile()), most=10)
+    budget = DraftBudget(StepCosts(profile()), most=10)
     budget.begin(8, 0)
     budget.choose(np.full(4, 0.01, dtype=np.float32))
     assert not budget.wants_heads()
@@ -137,13 +137,13 @@ def test_prompts_do_not_make_guesses_look_cheap():
     """They take their time in any case: a guess that costs more than its token elsewhere is none for such a step."""
     costs = StepCosts(profile(requests=[8], plain=[2e-3], extra=[0, 100], speculating=[[2e-3, 32e-3]]))
     for num_prompt_rows in (0, 50):  # a step of 2 or of 17 ms, and 0.3 ms for each guess
-        budget = Budget(costs, most=100)
+        budget = DraftBudget(costs, most=100)
         budget.begin(8, num_prompt_rows)
         assert budget.choose(np.full(32, 0.9, dtype=np.float32)) == 0, "8 tokens in 2 ms; 3 more in each further 1"
 
 
 def test_more_guesses_are_looked_for_while_they_pay():
-    budget, found = Budget(StepCosts(profile(speculating=[[1.25e-3, 1.3e-3], [2.5e-3, 2.6e-3]])), most=200), []
+    budget, found = DraftBudget(StepCosts(profile(speculating=[[1.25e-3, 1.3e-3], [2.5e-3, 2.6e-3]])), most=200), []
     for _ in range(4):
         assert budget.begin(1, 0)
         found.append(budget.reach())
