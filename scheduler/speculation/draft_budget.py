@@ -16,7 +16,6 @@ import numpy as np
 
 from euryale.scheduler.speculation.acceptance_stats import AcceptanceRateCorrection
 from euryale.scheduler.speculation.constants import (
-    FORGETTING,
     GAIN_MARGIN,
     MAX_PAUSE,
     MAX_TRIAL_INTERVAL,
@@ -25,8 +24,10 @@ from euryale.scheduler.speculation.constants import (
     MIN_TRIAL_INTERVAL,
     NEWEST_WEIGHT,
     NUM_PLAIN_SAMPLES,
+    PRIOR_STEPS,
     RATE_WEIGHT,
     TRIAL_STEPS,
+    UNCERTAINTY,
 )
 from euryale.scheduler.step_cost import StepCosts
 
@@ -59,12 +60,13 @@ class BudgetChoice:
 class _LoadState:
     """What is known of one load. ``plain_rates``: measured rates of the latest plain steps; ``measured`` and
     ``predicted``: decaying sums of the rates of speculative steps; ``gain``: mean logarithm of the rate with draft
-    tokens over the rate without; ``pause``: steps that the heads rest when they rest next; ``num_resting``: steps left
+    tokens over the rate without; ``pause``: steps of the last pause of the heads; ``num_on``: speculative steps since; ``num_resting``: steps left
     of the current pause; ``num_until_trial``: speculative steps until the next plain one."""
 
     is_speculating: bool = True
     gain: float = 0.0
-    pause: int = MIN_PAUSE
+    pause: int = MIN_PAUSE // 2
+    num_on: int = 0
     num_resting: int = 0
     trial_interval: int = MIN_TRIAL_INTERVAL
     num_until_trial: int = MIN_TRIAL_INTERVAL
@@ -72,6 +74,7 @@ class _LoadState:
     plain_rates: deque[float] = field(default_factory=lambda: deque([1.0], maxlen=NUM_PLAIN_SAMPLES))
     measured: float = 1.0
     predicted: float = 1.0
+    num_measured: int = PRIOR_STEPS
 
     def add_plain(self, rate: float) -> None:
         """Take the measured rate of a plain step; the median is robust against disturbed steps."""
@@ -81,25 +84,29 @@ class _LoadState:
 
     def add_speculative(self, measured: float, predicted: float) -> None:
         """Take the measured and the predicted rate of a speculative step."""
-        self.measured += RATE_WEIGHT * (measured - self.measured)
-        self.predicted += RATE_WEIGHT * (predicted - self.predicted)
+        self.num_measured += 1
+        weight = max(RATE_WEIGHT, 1 / self.num_measured)
+        self.measured += weight * (measured - self.measured)
+        self.predicted += weight * (predicted - self.predicted)
 
     def begin_pause(self) -> None:
-        """Let the heads rest."""
-        self.is_speculating, self.num_resting = False, self.pause
+        """Let the heads rest: after a long spell of speculation briefly, else longer than the last time."""
+        self.pause = MIN_PAUSE if self.num_on > self.pause else min(2 * self.pause, MAX_PAUSE)
+        self.is_speculating, self.num_resting, self.num_on = False, self.pause, 0
 
     def weigh(self, gain: float) -> None:
         """Take the logarithm of the rate with draft tokens over the rate without, and change the mode if it says so."""
         if self.is_speculating:
+            self.num_on += 1
             self.gain += NEWEST_WEIGHT * (gain - self.gain)
             if self.gain < -GAIN_MARGIN:
                 self.begin_pause()
         elif gain > GAIN_MARGIN:
-            self.is_speculating, self.gain, self.pause = True, gain, MIN_PAUSE
+            self.is_speculating, self.gain = True, gain
             self.trial_interval = self.num_until_trial = MIN_TRIAL_INTERVAL
+        elif self.pause == MAX_PAUSE and gain > -UNCERTAINTY:
+            self.is_speculating, self.gain = True, 0.0  # for a step or two, to measure what was only predicted
         else:
-            self.pause = min(2 * self.pause, MAX_PAUSE)
-            self.measured += FORGETTING * (self.predicted - self.measured)
             self.begin_pause()
 
 

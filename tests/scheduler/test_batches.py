@@ -34,7 +34,7 @@ COSTS = Profile(requests=[1, 4], plain=[1.0, 1.2], extra=[0, 8], speculating=[[1
 DRAFTERS = {
     "static": lambda costs: StaticDrafter(TREE),
     "dynamic": lambda costs: DynamicDrafter(3, EACH),
-    "dynamic with a budget": lambda costs: DynamicDrafter(3, EACH, DraftBudget(costs, most=10)),
+    "dynamic with a budget": lambda costs: DynamicDrafter(3, EACH, DraftBudget(costs, max_draft_tokens=10)),
 }
 
 

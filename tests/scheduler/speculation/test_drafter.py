@@ -80,7 +80,7 @@ def test_a_key_that_comes_again_finds_nothing_of_its_namesake():
 def test_a_step_that_only_reads_prompts_says_nothing_of_decoding():
     profile = Profile(requests=[1], plain=[1e-3], extra=[0, 60], speculating=[[1e-3, 1.5e-3]])
     costs = StepCosts(profile)
-    scheduler = Scheduler(LIMITS, DynamicDrafter(3, 6, DraftBudget(costs, most=8)), costs=costs)
+    scheduler = Scheduler(LIMITS, DynamicDrafter(3, 6, DraftBudget(costs, max_draft_tokens=8)), costs=costs)
     scheduler.add(request(0, 3, max_tokens=4))
     rng = np.random.default_rng(0)
     while scheduler.has_work:
@@ -98,7 +98,7 @@ def test_a_step_that_only_reads_prompts_says_nothing_of_decoding():
 
 def test_a_target_of_a_request_that_cannot_guess_keeps_nobody_awake():
     dear = Profile(requests=[1], plain=[1e-3], extra=[0, 1, 8], speculating=[[1.1e-3, 2.0e-3, 9e-3]])
-    budget = DraftBudget(StepCosts(dear), most=8)
+    budget = DraftBudget(StepCosts(dear), max_draft_tokens=8)
     scheduler, rng, asked = Scheduler(LIMITS, DynamicDrafter(3, 6, budget)), np.random.default_rng(0), 0
     scheduler.add(request(0, 3, max_tokens=50, latency_target=0.01, speculation=False))
     scheduler.add(request(1, 3, max_tokens=50))
@@ -129,9 +129,9 @@ def test_guesses_go_first_to_requests_behind_their_target():
     for made in (relaxed, behind):
         take(drafter, made, [12])
         made.head_candidates = guesses
-    assert [len(d.parents) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0)] == [2, 2]
+    assert [len(d.parents) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0).trees] == [2, 2]
     take(drafter, behind, [12])  # 10 ms for a token that should take 5
-    drafts = [len(d.parents) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0)]
+    drafts = [len(d.parents) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0).trees]
     assert drafts[1] > drafts[0]
 
 
@@ -139,7 +139,7 @@ def test_an_urgent_request_gets_guesses_where_others_do_not_pay():
     """A guess costs four times what it brings."""
     dear = Profile(requests=[1], plain=[1e-3], extra=[0, 1, 8], speculating=[[1.1e-3, 2.0e-3, 9e-3]])
     for target, pays in ((0.0, False), (0.5, True)):
-        scheduler = Scheduler(LIMITS, DynamicDrafter(3, 6, DraftBudget(StepCosts(dear), most=8)))
+        scheduler = Scheduler(LIMITS, DynamicDrafter(3, 6, DraftBudget(StepCosts(dear), max_draft_tokens=8)))
         scheduler.add(request(0, 3, max_tokens=30, latency_target=target))
         rng, drafts = np.random.default_rng(0), []
         for _ in range(20):
@@ -161,4 +161,4 @@ def test_static_trees_share_rows_equally():
     drafts = drafter.draft(made, [8, 8, 8], 7, 0).trees
     assert [len(d.parents) for d in drafts] == [4, 3, 0]
     assert len(drafter.draft(made, [8, 1, 8], 100, 0).trees[0].parents) == TREE.num_draft_tokens
-    assert all(d.depth <= 1 for d in drafter.draft(made, [1, 1, 1], 100, 0)).trees
+    assert all(d.depth <= 1 for d in drafter.draft(made, [1, 1, 1], 100, 0).trees)
