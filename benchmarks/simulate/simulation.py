@@ -19,13 +19,14 @@ from euryale.runtime import step_profiler as profile
 from euryale.scheduler.admission import SchedulerLimits
 from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
-from euryale.scheduler.scheduler import Output, PlannedStep, Scheduler, SegmentResult
+from euryale.scheduler.scheduler import PlannedStep, Scheduler
 from euryale.scheduler.speculation.draft_budget import DraftBudget
 from euryale.scheduler.speculation.drafter import Drafter, StaticDrafter
 from euryale.scheduler.speculation.dynamic_drafter import DynamicDrafter, Sources
 from euryale.scheduler.speculation.tree import TreeShape
 from euryale.scheduler.step_cost import Profile, StepCosts
 from euryale.scheduler.step_plan import Segment
+from euryale.scheduler.step_result import RequestOutput, SegmentResult
 from euryale.scheduler.trace import record
 
 PAGE = 16
@@ -174,15 +175,15 @@ class Simulation:
         guesses = answer.head_candidates(known + len(tokens)) if segment.wants_head_candidates else None
         return SegmentResult(tokens=tokens, accepted_nodes=path, head_candidates=guesses)
 
-    def _deliver(self, outputs: list[Output]) -> int:
+    def _deliver(self, outputs: list[RequestOutput]) -> int:
         ended = 0
         for output in outputs:
-            timing = self.timings[output.request.key]
+            timing = self.timings[output.key]
             timing.deliveries.append(self.now)
             timing.tokens += len(output.tokens)
             if output.finish_reason:
                 ended += 1
-                del self._answers[output.request.key]
+                del self._answers[output.key]
         self.tokens.append(sum(len(o.tokens) for o in outputs))
         self.ends.append(self.now)
         return ended

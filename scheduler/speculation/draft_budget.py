@@ -60,8 +60,9 @@ class BudgetChoice:
 class _LoadState:
     """What is known of one load. ``plain_rates``: measured rates of the latest plain steps; ``measured`` and
     ``predicted``: decaying sums of the rates of speculative steps; ``gain``: mean logarithm of the rate with draft
-    tokens over the rate without; ``pause``: steps of the last pause of the heads; ``num_on``: speculative steps since; ``num_resting``: steps left
-    of the current pause; ``num_until_trial``: speculative steps until the next plain one."""
+    tokens over the rate without; ``pause``: steps of the last pause of the heads; ``num_on``: speculative steps since;
+    ``num_resting``: steps left of the current pause; ``num_until_trial``: speculative steps until the next plain
+    one."""
 
     is_speculating: bool = True
     gain: float = 0.0

@@ -91,7 +91,7 @@ class NewerHello:
 def test_a_server_of_another_version(rig):
     with (
         Client(rig.address) as client,
-        pytest.raises(euryale.UnsupportedVersion, match="version 2 is not spoken here, version 1 is"),
+        pytest.raises(euryale.UnsupportedVersion, match="version 3 is not spoken here, version 2 is"),
     ):
         client._call(NewerHello(), protocol.ServerInfo, 5)
 

@@ -4,10 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from euryale.client.protocol import Usage
-from euryale.frontend.engine_link import Output
 from euryale.frontend.output_stream import OpenRequest
 from euryale.frontend.validation import RequestLimits, read_params
 from euryale.scheduler.sampling_params import SamplingParams
+from euryale.scheduler.step_result import RequestOutput
 
 TEXT = "abcabdabcd"
 
@@ -31,7 +31,7 @@ def run(steps, finish_reason, **params):
     (sample,) = request.samples
     tokens, text, accepted, done = [], "", [], None
     for number, step in enumerate(steps):
-        sample.take(Output(1, step, finish_reason if number == len(steps) - 1 else None))
+        sample.take(RequestOutput(1, step, finish_reason if number == len(steps) - 1 else None))
         delta = sample.take_delta()
         if delta is not None:
             assert delta.index == len(tokens)
@@ -76,8 +76,8 @@ def test_an_end_without_tokens():
 
 def test_several_steps_make_one_delta():
     (sample,) = opened().samples
-    sample.take(Output(1, [97, 98], None))
-    sample.take(Output(1, [99], None))
+    sample.take(RequestOutput(1, [97, 98], None))
+    sample.take(RequestOutput(1, [99], None))
     assert sample.end is None
     delta = sample.take_delta()
     assert (delta.index, delta.tokens, delta.text, delta.tokens_per_step) == (0, (97, 98, 99), "abc", (2, 1))
