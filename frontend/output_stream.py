@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from euryale.client import protocol
 from euryale.client.logprobs import Logprobs
-from euryale.frontend.detokenizer import Detokenizer, StopMatcher
+from euryale.frontend.detokenizer import Detokenizer, StopMatcher, TokenBytes
 from euryale.frontend.engine_link import pack_logprobs
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.step_result import RequestOutput, TokenLogprobs
@@ -19,7 +18,9 @@ class OpenSample:
     end's text that the request's final message has to bring; among several samples it comes with the last delta.
     """
 
-    def __init__(self, *, key: int, index: int, prompt: Sequence[int], params: SamplingParams, tokenizer: Any) -> None:
+    def __init__(
+        self, *, key: int, index: int, prompt: Sequence[int], params: SamplingParams, token_bytes: TokenBytes
+    ) -> None:
         self.key = key
         self.index = index
         # The prompt's log-probabilities are the same for all samples.
@@ -27,7 +28,7 @@ class OpenSample:
         self.end: protocol.SampleEnd | None = None
         self.tail = ""
         self.num_tokens = self.num_steps = 0
-        self._detokenizer = Detokenizer(tokenizer, context=prompt)
+        self._detokenizer = Detokenizer(token_bytes, context=prompt)
         self._matcher = StopMatcher(params.stop)
         self._new_tokens: list[int] = []
         self._new_steps: list[int] = []
@@ -116,13 +117,13 @@ class OpenRequest:
         request_id: bytes,
         prompt: Sequence[int],
         params: SamplingParams,
-        tokenizer: Any,
+        token_bytes: TokenBytes,
     ) -> None:
         self.client = client
         self.request_id = request_id
         self.closed = False
         self.samples = [
-            OpenSample(key=key, index=index, prompt=prompt, params=params, tokenizer=tokenizer)
+            OpenSample(key=key, index=index, prompt=prompt, params=params, token_bytes=token_bytes)
             for index, key in enumerate(keys)
         ]
         self._prompt_length = len(prompt)

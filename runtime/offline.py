@@ -12,7 +12,7 @@ from typing import TextIO
 import numpy as np
 from tqdm import tqdm
 
-from euryale.frontend.detokenizer import Detokenizer
+from euryale.frontend.detokenizer import Detokenizer, TokenBytes, Tokenizer
 from euryale.runtime.engine import Engine
 from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
@@ -83,7 +83,7 @@ def _requests(key: int, row: dict, tokenizer, params: SamplingParams) -> list[Re
 def generate(
     engine: Engine,
     jobs: list[Job],
-    tokenizer,
+    tokenizer: Tokenizer,
     out: TextIO,
     is_interrupted: Callable[[], bool],
     with_prompts: bool = False,
@@ -101,18 +101,19 @@ def generate(
     told: dict[int, list[TokenLogprobs]] = {
         request.key: [] for request in requests if request.params.logprobs is not None
     }
+    token_bytes = TokenBytes(tokenizer)
     waiting, started = deque(jobs), time.perf_counter()
     with tqdm(total=len(requests), desc="generating", unit="prompt") as bar:
         while engine.scheduler.has_work:
             if is_interrupted():
                 raise KeyboardInterrupt
-            outputs = engine.step(lambda: _write_finished(out, waiting, tokenizer, told, with_prompts)).outputs
+            outputs = engine.step(lambda: _write_finished(out, waiting, token_bytes, told, with_prompts)).outputs
             for output in outputs:
                 if output.logprobs is not None:
                     told[output.key].append(output.logprobs)
             bar.update(sum(o.finish_reason is not None for o in outputs))
     seconds = time.perf_counter() - started
-    _write_finished(out, waiting, tokenizer, told, with_prompts)
+    _write_finished(out, waiting, token_bytes, told, with_prompts)
     steps = sum(len(r.tokens_per_step) for r in requests)
     tokens = sum(len(r.output) for r in requests)
     return {
@@ -129,14 +130,14 @@ def generate(
 
 
 def _write_finished(
-    out: TextIO, waiting: deque[Job], tokenizer, told: dict[int, list[TokenLogprobs]], with_prompts: bool
+    out: TextIO, waiting: deque[Job], token_bytes: TokenBytes, told: dict[int, list[TokenLogprobs]], with_prompts: bool
 ) -> None:
     """Write the answers at the head of the queue that are complete."""
     while waiting and all(request.finish_reason for request in waiting[0].requests):
         job = waiting.popleft()
         row: dict = {"id": job.id, "text": "", "tokens": [], "finish_reason": None, "tokens_per_step": []}
         if job.requests:
-            samples = [_answer(request, tokenizer, told) for request in job.requests]
+            samples = [_answer(request, token_bytes, told) for request in job.requests]
             first = job.requests[0]
             row |= samples[0]
             if len(samples) > 1:
@@ -151,8 +152,8 @@ def _write_finished(
         out.flush()  # a killed run keeps what was answered
 
 
-def _answer(request: Request, tokenizer, told: dict[int, list[TokenLogprobs]]) -> dict:
-    text = Detokenizer(tokenizer, request.prompt.tolist())
+def _answer(request: Request, token_bytes: TokenBytes, told: dict[int, list[TokenLogprobs]]) -> dict:
+    text = Detokenizer(token_bytes, request.prompt.tolist())
     answer = {
         "text": text.push(request.output) + text.finish(),
         "tokens": request.output,

@@ -33,7 +33,7 @@ MAX_MODEL_LEN = 200
 
 
 class ByteTokenizer:
-    """A byte-level BPE behind the four names that the front end uses."""
+    """A byte-level BPE behind the names that the front end uses."""
 
     def __init__(self) -> None:
         self._tokenizer = Tokenizer(models.BPE())
@@ -52,6 +52,12 @@ class ByteTokenizer:
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def convert_ids_to_tokens(self, ids: int) -> str | None:
+        return self._tokenizer.id_to_token(ids)
 
     def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
         assert options == {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
@@ -181,12 +187,16 @@ class Rig:
 
 @contextlib.contextmanager
 def serving(
-    script: Callable[[engine.AddRequest], Script] = echo, *, hold: bool = False, **config: Any
+    script: Callable[[engine.AddRequest], Script] = echo,
+    *,
+    hold: bool = False,
+    tokenizer: Any = TOKENIZER,
+    **config: Any,
 ) -> Iterator[Rig]:
     """A front end and a scripted engine, each in a thread; ``hold`` lets no step run until ``may_step`` is set."""
     config = {"bind": "tcp://127.0.0.1:0", "drain_timeout": 2.0} | config
     engine_link = engine.EngineLink()
-    frontend = FrontEnd(TOKENIZER, engine.FrontEndLink(engine_link.endpoint), FrontEndConfig(**config))
+    frontend = FrontEnd(tokenizer, engine.FrontEndLink(engine_link.endpoint), FrontEndConfig(**config))
     scripted = ScriptedEngine(engine_link, script)
     if not hold:
         scripted.may_step.set()

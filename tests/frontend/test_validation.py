@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from euryale.client.protocol import Usage
+from euryale.frontend.detokenizer import TokenBytes
 from euryale.frontend.output_stream import OpenRequest
 from euryale.frontend.validation import RequestLimits, read_params
 from euryale.scheduler.sampling_params import SamplingParams
@@ -15,14 +16,21 @@ TEXT = "abcabdabcd"
 class Letters:
     """One token per letter."""
 
-    def decode(self, tokens, skip_special_tokens):
+    def __len__(self) -> int:
+        return 128
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
         assert skip_special_tokens
-        return "".join(chr(token) for token in tokens)
+        return "".join(chr(token) for token in token_ids)
+
+    def convert_ids_to_tokens(self, ids: int) -> str:
+        return chr(ids)
 
 
 def opened(keys=(1,), **params) -> OpenRequest:
     params = SamplingParams(n=len(keys), **params)
-    return OpenRequest(keys=keys, client=b"c", request_id=b"r", prompt=(97,), params=params, tokenizer=Letters())
+    token_bytes = TokenBytes(Letters())
+    return OpenRequest(keys=keys, client=b"c", request_id=b"r", prompt=(97,), params=params, token_bytes=token_bytes)
 
 
 def run(steps, finish_reason, **params):
