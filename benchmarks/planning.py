@@ -14,7 +14,7 @@ import numpy as np
 from euryale.benchmarks import arguments
 from euryale.benchmarks.arguments import number
 from euryale.benchmarks.machine import describe
-from euryale.scheduler.admission import SchedulerLimits
+from euryale.scheduler.limits import SchedulerLimits
 from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import Scheduler

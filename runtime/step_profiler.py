@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from euryale.runtime.step_graphs import ROWS
-from euryale.scheduler.admission import SchedulerLimits
+from euryale.scheduler.limits import SchedulerLimits
 from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.speculation.constants import MIN_PROPOSED, ORDERS

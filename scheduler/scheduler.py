@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from euryale.scheduler.admission import STARVATION_BOUND, Admission, SchedulerLimits
+from euryale.scheduler.admission import STARVATION_BOUND, Admission
+from euryale.scheduler.limits import SchedulerLimits
 from euryale.scheduler.request import Request
 from euryale.scheduler.speculation.draft_budget import BudgetChoice
 from euryale.scheduler.speculation.drafter import NO_DRAFT, Drafter, Drafts, DraftTree, RequestStepResult

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from euryale.scheduler.admission import SchedulerLimits
+from euryale.scheduler.limits import SchedulerLimits
 from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.speculation.tree import default_tree

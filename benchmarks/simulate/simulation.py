@@ -16,7 +16,7 @@ import numpy as np
 from euryale.benchmarks.simulate.heads import Answer, Answers
 from euryale.benchmarks.simulate.machine import Machine
 from euryale.runtime import step_profiler as profile
-from euryale.scheduler.admission import SchedulerLimits
+from euryale.scheduler.limits import SchedulerLimits
 from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import PlannedStep, Scheduler

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from made_up_model import LIMITS, TREE, request, results
 
-from euryale.scheduler.prefix import PageHasher
+from euryale.scheduler.page_pool import PageHasher
 from euryale.scheduler.request import FinishReason, Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import Scheduler
