@@ -59,13 +59,15 @@ class StepRunner:
         before the next is started."""
         if not plan.segments:
             return None
-        if self.graphs is None or (batch := self.graphs.batch_for(plan)) is None:
-            batch = StepBatch(plan, self.cache.page_size, self.decoder.shard.group.device)
+        step = self.graphs.prepare(plan) if self.graphs else None
+        if step is None:
+            batch = StepBatch.of(plan, self.cache.page_size, self.decoder.shard.group.device)
             return batch, self._conclude(batch, self._hidden_states(batch))
-        if batch.kind.is_decode and batch.kind.is_plain:
-            return batch, Outcome(*self.graphs.run(batch, self._decode))
-        (hidden_RD,) = self.graphs.run(batch, lambda b: (self._hidden_states(b),))
-        return batch, self._conclude(batch, hidden_RD)
+        kind = step.batch.host.kind
+        if kind.is_decode and kind.is_plain:
+            return step.batch, Outcome(*step.run(self._decode))
+        (hidden_RD,) = step.run(lambda batch: (self._hidden_states(batch),))
+        return step.batch, self._conclude(step.batch, hidden_RD)
 
     def finish(self, started: tuple[StepBatch, Outcome | None] | None) -> list[SegmentResult]:
         """One result per segment that has one, in the plan's order, the same on every rank."""
@@ -73,7 +75,7 @@ class StepRunner:
             return []
         self.decoder.shard.group.wait_for_device()
         batch, outcome = started
-        results = self._results(batch, outcome) if batch.sampling else []
+        results = self._results(batch, outcome) if batch.host.emitting else []
         return outcome.logprobs.add_to(batch, results) if outcome.logprobs else results
 
     def run(self, plan: StepPlan) -> list[SegmentResult]:
@@ -90,32 +92,38 @@ class StepRunner:
 
     def _conclude(self, batch: StepBatch, hidden_RD: torch.Tensor) -> Outcome | None:
         """What follows the last layer; None if nothing is asked for but its K/V."""
-        if not batch.sampling:
+        if not batch.host.emitting:
             self.cache.commit(batch.geometry.slots)
             logprobs = (
-                StepLogprobs.prepare(self.decoder, hidden_RD, None, batch) if batch.kind.has_logits_inputs else None
+                StepLogprobs.prepare(self.decoder, hidden_RD, None, batch)
+                if batch.host.kind.has_logits_inputs
+                else None
             )
             return logprobs and Outcome(logprobs=logprobs)
         decided_ND = hidden_RD if batch.decided is None else hidden_RD[batch.decided]
         logits_NV, logprobs = self.decoder.logits(decided_ND), None
-        if batch.kind.has_logits_inputs:
+        if batch.host.kind.has_logits_inputs:
             logprobs = StepLogprobs.prepare(self.decoder, hidden_RD, logits_NV, batch)
             logits_NV = process_logits(self.decoder.shard, logits_NV, batch)
         accepted = decide(self.decoder.shard, logits_NV, batch)
         self.cache.commit(accepted.commit_slots)
         candidates = None
-        if self.heads is not None and batch.kind.wants_head_candidates:
+        if self.heads is not None and batch.host.kind.wants_head_candidates:
             after = accepted.last_rows if batch.wanted is None else accepted.last_rows[batch.wanted]
             candidates = self.heads.candidates(hidden_RD, after, self.num_candidates)
         return Outcome(accepted.next_tokens, accepted.last_rows, candidates, logprobs)
 
     def _results(self, batch: StepBatch, outcome: Outcome) -> list[SegmentResult]:
         next_tokens, last, candidates = outcome.to_host()
-        tokens, parents, starts = batch.host_tokens, batch.host_parents, batch.geometry.row_starts
+        tokens, parents, starts = (
+            batch.host.arrays["tokens"],
+            batch.host.arrays["parent_rows"],
+            batch.geometry.row_starts,
+        )
         results, place = [], 0
-        for i in batch.sampling:
-            segment, row, path = batch.segments[i], int(last[i]), []
-            bonus = next_tokens[row if batch.host_decided_at is None else batch.host_decided_at[row]]
+        for i in batch.host.emitting:
+            segment, row, path = batch.host.segments[i], int(last[i]), []
+            bonus = next_tokens[row if batch.host.decided_at is None else batch.host.decided_at[row]]
             while parents[row] >= 0:
                 path.append(row)
                 row = int(parents[row])

@@ -1,7 +1,11 @@
-"""A step plan as tensors: what the model, the sampler and the commit read."""
+"""A step plan as tensors: what the model, the sampler and the commit read.
 
-from dataclasses import dataclass
-from functools import cached_property
+``StepArrays.of`` derives everything from a plan in one pass, on the host. A ``StepBatch`` adds the tensors that hold
+these arrays on the device; it is frozen. ``StepMemory`` holds one shape of step after the other in the same tensors,
+for steps that are recorded. Legend: R rows, N decided rows, B segments, W segments that want head candidates.
+"""
+
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,10 +22,10 @@ _GREEDY = SamplingParams()
 
 @dataclass(frozen=True)
 class StepKind:
-    """What a plan asks for. ``is_decode``: every segment samples and has one row of a known token, so that every row is
+    """What a plan asks for. ``is_decode``: every segment emits tokens and has one new token, so that every row is
     decided. ``is_sampled``: some request draws; ``is_filtered``: one that draws leaves out some tokens or accepts by
-    the typical rule; ``has_logits_inputs``: some request changes logits or wants to be told of them.
-    ``wants_head_candidates``: some request guesses on."""
+    the typical rule; ``has_logits_inputs``: some request changes logits or wants log-probabilities.
+    ``wants_head_candidates``: some request speculates on."""
 
     is_decode: bool
     is_sampled: bool
@@ -31,11 +35,12 @@ class StepKind:
 
     @property
     def is_plain(self) -> bool:
-        """Whether none wants more than exact acceptance without filters, of the logits as they are."""
+        """Whether no request wants more than exact acceptance without filters, of the logits as they are."""
         return not self.is_filtered and not self.has_logits_inputs
 
     @classmethod
     def of(cls, plan: StepPlan) -> "StepKind":
+        """Return the kind of a plan."""
         drawing = [s.params for s in plan.segments if s.emits_tokens and s.params.temperature > 0]
         return cls(
             is_decode=all(s.emits_tokens and s.num_new_tokens == 1 for s in plan.segments),
@@ -47,104 +52,131 @@ class StepKind:
 
 
 def padding(sizes: tuple[int, int], padded: tuple[int, int]) -> list[int]:
-    """Rows of each request that fills a step of so many rows and requests up: the last takes what is left."""
+    """Return the rows of each request that fills a step of so many rows and requests up: the last takes what is
+    left."""
     rows, requests = (wanted - have for wanted, have in zip(padded, sizes, strict=True))
     return [1] * (requests - 1) + [rows - (requests - 1)] if requests else []
 
 
-class StepBatch:
-    """``tokens`` int32 [R]; ``decided`` int64 [N], the rows whose next token is needed (roots and drafts of the
-    sampling segments), None if these are all rows; ``decided_at`` int64 [R], a row's place among them, -1 for others;
-    ``wanted`` int64 [W], the segments that guess on, None if these are all; ``rules``: the decided rows' parameters,
-    None if no request draws. ``host_tokens``, ``host_parents`` (of geometry) and ``host_decided_at`` are the host's.
+@dataclass(frozen=True, kw_only=True)
+class StepArrays:
+    """A plan on the host. ``shapes``: of the segments, padding behind them; ``arrays``: what becomes tensors, by name;
+    ``emitting``: the segments that emit tokens; ``decided_at`` int64 [R]: a row's place among the decided rows, -1 for
+    others, None if all rows are decided."""
 
-    Padding, rows and segments that nobody reads, comes behind the plan's own.
-    """
+    kind: StepKind
+    segments: list[Segment]
+    shapes: list[SegmentShape]
+    arrays: dict[str, np.ndarray]
+    emitting: list[int]
+    decided_at: np.ndarray | None
 
-    def __init__(
-        self,
-        plan: StepPlan,
-        page_size: int,
-        device: torch.device,
-        padded: tuple[int, int] | None = None,
-        pages: int = 0,
-    ) -> None:
-        """``padded``: rows and segments with padding; ``pages``: room for so many page ids. Both are for batches that
-        are filled again."""
-        self.kind, self._page_size, self._padded = StepKind.of(plan), page_size, padded
-        arrays = self._take(plan)
-        self._tables = Tables(arrays, device, {"pages": pages} if pages else None)
-        tensors = self._tables.tensors
-        self.geometry = StepGeometry.of(self._shapes, page_size, arrays, tensors, is_refilled=padded is not None)
-        self.tokens, self.decided = tensors["tokens"], tensors.get("decided")
-        self.decided_at, self.wanted = tensors.get("decided_at"), tensors.get("wanted")
-        self.rules = None
-        if self.kind.is_sampled:
-            columns = {name: tensors[name] for name in RowParams.ARRAYS}
-            self.rules = RowParams(is_plain=not self.kind.is_filtered, **columns)
-
-    def refill(self, plan: StepPlan) -> bool:
-        """Take another plan of the same kind, rows and segments, in the same memory; False if it does not fit."""
-        arrays = self._take(plan)
-        self._tables.fill(arrays)
-        return self.geometry.refill(self._shapes, arrays)
-
-    @cached_property
-    def sampling(self) -> list[int]:
-        """Which segments sample."""
-        return [i for i, segment in enumerate(self.segments) if segment.emits_tokens]
+    @classmethod
+    def of(cls, plan: StepPlan, page_size: int, padded: tuple[int, int] | None = None) -> "StepArrays":
+        """Derive everything from ``plan``; ``padded``: rows and segments with padding."""
+        kind, segments = StepKind.of(plan), plan.segments
+        counts = padding((plan.num_rows, len(segments)), padded) if padded is not None else []
+        shapes = [
+            SegmentShape(num_new_tokens=s.num_new_tokens, context=s.context, parents=s.parents, pages=s.pages)
+            for s in segments
+        ]
+        shapes += [SegmentShape(num_new_tokens=count, context=0, parents=_NONE, pages=_NONE) for count in counts]
+        arrays = geometry_arrays(shapes, page_size)
+        tokens = [s.tokens for s in segments] + [np.zeros(count, dtype=np.int32) for count in counts]
+        arrays["tokens"] = np.concatenate(tokens).astype(np.int32, copy=False)
+        emitting = [i for i, segment in enumerate(segments) if segment.emits_tokens]
+        if not kind.is_decode:
+            arrays |= _decided(segments, arrays)
+        if kind.is_sampled:
+            arrays |= row_arrays(_sampling_rows(segments, emitting, arrays, is_padded=kind.is_decode))
+        decided_at = arrays.get("decided_at")
+        return cls(kind=kind, segments=segments, shapes=shapes, arrays=arrays, emitting=emitting, decided_at=decided_at)
 
     def decided_rows(self, segment: int) -> slice:
-        """Where the tree of a sampling segment, root first, lies among the decided rows."""
-        start, stop = self.geometry.row_starts[segment : segment + 2]
+        """Return where the tree of a segment that emits tokens, root first, lies among the decided rows."""
+        start, stop = self.arrays["starts"][segment : segment + 2].tolist()
         start += self.segments[segment].num_new_tokens - 1
-        first = start if self.host_decided_at is None else int(self.host_decided_at[start])
+        first = start if self.decided_at is None else int(self.decided_at[start])
         return slice(first, first + stop - start)
 
-    def _take(self, plan: StepPlan) -> dict[str, np.ndarray]:
-        self.segments: list[Segment] = plan.segments
-        self.__dict__.pop("sampling", None)
-        self._shapes = [
-            SegmentShape(num_new_tokens=s.num_new_tokens, context=s.context, parents=s.parents, pages=s.pages)
-            for s in plan.segments
-        ]
-        tokens = [s.tokens for s in plan.segments]
-        if self._padded is not None:
-            self._pad(tokens, padding((plan.num_rows, len(plan.segments)), self._padded))
-        arrays = geometry_arrays(self._shapes, self._page_size)
-        arrays["tokens"] = np.concatenate(tokens).astype(np.int32, copy=False)
-        self.host_parents, self.host_tokens = arrays["parent_rows"], arrays["tokens"]
-        self.host_decided_at = None
-        if not self.kind.is_decode:
-            self._decide(arrays)
-        if self.kind.is_sampled:
-            self._sample(arrays)
-        return arrays
 
-    def _pad(self, tokens: list[np.ndarray], counts: list[int]) -> None:
-        for count in counts:
-            self._shapes.append(SegmentShape(num_new_tokens=count, context=0, parents=_NONE, pages=_NONE))
-            tokens.append(np.zeros(count, dtype=np.int32))
+def _decided(segments: list[Segment], arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return which rows' next tokens are needed, where each row lies among them, and which segments want heads."""
+    of_row = arrays["segment_of_row"]
+    roots = arrays["starts"][:-1] + arrays["num_new_tokens"] - 1
+    emits = np.asarray([s.emits_tokens for s in segments])
+    is_decided = emits[of_row] & (np.arange(len(of_row)) >= roots[of_row])
+    return {
+        "decided": is_decided.nonzero()[0],
+        "decided_at": np.where(is_decided, is_decided.cumsum() - 1, -1),
+        "wanted": np.asarray([i for i, s in enumerate(segments) if s.wants_head_candidates], dtype=np.int64),
+    }
 
-    def _decide(self, arrays: dict[str, np.ndarray]) -> None:
-        """Which rows' next tokens are needed."""
-        of_row = arrays["segment_of_row"]
-        roots = arrays["starts"][:-1] + arrays["num_new_tokens"] - 1
-        samples = np.asarray([s.emits_tokens for s in self.segments])
-        is_decided = samples[of_row] & (np.arange(len(of_row)) >= roots[of_row])
-        arrays["decided"] = is_decided.nonzero()[0]
-        arrays["wanted"] = np.asarray(
-            [i for i, s in enumerate(self.segments) if s.wants_head_candidates], dtype=np.int64
+
+def _sampling_rows(
+    segments: list[Segment], emitting: list[int], arrays: dict[str, np.ndarray], is_padded: bool
+) -> list[tuple[SamplingParams, int, int]]:
+    """Return parameters, sample index and output index of every decided row; padding is greedy."""
+    rows, starts, depths = [], arrays["starts"], arrays["depths"]
+    for i in emitting:
+        segment = segments[i]
+        for row in range(starts[i] + segment.num_new_tokens - 1, starts[i + 1]):
+            rows.append((segment.params, segment.sample_index, segment.output_index + int(depths[row])))
+    return rows + [(_GREEDY, 0, 0)] * (len(depths) - len(rows)) if is_padded else rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """A step on the device, and as the ``host`` knows it.
+
+    ``tokens`` int32 [R]; ``decided`` int64 [N], the rows whose next token is needed (roots and draft tokens of the
+    segments that emit tokens), None if these are all rows; ``decided_at`` int64 [R], a row's place among them, -1 for
+    others; ``wanted`` int64 [W], the segments that want head candidates, None if these are all; ``rules``: the decided
+    rows' parameters, None if no request draws. Padding, rows and segments that nobody reads, lies behind the plan's
+    own.
+    """
+
+    host: StepArrays
+    geometry: StepGeometry
+    tokens: torch.Tensor
+    decided: torch.Tensor | None
+    decided_at: torch.Tensor | None
+    wanted: torch.Tensor | None
+    rules: RowParams | None
+
+    @classmethod
+    def of(cls, plan: StepPlan, page_size: int, device: torch.device) -> "StepBatch":
+        """Return a plan's batch in memory of its own."""
+        return StepMemory(StepArrays.of(plan, page_size), page_size, device).batch
+
+
+class StepMemory:
+    """The tensors of steps of one kind and of as many rows and segments, one step after the other."""
+
+    def __init__(self, host: StepArrays, page_size: int, device: torch.device, num_pages: int = 0) -> None:
+        """Holds ``host``'s arrays. ``num_pages``: room for so many page ids, for memory that is filled again."""
+        self._tables = Tables(host.arrays, device, {"pages": num_pages} if num_pages else None)
+        tensors = self._tables.tensors
+        geometry = StepGeometry.of(host.shapes, page_size, host.arrays, tensors, is_refilled=num_pages > 0)
+        rules = None
+        if host.kind.is_sampled:
+            columns = {name: tensors[name] for name in RowParams.ARRAYS}
+            rules = RowParams(is_plain=not host.kind.is_filtered, **columns)
+        self.batch = StepBatch(
+            host=host,
+            geometry=geometry,
+            tokens=tensors["tokens"],
+            decided=tensors.get("decided"),
+            decided_at=tensors.get("decided_at"),
+            wanted=tensors.get("wanted"),
+            rules=rules,
         )
-        self.host_decided_at = arrays["decided_at"] = np.where(is_decided, is_decided.cumsum() - 1, -1)
 
-    def _sample(self, arrays: dict[str, np.ndarray]) -> None:
-        """Parameters of every decided row; padding is greedy."""
-        rows, starts, depths = [], arrays["starts"], arrays["depths"]
-        for i in self.sampling:
-            segment = self.segments[i]
-            for row in range(starts[i] + segment.num_new_tokens - 1, starts[i + 1]):
-                rows.append((segment.params, segment.sample_index, segment.output_index + int(depths[row])))
-        if self.kind.is_decode:
-            rows += [(_GREEDY, 0, 0)] * (len(depths) - len(rows))
-        arrays |= row_arrays(rows)
+    def fill(self, host: StepArrays) -> StepBatch | None:
+        """Return the batch of another step in the same memory, after which the one before must not be used any more;
+        None if the step does not fit."""
+        self._tables.fill(host.arrays)
+        if not self.batch.geometry.refill(host.shapes, host.arrays):
+            return None
+        self.batch = replace(self.batch, host=host)
+        return self.batch

@@ -7,7 +7,6 @@ decoding steps are padded to the next bucket, and replay as one CUDA graph from 
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 
 import torch
 
@@ -15,7 +14,7 @@ from euryale.kernels import graph
 from euryale.kernels.tree_attention.work_list import kinds
 from euryale.parallel.group import Group
 from euryale.runtime.kv_cache import KVCache
-from euryale.runtime.step_batch import StepBatch, StepKind, padding
+from euryale.runtime.step_batch import StepArrays, StepBatch, StepKind, StepMemory, padding
 from euryale.scheduler.step_plan import StepPlan
 
 _REQUESTS = [2**n for n in range(13)]
@@ -34,10 +33,26 @@ def bucket(rows: int, requests: int, most: int) -> tuple[int, int]:
     return ROWS[place], padded
 
 
-@dataclass
-class _Entry:
-    batch: StepBatch
-    recording: graph.Recording | graph.CudaGraph | None = None
+class RecordedStep:
+    """Steps of one shape: the memory they are written to, and their recording, once there is one."""
+
+    def __init__(self, memory: StepMemory, group: Group) -> None:
+        self.memory, self._group = memory, group
+        self.recording: graph.Recording | graph.CudaGraph | None = None
+
+    @property
+    def batch(self) -> StepBatch:
+        """The step that was filled in last."""
+        return self.memory.batch
+
+    def run(self, function: Callable[[StepBatch], tuple]) -> tuple:
+        """Return ``function`` of the batch, recorded or replayed; valid until the next call."""
+        if self.recording is None:
+            batch = self.batch
+            self.recording = graph.record(lambda: function(batch), self._group.device)
+        else:
+            self._group.check(self.recording.replay())
+        return self.recording.out
 
 
 class StepGraphs:
@@ -48,10 +63,10 @@ class StepGraphs:
     def __init__(self, cache: KVCache, group: Group, max_rows: int, pads: bool, max_graphs: int = 32) -> None:
         self._cache, self._group, self._device = cache, group, group.device
         self._max_rows, self._max_graphs, self.pads = max_rows, max_graphs, pads
-        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._steps: OrderedDict[Hashable, RecordedStep] = OrderedDict()
 
-    def batch_for(self, plan: StepPlan) -> StepBatch | None:
-        """The plan as the batch that ``run`` takes; None if such a step is not recorded."""
+    def prepare(self, plan: StepPlan) -> RecordedStep | None:
+        """Return the recorded step that the plan was filled into; None if such a step is not recorded."""
         room = self._cache.num_pages
         is_large = plan.num_rows > self._max_rows or sum(len(s.pages) for s in plan.segments) > room
         if is_large or not graph.can_record(self._device):
@@ -60,31 +75,22 @@ class StepGraphs:
         if self.pads and not kind.is_decode:
             return None
         key = self._key(plan, kind)
-        entry = self._entries.get(key)
-        if entry is not None and entry.batch.refill(plan):
-            self._entries.move_to_end(key)
-            return entry.batch
-        if entry is None and len(self._entries) >= self._max_graphs:
-            self._entries.popitem(last=False)
-        batch = StepBatch(plan, self._cache.page_size, self._device, padded=key[0], pages=room)
-        self._entries[key] = _Entry(batch)
-        self._entries.move_to_end(key)
-        return batch
-
-    def run(self, batch: StepBatch, function: Callable[[StepBatch], tuple]) -> tuple:
-        """``function`` of the batch that ``batch_for`` gave last, recorded or replayed; valid until the next call."""
-        entry = next(reversed(self._entries.values()))
-        assert entry.batch is batch, "another batch was filled in between"
-        if entry.recording is None:
-            entry.recording = graph.record(lambda: function(batch), self._device)
-        else:
-            self._group.check(entry.recording.replay())
-        return entry.recording.out
+        host = StepArrays.of(plan, self._cache.page_size, padded=key[0])
+        step = self._steps.get(key)
+        if step is not None and step.memory.fill(host) is not None:
+            self._steps.move_to_end(key)
+            return step
+        if step is None and len(self._steps) >= self._max_graphs:
+            self._steps.popitem(last=False)
+        memory = StepMemory(host, self._cache.page_size, self._device, num_pages=room)
+        step = self._steps[key] = RecordedStep(memory, self._group)
+        self._steps.move_to_end(key)
+        return step
 
     def recording(self, plan: StepPlan) -> graph.Recording | graph.CudaGraph | None:
         """The recording of steps like this one, if there is one."""
-        entry = self._entries.get(self._key(plan, StepKind.of(plan)))
-        return entry and entry.recording
+        step = self._steps.get(self._key(plan, StepKind.of(plan)))
+        return step and step.recording
 
     def _key(self, plan: StepPlan, kind: StepKind) -> tuple:
         """All that a recording depends on: the padded sizes first."""

@@ -41,7 +41,7 @@ def logits_of(engine: Engine, tokens: torch.Tensor) -> torch.Tensor:
         output_index=0,
         params=SamplingParams(),
     )
-    batch = StepBatch(StepPlan(segments=[segment]), size, tokens.device)
+    batch = StepBatch.of(StepPlan(segments=[segment]), size, tokens.device)
     hidden = decoder.transform(decoder.embed_tokens(batch.tokens), runner.cache, batch.geometry)
     return decoder.logits(hidden)[:, : decoder.shard.vocab_size].float()
 

@@ -63,15 +63,17 @@ class _TypicalRows:
     @classmethod
     def of(cls, batch: StepBatch) -> "_TypicalRows | None":
         """None if there are none."""
-        rules = {i: batch.segments[i].params for i in batch.sampling}
+        rules = {i: batch.host.segments[i].params for i in batch.host.emitting}
         chosen = [i for i, r in rules.items() if r.acceptance == "typical" and r.temperature > 0]
         starts, device = batch.geometry.row_starts, batch.tokens.device
-        pairs = [(i, row) for i in chosen for row in range(starts[i] + batch.segments[i].num_new_tokens, starts[i + 1])]
+        pairs = [
+            (i, row) for i in chosen for row in range(starts[i] + batch.host.segments[i].num_new_tokens, starts[i + 1])
+        ]
         if not pairs:
             return None
         owners, rows = np.asarray(pairs, dtype=np.int64).T.copy()
-        parents = batch.host_parents[rows]
-        places = parents if batch.host_decided_at is None else batch.host_decided_at[parents]
+        parents = batch.host.arrays["parent_rows"][rows]
+        places = parents if batch.host.decided_at is None else batch.host.decided_at[parents]
         table = np.asarray([(rules[i].epsilon, rules[i].delta) for i in owners], dtype=np.float32)
         on_device = (torch.from_numpy(x).to(device) for x in (rows, places, table[:, 0].copy(), table[:, 1].copy()))
         return cls(*on_device)

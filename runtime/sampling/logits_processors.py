@@ -25,13 +25,15 @@ def process_logits(shard: VocabShard, logits_NV: torch.Tensor, batch: StepBatch)
     """The logits [N, V] of the batch's decided rows as its requests want them changed: float32, in place if they are
     float32 already; as they are if no request wants that."""
     adjusted = [
-        i for i in batch.sampling if (logits_inputs := batch.segments[i].logits_inputs) and logits_inputs.changes_logits
+        i
+        for i in batch.host.emitting
+        if (logits_inputs := batch.host.segments[i].logits_inputs) and logits_inputs.changes_logits
     ]
     if not adjusted:
         return logits_NV
     logits_NV = logits_NV.float()
     for i in adjusted:
-        _process_segment(shard, logits_NV[batch.decided_rows(i)], batch.segments[i])
+        _process_segment(shard, logits_NV[batch.host.decided_rows(i)], batch.host.segments[i])
     return logits_NV
 
 

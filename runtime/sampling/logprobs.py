@@ -78,13 +78,13 @@ class StepLogprobs:
         asks for log-probabilities. To be called before the logits are changed."""
         asking = [
             i
-            for i in batch.sampling
-            if (logits_inputs := batch.segments[i].logits_inputs) and logits_inputs.logprobs >= 0
+            for i in batch.host.emitting
+            if (logits_inputs := batch.host.segments[i].logits_inputs) and logits_inputs.logprobs >= 0
         ]
         prompt = _score_prompts(decoder, hidden_RD, batch)
         if not asking:
             return cls(decoder.shard, None, {}, prompt) if prompt else None
-        rows = [batch.decided_rows(i) for i in asking]
+        rows = [batch.host.decided_rows(i) for i in asking]
         starts = np.cumsum([0] + [r.stop - r.start for r in rows]).tolist()
         raw = torch.cat([logits_NV[r] for r in rows]).float()
         return cls(decoder.shard, raw, dict(zip(asking, starts, strict=False)), prompt)
@@ -93,23 +93,23 @@ class StepLogprobs:
         """The step's results, of the sampling segments, with the step_logprobs in their places, and with results that
         hold nothing else for segments that only report on their prompt."""
         drawn, told = self._output_logprobs(batch, results), self._prompt_logprobs(batch)
-        of = dict(zip(batch.sampling, results, strict=True))
+        of = dict(zip(batch.host.emitting, results, strict=True))
         nothing = SegmentResult(tokens=[], accepted_nodes=[])
         return [
             replace(of.get(i, nothing), logprobs=drawn.get(i), prompt_logprobs=told.get(i))
-            for i, segment in enumerate(batch.segments)
+            for i, segment in enumerate(batch.host.segments)
             if segment.has_result
         ]
 
     def _output_logprobs(self, batch: StepBatch, results: list[SegmentResult]) -> dict[int, TokenLogprobs]:
         """By segment, of every token that the walk emitted: its rows are the root and the accepted nodes."""
-        of = {i: result for i, result in zip(batch.sampling, results, strict=True) if i in self.starts}
+        of = {i: result for i, result in zip(batch.host.emitting, results, strict=True) if i in self.starts}
         if not of:
             return {}
         rows = [self.starts[i] + node for i, result in of.items() for node in (0, *result.accepted_nodes)]
         tokens = [token for result in of.values() for token in result.tokens]
         rows, tokens = (torch.tensor(x, device=self.raw.device) for x in (rows, tokens))
-        wanted = {i: batch.segments[i].logits_inputs.logprobs for i in of}
+        wanted = {i: batch.host.segments[i].logits_inputs.logprobs for i in of}
         scores, found, row = score(self.shard, self.raw[rows], tokens, max(wanted.values())), {}, 0
         for i, result in of.items():
             found[i] = scores.on_host(row, row + len(result.tokens), wanted[i])
@@ -118,7 +118,7 @@ class StepLogprobs:
 
     def _prompt_logprobs(self, batch: StepBatch) -> dict[int, TokenLogprobs]:
         found, row = {}, 0
-        for i, segment in enumerate(batch.segments):
+        for i, segment in enumerate(batch.host.segments):
             if segment.logits_inputs is not None and (count := len(segment.logits_inputs.targets)):
                 found[i] = self.prompt.on_host(row, row + count, segment.logits_inputs.prompt_logprobs)
                 row += count
@@ -127,7 +127,7 @@ class StepLogprobs:
 
 def _score_prompts(decoder: Decoder, hidden_RD: torch.Tensor, batch: StepBatch) -> Scores | None:
     rows, targets, k = [], [], 0
-    for start, segment in zip(batch.geometry.row_starts, batch.segments, strict=False):
+    for start, segment in zip(batch.geometry.row_starts, batch.host.segments, strict=False):
         if segment.logits_inputs is not None and len(segment.logits_inputs.targets):
             first = start + segment.logits_inputs.first_target
             rows += range(first, first + len(segment.logits_inputs.targets))

@@ -100,7 +100,7 @@ def test_typical_is_the_formula():
             output_index=trial,
             params=params,
         )
-        batch = StepBatch(StepPlan(segments=[segment]), 16, torch.device("cpu"))
+        batch = StepBatch.of(StepPlan(segments=[segment]), 16, torch.device("cpu"))
         got = decide(VocabShard(single(), vocab, vocab), logits.clone(), batch)
         slots = batch.geometry.slots.tolist()
         path, bonus = typical_by_hand(logits, tokens, parents.tolist(), params, trial)

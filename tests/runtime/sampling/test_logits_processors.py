@@ -207,7 +207,7 @@ def test_every_node_has_its_own_path_as_history():
         segment, prompt, output = random_segment(rng, params, vocab)
         logits = torch.randn(len(segment.tokens), vocab) * 3
         expected = by_hand(segment, logits, prompt, output)
-        batch = StepBatch(StepPlan(segments=[segment]), 16, torch.device("cpu"))
+        batch = StepBatch.of(StepPlan(segments=[segment]), 16, torch.device("cpu"))
         for size in (1, 3):
             length, found = -(-vocab // size), []
             padded = torch.nn.functional.pad(logits, (0, length * size - vocab))
@@ -233,7 +233,7 @@ def test_typical_acceptance_judges_the_adjusted_distribution():
         )
         segment, prompt, output = random_segment(rng, params, vocab)
         logits = torch.randn(len(segment.tokens), vocab) * 2
-        batch = StepBatch(StepPlan(segments=[segment]), 16, torch.device("cpu"))
+        batch = StepBatch.of(StepPlan(segments=[segment]), 16, torch.device("cpu"))
         got = decide(shard, process_logits(shard, logits.clone(), batch), batch)
         shaped = by_hand(segment, logits, prompt, output)
         path, bonus = typical_by_hand(shaped, segment.tokens, segment.parents.tolist(), params, len(output))
