@@ -1,14 +1,17 @@
 """What is made of a request's tokens: the deltas of each of its samples, their ends, and the final message."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from euryale.client import protocol
 from euryale.client.logprobs import Logprobs
 from euryale.frontend.detokenizer import Detokenizer, StopMatcher
 from euryale.frontend.engine_link import Output
 from euryale.scheduler.sampling_params import SamplingParams
+
+CONTEXT_TOKENS = 64  # of the prompt that the detokenizer sees; more than it looks at
 
 
 class OpenSample:
@@ -18,15 +21,14 @@ class OpenSample:
     end's text that the request's final message has to bring; among several samples it comes with the last delta.
     """
 
-    def __init__(self, *, key: int, index: int, prompt: Sequence[int], params: SamplingParams, tokenizer: Any) -> None:
+    def __init__(self, *, key: int, index: int, context: list[int], params: SamplingParams, tokenizer: Any) -> None:
         self.key = key
         self.index = index
-        # The prompt's log-probabilities are the same for all samples.
-        self.params = params if index == 0 else replace(params, prompt_logprobs=None)
+        self.params = params
         self.end: protocol.SampleEnd | None = None
         self.tail = ""
         self.num_tokens = self.num_steps = 0
-        self._detokenizer = Detokenizer(tokenizer, context=prompt)
+        self._detokenizer = Detokenizer(tokenizer, context=context)
         self._matcher = StopMatcher(params.stop)
         self._new_tokens: list[int] = []
         self._new_steps: list[int] = []
@@ -105,7 +107,8 @@ class OpenSample:
 
 
 class OpenRequest:
-    """A request with one sample for each of ``keys``. ``closed`` is set with the client's final message."""
+    """A request with one sample for each of ``keys``; ``prompt`` int32 [length]. ``closed`` is set with the client's
+    final message."""
 
     def __init__(
         self,
@@ -113,15 +116,16 @@ class OpenRequest:
         keys: Sequence[int],
         client: bytes,
         request_id: bytes,
-        prompt: Sequence[int],
+        prompt: np.ndarray,
         params: SamplingParams,
         tokenizer: Any,
     ) -> None:
         self.client = client
         self.request_id = request_id
         self.closed = False
+        context = prompt[-CONTEXT_TOKENS:].tolist()
         self.samples = [
-            OpenSample(key=key, index=index, prompt=prompt, params=params, tokenizer=tokenizer)
+            OpenSample(key=key, index=index, context=context, params=params, tokenizer=tokenizer)
             for index, key in enumerate(keys)
         ]
         self._prompt_length = len(prompt)
