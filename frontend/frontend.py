@@ -106,7 +106,7 @@ class FrontEnd:
     def _sleep_ms(self) -> int:
         if self._port.has_backlog:
             return int(1000 * BACKLOG_INTERVAL)
-        seconds = min(self._longest_sleep, self._next_probe - time.monotonic())
+        seconds = min(self._longest_sleep, self._next_probe - time.monotonic(), self._port.watch_delay)
         return max(0, int(1000 * seconds) + 1)
 
     def _turn(self) -> None:
@@ -134,6 +134,7 @@ class FrontEnd:
     def _look_after(self, now: float) -> None:
         """What has to happen without any message: probes, clients that left, the drain, an engine that fell silent."""
         self._port.retry()
+        self._port.watch(now)
         if now >= self._next_probe:
             self._next_probe = now + PROBE_INTERVAL
             for client in self._requests.clients | self._intake.clients | {client for client, _ in self._drainers}:
@@ -221,7 +222,8 @@ class FrontEnd:
             most = protocol.MAX_REQUEST_ID_BYTES
             raise RequestError("malformed", f"the first frame must be a request id of 1 to {most} bytes")
         if len(frames) != 2:
-            raise RequestError("malformed", f"a message has two frames, request id and body, not {len(frames)}")
+            count = str(len(frames)) if len(frames) < 3 else "more"
+            raise RequestError("malformed", f"a message has two frames, request id and body, not {count}")
         size, most = len(frames[1]), self._config.max_message_bytes
         if size > most:
             raise RequestError("too_large", f"the message has {size} bytes; this server takes {most}")
