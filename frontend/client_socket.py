@@ -7,6 +7,7 @@ import math
 import os
 import socket
 import struct
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ SEND_HIGH_WATER = 1_000
 KEPT_FRAMES = 4  # of a message: routing id, request id, body, and one that says that there are too many
 MAX_TURN_FRAMES = 500  # read in a turn; a message of more takes several
 MANY_FRAMES = 50_000  # in one message, after which memory is given back to the system
+TRIM_DELAY = 1.0  # seconds until ZeroMQ has freed what it held for a connection or a message
 FREED_CONNECTIONS = 8  # given up when no descriptor is left, to have some for other things
 WATCH_INTERVAL = 0.1  # seconds between looks at what connections have sent
 
@@ -69,6 +71,7 @@ class ClientPort:
         self._is_full = False
         self._listener = -1  # descriptor
         self._next_watch = 0.0
+        self._next_trim = math.inf
         self._frames: list[bytes] = []  # of a message that is being read
         self._num_frames = 0
         self._backlogs: dict[bytes, Backlog] = {}
@@ -116,7 +119,7 @@ class ClientPort:
             if not frame.more:
                 self._connections.delivered(frame.get(zmq.SRCFD))
                 if self._num_frames > MANY_FRAMES:
-                    _give_memory_back()
+                    self._next_trim = time.monotonic() + TRIM_DELAY
                 message, self._frames, self._num_frames = self._frames, [], 0
                 return message
         return None
@@ -203,11 +206,15 @@ class ClientPort:
             self._next_watch = now + WATCH_INTERVAL
             if count := self._connections.shut_down_senders_of_too_much():
                 logger.warning("shut down %d connections that sent too much for one message", count)
+                self._next_trim = now + TRIM_DELAY
+        if now >= self._next_trim:
+            self._next_trim = math.inf
+            _give_memory_back()
 
     @property
     def watch_delay(self) -> float:
         """Seconds, at most, until ``watch`` has to be called again."""
-        return WATCH_INTERVAL if self._connections else math.inf
+        return WATCH_INTERVAL if self._connections or self._next_trim < math.inf else math.inf
 
     def _bound_connections(self, accepting_failed: bool) -> None:
         """Refuses new connections while there are too many, and ends the newest of those."""

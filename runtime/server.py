@@ -150,9 +150,12 @@ class Server:
 
     def _add(self, message: links.AddRequest) -> None:
         prompt = np.frombuffer(message.prompt, dtype="<i4")
+        hashes: list[bytes] = []  # the same for all samples
         for key, index, params in message.samples():
+            request = Request(key=key, prompt=prompt, params=params, sample_index=index, page_hashes=list(hashes))
             try:
-                self.scheduler.add(Request(key=key, prompt=prompt, params=params, sample_index=index))
+                self.scheduler.add(request)
+                hashes = request.page_hashes
             except ValueError as error:
                 self.link.send(links.Rejected(key=key, code="invalid_request", message=str(error)))
 

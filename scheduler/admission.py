@@ -91,8 +91,10 @@ class Admission:
             )
 
     def add(self, request: Request) -> None:
-        """Queue a request; ValueError as ``check``."""
+        """Queue a request; ValueError as ``check``. Its prompt is hashed now, so that a step that begins with many does
+        not wait for it."""
         self.check(request)
+        self._hash_known(request)
         self.waiting.enter(request, self._step)
 
     def cancel(self, key: int) -> Request | None:
