@@ -24,6 +24,9 @@ logger = logging.getLogger("euryale.frontend")
 # What may wait per client inside ZeroMQ, in messages. Incoming ones can be as large as max_message_bytes.
 RECEIVE_HIGH_WATER = 1
 SEND_HIGH_WATER = 1_000
+HANDSHAKE_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
 KEPT_FRAMES = 4  # of a message: routing id, request id, body, and one that says that there are too many
 MAX_TURN_FRAMES = 500  # read in a turn; a message of more takes several
 MANY_FRAMES = 50_000  # in one message, after which memory is given back to the system
@@ -63,6 +66,7 @@ class ClientPort:
             | zmq.EVENT_ACCEPTED
             | zmq.EVENT_ACCEPT_FAILED
             | zmq.EVENT_HANDSHAKE_SUCCEEDED
+            | HANDSHAKE_FAILED
             | zmq.EVENT_DISCONNECTED
         )
         # Of a client that follows the protocol there is less: a part of the largest body and its request id.
@@ -192,11 +196,13 @@ class ClientPort:
                     failed = True
                 elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                     self.num_clients += 1
+                elif event & HANDSHAKE_FAILED:
+                    self.num_clients += 1  # no client, but one less when it is disconnected
                 elif event == zmq.EVENT_DISCONNECTED:
                     broke = True
                     self.num_clients -= 1
                     self._connections.closed(value)
-        self.num_clients = max(0, self.num_clients)  # a connection can break before its handshake
+        self.num_clients = max(0, self.num_clients)
         self._bound_connections(failed)
         return broke
 

@@ -155,7 +155,7 @@ class FrontEnd:
             self._intake.cancel_all()
             self._requests.cancel_all()
         has_unread = self._port.has_backlog and now <= self._drain_deadline  # final messages among them
-        has_work = self._requests or self._intake
+        has_work = self._requests or self._intake.clients
         if not has_work and not has_unread and not self._drain_sent and not self._link.lost:
             self._drain_sent = True
             self._link.send(engine.Drain())
