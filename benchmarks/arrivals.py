@@ -46,8 +46,8 @@ def long_prompt(args: argparse.Namespace, max_itl: float) -> dict:
     late = Request(key=args.streams, prompt=prompt_of(rng, args.prompt), params=SamplingParams(max_tokens=8))
 
     def step(is_loaded: bool) -> None:
-        for output in engine.step():
-            now, key = time.perf_counter(), output.request.key
+        for output in engine.step().outputs:
+            now, key = time.perf_counter(), output.key
             if key in last and output.tokens and key != late.key:
                 gaps[is_loaded].append((now - last[key]) / len(output.tokens))
             last[key] = now
@@ -84,14 +84,12 @@ def shared_prefix(args: argparse.Namespace, caching: bool) -> dict:
         )
         for key in range(args.requests)
     ]
-    inner = engine.scheduler.plan
     plans = []
-    engine.scheduler.plan = lambda *a: plans.append(inner(*a)) or plans[-1]
     for request in requests:
         engine.scheduler.add(request)
     started = time.perf_counter()
     while not all(r.output for r in requests):
-        engine.step()
+        plans.append(engine.step().planned.plan)
     seconds = time.perf_counter() - started
     rows = sum(s.num_new_tokens for plan in plans for s in plan.segments if s.output_index == 0)
     return {"prefix_caching": caching, "prompt_rows": rows, "seconds": seconds}

@@ -17,8 +17,6 @@ from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
 from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
-from euryale.scheduler.scheduler import SegmentResult
-from euryale.scheduler.step_plan import StepPlan
 
 COLUMN, ROW, BOX = 190, 34, 26  # pixels
 
@@ -42,10 +40,10 @@ def best_step(engine: Engine, prompt: list[int], max_tokens: int) -> Step:
     best: Step | None = None
     while engine.scheduler.has_work:
         before = prompt + request.output
-        plan: StepPlan = engine.scheduler.plan(engine.epoch, engine.runner.digest)
-        results: list[SegmentResult] = engine.runner.run(plan)
-        engine.scheduler.advance(plan, results)
-        segment, path = plan.segments[0], results[0].accepted_nodes if results else []
+        planned = engine.scheduler.plan(engine.epoch, engine.runner.digest)
+        results = engine.runner.run(planned.plan)
+        engine.scheduler.advance(planned, results)
+        segment, path = planned.plan.segments[0], results[0].accepted_nodes if results else []
         if segment.num_draft_tokens and (best is None or len(path) > len(best.accepted)):
             tree = segment.tokens[segment.num_new_tokens - 1 :].tolist()
             best = Step(tree, [-1, *segment.parents.tolist()], path, results[0].tokens[-1], before)

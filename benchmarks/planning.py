@@ -14,12 +14,14 @@ import numpy as np
 from euryale.benchmarks import arguments
 from euryale.benchmarks.arguments import number
 from euryale.benchmarks.machine import describe
-from euryale.scheduler.admission import SchedulerLimits
-from euryale.scheduler.request import HeadCandidates, Request
+from euryale.scheduler.limits import SchedulerLimits
+from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
-from euryale.scheduler.scheduler import Scheduler, SegmentResult
-from euryale.scheduler.speculation.drafter import Drafter, DynamicTrees
+from euryale.scheduler.scheduler import Scheduler
+from euryale.scheduler.speculation.drafter import Drafter
+from euryale.scheduler.speculation.dynamic_drafter import DynamicDrafter
 from euryale.scheduler.step_plan import StepPlan
+from euryale.scheduler.step_result import HeadCandidates, SegmentResult
 
 VOCAB, HEADS, RANKS, PROMPT, PAGE = 32000, 4, 10, 200, 16
 
@@ -61,15 +63,15 @@ def measure(requests: int, drafter: Drafter | None, steps: int) -> dict[str, flo
     found: dict[str, list[float]] = {"plan": [], "advance": [], "guesses": []}
     for step in range(steps):
         started = time.perf_counter()
-        plan = scheduler.plan(1, 0)
+        step = scheduler.plan(1, 0)
         planned = time.perf_counter()
-        results = made_up_results(plan, rng)
+        results = made_up_results(step.plan, rng)
         begun = time.perf_counter()
-        scheduler.advance(plan, results, 1e-3)
+        scheduler.advance(step, results, 1e-3)
         if step > 3:
             found["plan"].append(1e3 * (planned - started))
             found["advance"].append(1e3 * (time.perf_counter() - begun))
-            found["guesses"].append(sum(s.num_draft_tokens for s in plan.segments) / requests)
+            found["guesses"].append(sum(s.num_draft_tokens for s in step.plan.segments) / requests)
     return {name: statistics.median(values) for name, values in found.items()}
 
 
@@ -86,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
     rows = []
     for requests in args.requests:
         for nodes in args.nodes:
-            drafter = DynamicTrees(HEADS, nodes) if nodes else None
+            drafter = DynamicDrafter(HEADS, nodes) if nodes else None
             row = {"requests": requests, "nodes": nodes} | measure(requests, drafter, args.steps)
             rows.append(row)
             print(f"| {requests} | {row['guesses']:.0f} | {row['plan']:.3f} | {row['advance']:.3f} |", flush=True)

@@ -20,7 +20,7 @@ from euryale.runtime.model.medusa_heads import MedusaHeads
 from euryale.runtime.model.weights import Weights
 from euryale.runtime.startup import Loaded, make_graphs
 from euryale.runtime.step import StepRunner
-from euryale.scheduler.admission import SchedulerLimits
+from euryale.scheduler.limits import SchedulerLimits
 from euryale.scheduler.speculation.tree import TreeChoice, TreeShape
 
 PAGE, ROWS = 16, 512  # tokens of a page, rows of a step

@@ -19,7 +19,7 @@ from euryale.benchmarks.simulate.heads import RecordedAnswers
 from euryale.frontend.tokenizer import load_tokenizer
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.speculation.acceptance_stats import AcceptanceStats
-from euryale.scheduler.speculation.drafter import DynamicTrees
+from euryale.scheduler.speculation.dynamic_drafter import DynamicDrafter
 from euryale.scheduler.speculation.ngram_table import NgramTable
 from euryale.training.replay import Recorded, replay
 
@@ -59,8 +59,8 @@ def measure(args: argparse.Namespace) -> tuple[list[list[Recorded]], dict[str, l
     new_text = count_ngrams(args)
     begun = json.loads((heads / "calibration.json").read_text())["acceptance_stats"]
 
-    def make(text: NgramTable, acceptance_stats: AcceptanceStats) -> DynamicTrees:
-        return DynamicTrees(num_heads, args.nodes, text=text, acceptance_stats=acceptance_stats)
+    def make(text: NgramTable, acceptance_stats: AcceptanceStats) -> DynamicDrafter:
+        return DynamicDrafter(num_heads, args.nodes, text=text, stats=acceptance_stats)
 
     def learn(text: NgramTable, acceptance_stats: AcceptanceStats, recorded: list[Recorded]) -> AcceptanceStats:
         replay(make(text, acceptance_stats), recorded, args.nodes, params)

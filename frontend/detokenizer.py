@@ -1,87 +1,112 @@
-"""From tokens to text while they arrive: whole characters only, and nothing that may belong to a stop string.
+"""Turns tokens into text as they arrive. The text depends on the tokens alone, not on how steps divide them.
 
-Works for any tokenizer whose text only grows at its end as tokens are appended, but for an unfinished character.
+Every token stands for bytes, and the text is the UTF-8 decoding of their concatenation.
 """
 
+import codecs
+import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 REPLACEMENT = "\ufffd"
-MAX_HELD = 3  # bytes of an unfinished UTF-8 character, hence of replacement characters at the end that may still change
-CONTEXT_TOKENS = 8
-WINDOW_TOKENS = 16  # how long the window grows before its settled part is dropped
-GARBAGE_TOKENS = 32  # how many tokens may go by without one that ends a character
+BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
+# The alphabet of byte-level BPE, one character for each byte: printable bytes are themselves, others follow U+0100.
+BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers fast tokenizer that is used here.
+
+    transformers declares wider results. For these arguments ``decode`` gives a str, and ``convert_ids_to_tokens`` the
+    token's name or None.
+    """
+
+    def __len__(self) -> int: ...
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> Any: ...
+    def convert_ids_to_tokens(self, ids: int) -> Any: ...
+
+
+class TokenBytes:
+    """The bytes that each token of a vocabulary adds to a text. They need not be whole characters.
+
+    Requires a decoder that maps tokens one by one, but for what it strips from the beginning of a text. Byte-level
+    BPE, byte fallback, Metaspace and Strip decoders do. Each token is decoded once and remembered.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, bytes] = {}
+        # Decoders may strip a blank from the first token, so tokens are decoded after one that is whole characters.
+        texts = ((token, self._decode([token])) for token in range(len(tokenizer)))
+        self._first, self._first_text = next(
+            (([token], text) for token, text in texts if text and REPLACEMENT not in text), ([], "")
+        )
+
+    def __getitem__(self, token: int) -> bytes:
+        """The token's bytes after other text; none for special tokens and for ids without a token."""
+        if token not in self._known:
+            self._known[token] = self._read(token)
+        return self._known[token]
+
+    def at_start(self, tokens: list[int]) -> bytes:
+        """The bytes of the last of these tokens, before which the text is empty."""
+        try:
+            self[tokens[-1]].decode()
+        except UnicodeDecodeError:  # part of a character: nothing that a decoder strips
+            return self[tokens[-1]]
+        return self._decode(tokens).encode()
+
+    def _read(self, token: int) -> bytes:
+        name: str | None = self._tokenizer.convert_ids_to_tokens(token)
+        if not name:
+            return b""
+        text = self._decode([*self._first, token])[len(self._first_text) :]
+        if (byte := BYTE_FALLBACK.fullmatch(name)) and text and name not in text:
+            return bytes([int(byte[1], 16)])
+        if REPLACEMENT in text and all(character in BYTE_LEVEL for character in name):
+            return bytes(BYTE_LEVEL[character] for character in name)
+        return text.encode()
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
 
 
 class Detokenizer:
-    """The text of one answer, in pieces. The pieces together are the decoded answer, special tokens skipped.
+    """The text of one answer, in pieces of whole characters. Special tokens have no text.
 
-    Only a window of recent tokens is decoded each time, so a token costs the same at the end of a long answer as at
-    its beginning. ``context`` are the tokens before the answer: with them a tokenizer that marks words by a leading
-    space keeps the space of the first one.
+    Bytes that are no UTF-8 become U+FFFD, as by ``bytes.decode("utf-8", "replace")``. ``context`` holds the tokens
+    before the answer: the answer's first word keeps its leading blank if they have text.
     """
 
-    def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        for length in range(CONTEXT_TOKENS, CONTEXT_TOKENS + MAX_HELD + 1):  # not to begin within a character
-            self._window = list(context[-length:])
-            self._shown = self._decode(self._window)  # the part of the window's text that was handed out
-            if not self._shown.endswith(REPLACEMENT):
+    def __init__(self, token_bytes: TokenBytes, context: Sequence[int] = ()) -> None:
+        self._token_bytes = token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._start: list[int] | None = []  # the tokens so far, without special ones, while the text is empty
+        for token in context:
+            if self._start is None:
                 break
-        else:  # half a character before the answer: not the answer's to complete
-            self._window, self._shown = [], ""
-        self._settled = len(self._window)  # the window's tokens up to here end a character and are handed out
+            self._bytes(token)
 
     def push(self, tokens: Iterable[int]) -> str:
-        """The text that these tokens complete."""
-        self._window.extend(tokens)
-        text = self._decode(self._window)
-        unfinished = len(text) - len(text.rstrip(REPLACEMENT))
-        if unfinished == 0:
-            piece = text[len(self._shown) :]
-            self._settle(text)
-            return piece
-        if len(self._window) - self._settled > GARBAGE_TOKENS:
-            return self._cut(text)
-        # A byte-fallback tokenizer turns a whole run of bytes into replacement characters while its end is
-        # unfinished, whole characters included; then nothing can be said yet.
-        if unfinished > MAX_HELD or not text.startswith(self._shown):
-            return ""
-        piece = text[len(self._shown) : len(text) - unfinished]
-        self._shown += piece
-        return piece
+        """The characters that these tokens complete."""
+        return self._utf8.decode(b"".join(map(self._bytes, tokens)))
 
     def finish(self) -> str:
-        """What was held back; call it once, at the end of the answer."""
-        return self._decode(self._window)[len(self._shown) :]
+        """U+FFFD if the answer ends within a character, else nothing; call it once, at the end of the answer."""
+        return self._utf8.decode(b"", final=True)
 
-    def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True) if tokens else ""
-
-    def _settle(self, text: str) -> None:
-        """Notes that all of the window's text is out, and drops the tokens that later text cannot depend on."""
-        if text == self._shown and text and self._settled:
-            del self._window[self._settled :]  # special tokens: without text, they must not become the only context
-        elif len(self._window) > WINDOW_TOKENS:
-            kept = self._window[self._settled :]
-            kept_text = self._decode(kept)
-            if (kept_text and text.endswith(kept_text)) or not text:
-                self._window, text = kept, kept_text
-        self._shown = text
-        self._settled = len(self._window)
-
-    def _cut(self, text: str) -> str:
-        """Hands out most of a window in which nothing ends a character, where its halves decode as the whole does."""
-        last = len(self._window) - MAX_HELD
-        for position in range(last, last - 8, -1):
-            left = self._decode(self._window[:position])
-            if left + self._decode(self._window[position:]) == text:
-                break
-        else:  # no such place: give up exactness for what is no text anyway
-            position, left = last, self._decode(self._window[:last])
-        piece = left[len(self._shown) :]
-        self._window, self._shown, self._settled = self._window[position:], self._shown[len(left) :], 0
-        return piece
+    def _bytes(self, token: int) -> bytes:
+        added = self._token_bytes[token]
+        if self._start is None or not added:
+            return added
+        self._start.append(token)
+        added = self._token_bytes.at_start(self._start)
+        if added:
+            self._start = None
+        return added
 
 
 class StopMatcher:

@@ -13,14 +13,15 @@ import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
+import numpy as np
 import zmq
 
 from euryale.client import wire
-from euryale.client.logprobs import Logprobs, pack_logprobs, unpack_logprobs
 from euryale.client.wire import Ints, Kind, PackedTokens, message
 from euryale.scheduler.sampling_params import SamplingParams
+from euryale.scheduler.step_result import RequestOutput, TokenLogprobs
 
 MAX_SOCKET_DIRECTORY = 70  # bytes; the path of a unix socket ends at 107
 
@@ -29,30 +30,44 @@ class LinkLost(ConnectionError):
     """The process at the other end is gone."""
 
 
-class Output(NamedTuple):
-    """What one step gave one request. ``finish_reason`` is None while it goes on. ``logprobs`` of the tokens and, with
-    the first of them, ``prompt_logprobs``: None unless they were asked for.
-
-    A cancelled request ends with no tokens and the reason "cancelled".
-    """
-
-    key: int
-    tokens: Sequence[int]
-    finish_reason: str | None
-    logprobs: Logprobs | None = None
-    prompt_logprobs: Logprobs | None = None
-
-
 def _unpack_params(value: dict[str, Any]) -> SamplingParams:
     lists = {name: tuple(value[name]) for name in ("stop", "stop_token_ids")}
     return SamplingParams(**value | lists | {"logit_bias": tuple(tuple(pair) for pair in value["logit_bias"])})
 
 
-def _unpack_outputs(value: list[list[Any]]) -> tuple[Output, ...]:
+def pack_logprobs(value: TokenLogprobs) -> list[bytes]:
+    """Return the three arrays as little-endian bytes."""
+    parts = ((value.chosen, "<f4"), (value.top_ids, "<i4"), (value.top, "<f4"))
+    return [array.astype(dtype, copy=False).tobytes() for array, dtype in parts]
+
+
+def unpack_logprobs(value: list[bytes]) -> TokenLogprobs:
+    """The inverse of ``pack_logprobs``."""
+    chosen, top_ids, top = (
+        np.frombuffer(part, dtype) for part, dtype in zip(value, ("<f4", "<i4", "<f4"), strict=True)
+    )
+    width = len(top_ids) // max(len(chosen), 1)
+    return TokenLogprobs(chosen, top_ids.reshape(len(chosen), width), top.reshape(len(chosen), width))
+
+
+def _pack_outputs(outputs: Sequence[RequestOutput]) -> list[list[Any]]:
+    return [
+        [key, wire.pack_tokens(tokens), reason and str(reason), *_pack_reports(reports)]
+        for key, tokens, reason, *reports in outputs
+    ]
+
+
+def _pack_reports(reports: list[TokenLogprobs | None]) -> list[list[bytes] | None]:
+    """Most outputs have no log-probabilities and send nothing in their place."""
+    packed = [None if part is None else pack_logprobs(part) for part in reports]
+    return packed if any(part is not None for part in packed) else []
+
+
+def _unpack_outputs(value: list[list[Any]]) -> tuple[RequestOutput, ...]:
     return tuple(
-        Output(
+        RequestOutput(
             key,
-            wire.unpack_tokens(tokens),
+            list(wire.unpack_tokens(tokens)),
             reason,
             *(None if part is None else unpack_logprobs(part) for part in reports),
         )
@@ -60,20 +75,8 @@ def _unpack_outputs(value: list[list[Any]]) -> tuple[Output, ...]:
     )
 
 
-def _pack_outputs(outputs: Sequence[Output]) -> list[list[Any]]:
-    return [
-        [key, wire.pack_tokens(tokens), reason, *_pack_reports(reports)] for key, tokens, reason, *reports in outputs
-    ]
-
-
-def _pack_reports(reports: list[Logprobs | None]) -> list[list[bytes] | None]:
-    """Most outputs have no reports and send nothing in their place."""
-    packed = [None if part is None else pack_logprobs(part) for part in reports]
-    return packed if any(packed) else []
-
-
 ParamsField = Annotated[SamplingParams, Kind("sampling parameters", _unpack_params, dataclasses.asdict)]
-Outputs = Annotated[Sequence[Output], Kind("outputs", _unpack_outputs, _pack_outputs)]
+Outputs = Annotated[Sequence[RequestOutput], Kind("outputs", _unpack_outputs, _pack_outputs)]
 
 
 # ---- front end to engine
@@ -117,7 +120,7 @@ class AddRequest:
 @message("cancel")
 @dataclass(frozen=True, kw_only=True)
 class CancelRequest:
-    """Ends a request; acknowledged by its last Output. Unknown keys (it ended just now) are to be ignored."""
+    """Ends a request; acknowledged by its last RequestOutput. Unknown keys (it ended just now) are to be ignored."""
 
     key: int
 

@@ -15,6 +15,7 @@ from euryale.client import protocol, wire
 from euryale.frontend import engine_link as engine
 from euryale.frontend.client_socket import ClientPort
 from euryale.frontend.config import FrontEndConfig
+from euryale.frontend.detokenizer import TokenBytes
 from euryale.frontend.in_flight import InFlight
 from euryale.frontend.intake import Intake, error_reply
 from euryale.frontend.validation import RequestError, RequestLimits
@@ -45,7 +46,7 @@ class FrontEnd:
         self._link = link
         self._port = ClientPort(link.context, self._config)
         self.endpoint = self._port.endpoint
-        self._requests = InFlight(self._port, link, tokenizer)
+        self._requests = InFlight(self._port, link, TokenBytes(tokenizer))
         self._intake = Intake(self._port, self._requests, tokenizer, self._config)
         self._info: dict[str, Any] = {}
         self._limits: RequestLimits | None = None  # both known once the engine has introduced itself

@@ -10,8 +10,10 @@ import numpy as np
 from euryale.client import protocol
 from euryale.frontend import engine_link as engine
 from euryale.frontend.client_socket import ClientPort
+from euryale.frontend.detokenizer import TokenBytes
 from euryale.frontend.output_stream import OpenRequest, OpenSample
 from euryale.scheduler.sampling_params import SamplingParams
+from euryale.scheduler.step_result import RequestOutput
 
 
 class InFlight:
@@ -21,10 +23,10 @@ class InFlight:
     request for a step; so ``len()`` counts what the engine holds, every sample of a request.
     """
 
-    def __init__(self, port: ClientPort, link: engine.FrontEndLink, tokenizer: Any) -> None:
+    def __init__(self, port: ClientPort, link: engine.FrontEndLink, token_bytes: TokenBytes) -> None:
         self._port = port
         self._link = link
-        self._tokenizer = tokenizer
+        self._token_bytes = token_bytes
         self._held: dict[int, tuple[OpenRequest, OpenSample]] = {}  # by key
         self._awaited: dict[bytes, dict[bytes, OpenRequest]] = {}  # by client and request id
         self._unsent: dict[int, tuple[OpenRequest, OpenSample]] = {}  # samples with tokens since their last delta
@@ -55,14 +57,14 @@ class InFlight:
             request_id=request_id,
             prompt=prompt,
             params=params,
-            tokenizer=self._tokenizer,
+            token_bytes=self._token_bytes,
         )
         self._awaited.setdefault(client, {})[request_id] = request
         self.counts["prompt_tokens"] += len(prompt)
         self._held.update((sample.key, (request, sample)) for sample in request.samples)
         self._tell_engine(engine.AddRequest(keys=tuple(keys), prompt=prompt.tobytes(), params=params))
 
-    def take(self, output: engine.Output) -> None:
+    def take(self, output: RequestOutput) -> None:
         """Notes what a step gave a sample, and ends its request if that was all."""
         if output.key not in self._held:
             return

@@ -1,17 +1,17 @@
 """What is made of a request's tokens: the deltas of each of its samples, their ends, and the final message."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from euryale.client import protocol
 from euryale.client.logprobs import Logprobs
-from euryale.frontend.detokenizer import Detokenizer, StopMatcher
-from euryale.frontend.engine_link import Output
+from euryale.frontend.detokenizer import Detokenizer, StopMatcher, TokenBytes
+from euryale.frontend.engine_link import pack_logprobs
 from euryale.scheduler.sampling_params import SamplingParams
+from euryale.scheduler.step_result import RequestOutput, TokenLogprobs
 
-CONTEXT_TOKENS = 64  # of the prompt that the detokenizer sees; more than it looks at
+CONTEXT_TOKENS = 64  # of the prompt's end that the detokenizer sees, whatever the prompt's length
 
 
 class OpenSample:
@@ -21,22 +21,24 @@ class OpenSample:
     end's text that the request's final message has to bring; among several samples it comes with the last delta.
     """
 
-    def __init__(self, *, key: int, index: int, context: list[int], params: SamplingParams, tokenizer: Any) -> None:
+    def __init__(
+        self, *, key: int, index: int, context: list[int], params: SamplingParams, token_bytes: TokenBytes
+    ) -> None:
         self.key = key
         self.index = index
         self.params = params
         self.end: protocol.SampleEnd | None = None
         self.tail = ""
         self.num_tokens = self.num_steps = 0
-        self._detokenizer = Detokenizer(tokenizer, context=context)
+        self._detokenizer = Detokenizer(token_bytes, context=context)
         self._matcher = StopMatcher(params.stop)
         self._new_tokens: list[int] = []
         self._new_steps: list[int] = []
         self._new_text = ""
-        self._new_logprobs: Logprobs | None = None
-        self._prompt_logprobs: Logprobs | None = None
+        self._new_logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: TokenLogprobs | None = None
 
-    def take(self, output: Output) -> None:
+    def take(self, output: RequestOutput) -> None:
         """Notes what a step gave.
 
         With stop strings tokens are read one by one, and those after the string are dropped: so the answer does not
@@ -78,21 +80,21 @@ class OpenSample:
             text=self._new_text,
             tokens_per_step=tuple(self._new_steps),
             sample_index=self.index,
-            logprobs=self._new_logprobs,
-            prompt_logprobs=self._prompt_logprobs,
+            logprobs=_packed(TokenLogprobs.join(self._new_logprobs) if self._new_logprobs else None),
+            prompt_logprobs=_packed(self._prompt_logprobs),
         )
         self._new_tokens, self._new_steps, self._new_text = [], [], ""
-        self._new_logprobs = self._prompt_logprobs = None
+        self._new_logprobs, self._prompt_logprobs = [], None
         return delta
 
-    def _note(self, output: Output, count: int) -> None:
+    def _note(self, output: RequestOutput, count: int) -> None:
         """Adds the first ``count`` tokens of a step to what is new."""
         self._new_tokens += output.tokens[:count]
         self._new_steps.append(count)
         self.num_steps += 1
         self.num_tokens += count
         if output.logprobs is not None:
-            self._new_logprobs = (self._new_logprobs or Logprobs()) + output.logprobs[:count]
+            self._new_logprobs.append(output.logprobs[:count])
         if output.prompt_logprobs is not None:
             self._prompt_logprobs = output.prompt_logprobs
 
@@ -118,14 +120,14 @@ class OpenRequest:
         request_id: bytes,
         prompt: np.ndarray,
         params: SamplingParams,
-        tokenizer: Any,
+        token_bytes: TokenBytes,
     ) -> None:
         self.client = client
         self.request_id = request_id
         self.closed = False
         context = prompt[-CONTEXT_TOKENS:].tolist()
         self.samples = [
-            OpenSample(key=key, index=index, context=context, params=params, tokenizer=tokenizer)
+            OpenSample(key=key, index=index, context=context, params=params, token_bytes=token_bytes)
             for index, key in enumerate(keys)
         ]
         self._prompt_length = len(prompt)
@@ -157,3 +159,8 @@ class OpenRequest:
             stop=first.end.stop,
             samples=ends if len(ends) > 1 else None,
         )
+
+
+def _packed(logprobs: TokenLogprobs | None) -> Logprobs | None:
+    """Return log-probabilities as the client gets them."""
+    return None if logprobs is None else Logprobs(*pack_logprobs(logprobs))

@@ -17,6 +17,8 @@ def load_tokenizer(directory: str, vocab_size: int | None = None) -> PreTrainedT
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library's errors are of many kinds
         raise ValueError(f"cannot load the tokenizer in {directory}: {error}") from error
+    # Removing blanks before punctuation would change what the model wrote, and not token by token.
+    tokenizer.clean_up_tokenization_spaces = False
     largest = max(tokenizer.get_vocab().values())
     if vocab_size is not None and largest >= vocab_size:
         raise ValueError(

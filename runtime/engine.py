@@ -14,8 +14,8 @@ from euryale.parallel.group import Group
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.planning import make_scheduler
 from euryale.runtime.startup import Loaded, load
-from euryale.scheduler import step_plan as plans
-from euryale.scheduler.scheduler import Output
+from euryale.scheduler import plan_codec
+from euryale.scheduler.scheduler import FinishedStep
 from euryale.scheduler.step_plan import PlanKind, Segment, StepPlan
 from euryale.scheduler.trace import Trace
 
@@ -44,8 +44,8 @@ class Engine:
         self.overlaps = config.loop == "overlapped" or (config.loop == "auto" and group.device.type == "cuda")
         self._heartbeat = min(2.0, config.step_timeout / 4)  # seconds
 
-    def step(self, meanwhile: Callable[[], None] | None = None) -> list[Output]:
-        """Plan one step, run it on all ranks, and say what each request gained.
+    def step(self, meanwhile: Callable[[], None] | None = None) -> FinishedStep:
+        """Plan one step, run it on all ranks, and return what it brought.
 
         ``meanwhile`` is called, in the overlapped loop, while the device is at work; it may add requests and must not
         cancel any. In the plain loop it is called before the step.
@@ -53,16 +53,15 @@ class Engine:
         if meanwhile and not self.overlaps:
             meanwhile()
         begun = time.perf_counter()
-        plan = self.scheduler.plan(self.epoch, self.runner.digest)
-        started = self._start(plan)
+        planned = self.scheduler.plan(self.epoch, self.runner.digest)
+        started = self._start(planned.plan)
         if meanwhile and self.overlaps:
             meanwhile()
         results = self.runner.finish(started)
-        seconds = time.perf_counter() - begun
-        outputs = self.scheduler.advance(plan, results, seconds)
+        finished = self.scheduler.advance(planned, results, time.perf_counter() - begun)
         if self._trace:
-            self._trace.write(self.scheduler, plan, seconds)
-        return outputs
+            self._trace.write(self.scheduler, finished)
+        return finished
 
     def keep_alive(self) -> None:
         """Tell the other ranks that the leader lives though it has nothing for them; call it often, it sends seldom."""
@@ -85,7 +84,7 @@ class Engine:
     def follow(self) -> None:
         """Execute the leader's plans until it stops. Raises GroupDiverged if this rank's tokens differ."""
         while True:
-            plan = plans.decode(self.group.broadcast(None), self.epoch)
+            plan = plan_codec.decode(self.group.broadcast(None), self.epoch)
             if plan.digest != self.runner.digest:
                 raise GroupDiverged(
                     f"step {plan.step}: this rank's digest is {self.runner.digest:08x}, rank 0's {plan.digest:08x}"
@@ -97,7 +96,7 @@ class Engine:
     def _start(self, plan: StepPlan):
         """Have all ranks begin a step."""
         if self.group.size > 1:
-            self.group.broadcast(plans.encode(plan))
+            self.group.broadcast(plan_codec.encode(plan))
         self._last_sent = time.monotonic()
         return self.runner.start(plan)
 
@@ -107,6 +106,6 @@ class Engine:
 
     def _send(self, kind: PlanKind) -> None:
         if self.group.size > 1:
-            plan = StepPlan(kind=kind, epoch=self.epoch, step=self.scheduler.step, digest=self.runner.digest)
-            self.group.broadcast(plans.encode(plan))
+            plan = StepPlan(kind=kind, epoch=self.epoch, step=self.scheduler.num_steps, digest=self.runner.digest)
+            self.group.broadcast(plan_codec.encode(plan))
         self._last_sent = time.monotonic()

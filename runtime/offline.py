@@ -12,11 +12,11 @@ from typing import TextIO
 import numpy as np
 from tqdm import tqdm
 
-from euryale.client.logprobs import Logprobs
-from euryale.frontend.detokenizer import Detokenizer
+from euryale.frontend.detokenizer import Detokenizer, TokenBytes, Tokenizer
 from euryale.runtime.engine import Engine
 from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
+from euryale.scheduler.step_result import TokenLogprobs
 
 
 @dataclass
@@ -83,7 +83,7 @@ def _requests(key: int, row: dict, tokenizer, params: SamplingParams) -> list[Re
 def generate(
     engine: Engine,
     jobs: list[Job],
-    tokenizer,
+    tokenizer: Tokenizer,
     out: TextIO,
     is_interrupted: Callable[[], bool],
     with_prompts: bool = False,
@@ -98,19 +98,22 @@ def generate(
         except ValueError as error:
             job.error, job.requests = str(error), []
     requests = [request for job in jobs for request in job.requests]
-    told: dict[int, list[Logprobs]] = {request.key: [] for request in requests if request.params.logprobs is not None}
+    told: dict[int, list[TokenLogprobs]] = {
+        request.key: [] for request in requests if request.params.logprobs is not None
+    }
+    token_bytes = TokenBytes(tokenizer)
     waiting, started = deque(jobs), time.perf_counter()
     with tqdm(total=len(requests), desc="generating", unit="prompt") as bar:
         while engine.scheduler.has_work:
             if is_interrupted():
                 raise KeyboardInterrupt
-            outputs = engine.step(lambda: _write_finished(out, waiting, tokenizer, told, with_prompts))
+            outputs = engine.step(lambda: _write_finished(out, waiting, token_bytes, told, with_prompts)).outputs
             for output in outputs:
                 if output.logprobs is not None:
-                    told[output.request.key].append(output.logprobs)
+                    told[output.key].append(output.logprobs)
             bar.update(sum(o.finish_reason is not None for o in outputs))
     seconds = time.perf_counter() - started
-    _write_finished(out, waiting, tokenizer, told, with_prompts)
+    _write_finished(out, waiting, token_bytes, told, with_prompts)
     steps = sum(len(r.tokens_per_step) for r in requests)
     tokens = sum(len(r.output) for r in requests)
     return {
@@ -127,20 +130,20 @@ def generate(
 
 
 def _write_finished(
-    out: TextIO, waiting: deque[Job], tokenizer, told: dict[int, list[Logprobs]], with_prompts: bool
+    out: TextIO, waiting: deque[Job], token_bytes: TokenBytes, told: dict[int, list[TokenLogprobs]], with_prompts: bool
 ) -> None:
     """Write the answers at the head of the queue that are complete."""
     while waiting and all(request.finish_reason for request in waiting[0].requests):
         job = waiting.popleft()
         row: dict = {"id": job.id, "text": "", "tokens": [], "finish_reason": None, "tokens_per_step": []}
         if job.requests:
-            samples = [_answer(request, tokenizer, told) for request in job.requests]
+            samples = [_answer(request, token_bytes, told) for request in job.requests]
             first = job.requests[0]
             row |= samples[0]
             if len(samples) > 1:
                 row["samples"] = samples
             if first.params.prompt_logprobs is not None:
-                row["prompt_logprobs"] = _readable(first.prompt_logprobs)
+                row["prompt_logprobs"] = _readable(TokenLogprobs.join(first.prompt_logprobs))
             if with_prompts:
                 row["prompt_tokens"] = first.prompt.tolist()
         else:
@@ -149,8 +152,8 @@ def _write_finished(
         out.flush()  # a killed run keeps what was answered
 
 
-def _answer(request: Request, tokenizer, told: dict[int, list[Logprobs]]) -> dict:
-    text = Detokenizer(tokenizer, request.prompt.tolist())
+def _answer(request: Request, token_bytes: TokenBytes, told: dict[int, list[TokenLogprobs]]) -> dict:
+    text = Detokenizer(token_bytes, request.prompt.tolist())
     answer = {
         "text": text.push(request.output) + text.finish(),
         "tokens": request.output,
@@ -158,9 +161,10 @@ def _answer(request: Request, tokenizer, told: dict[int, list[Logprobs]]) -> dic
         "tokens_per_step": request.tokens_per_step,
     }
     if request.key in told:
-        answer["logprobs"] = _readable(Logprobs.join(told[request.key]))
+        answer["logprobs"] = _readable(TokenLogprobs.join(told[request.key]))
     return answer
 
 
-def _readable(logprobs: Logprobs) -> list[dict]:
-    return [token._asdict() for token in logprobs]
+def _readable(logprobs: TokenLogprobs) -> list[dict]:
+    columns = zip(logprobs.chosen.tolist(), logprobs.top_ids.tolist(), logprobs.top.tolist(), strict=True)
+    return [{"logprob": value, "top": list(zip(ids, top, strict=True))} for value, ids, top in columns]

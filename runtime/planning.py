@@ -8,8 +8,9 @@ from euryale.runtime import step_profiler as profile
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.startup import Loaded
 from euryale.scheduler.scheduler import Scheduler
-from euryale.scheduler.speculation.draft_budget import Budget
-from euryale.scheduler.speculation.drafter import Drafter, DynamicTrees, Sources, StaticTrees
+from euryale.scheduler.speculation.draft_budget import DraftBudget
+from euryale.scheduler.speculation.drafter import Drafter, StaticDrafter
+from euryale.scheduler.speculation.dynamic_drafter import DynamicDrafter, Sources
 from euryale.scheduler.step_cost import Profile, StepCosts
 from euryale.scheduler.step_plan import Segment
 
@@ -27,7 +28,7 @@ def make_scheduler(
         enable_prefix_caching=config.enable_prefix_caching,
         starvation_bound=config.starvation_bound,
         costs=costs,
-        longest_step=config.max_itl / 1000,
+        max_prefill_seconds=config.max_itl / 1000,
     )
 
 
@@ -36,11 +37,11 @@ def _make_drafter(config: EngineConfig, loaded: Loaded, costs: StepCosts | None)
     if trees is None:
         return None
     if trees.shape:
-        return StaticTrees(trees.shape)
-    return DynamicTrees(
+        return StaticDrafter(trees.shape)
+    return DynamicDrafter(
         loaded.runner.heads.num_heads,
         trees.nodes or config.max_tree_nodes,
-        None if trees.nodes else Budget(costs, loaded.limits.max_num_batched_tokens),
+        None if trees.nodes else DraftBudget(costs, loaded.limits.max_num_batched_tokens),
         loaded.text,
         loaded.acceptance_stats,
         Sources(text=config.draft_from_text, traffic=config.draft_from_traffic, context=config.draft_from_context),

@@ -16,13 +16,14 @@ import numpy as np
 
 from euryale.frontend import engine_link as links
 from euryale.frontend.config import FrontEndConfig
-from euryale.frontend.engine_link import EngineLink, LinkLost, Output
+from euryale.frontend.engine_link import EngineLink, LinkLost
 from euryale.frontend.frontend import FrontEnd
 from euryale.frontend.tokenizer import load_tokenizer
 from euryale.runtime.engine import Engine
 from euryale.runtime.model import generation_config
 from euryale.scheduler.request import Request
 from euryale.scheduler.stats import EngineStats
+from euryale.scheduler.step_result import RequestOutput
 
 logger = logging.getLogger("euryale.server")
 
@@ -61,7 +62,7 @@ class Server:
         self.is_draining = self.is_done = False
         self._stop_asked = False
         self._last_sign = 0.0
-        self._outputs: list = []  # of the last step, not yet delivered
+        self._outputs: list[RequestOutput] = []  # of the last step, not yet delivered
         self._postponed: deque = deque()
         self._is_told = False  # the front end has the counters of all steps
         context = multiprocessing.get_context("spawn")
@@ -109,9 +110,9 @@ class Server:
             logger.info("draining: running requests may finish, new ones are refused")
             self.link.send(links.BeginDrain())
         if self.scheduler.has_work:
-            started = time.perf_counter()
-            self._outputs = self.engine.step(self._exchange)
-            self.stats.count_step(self._outputs, time.perf_counter() - started)
+            step = self.engine.step(self._exchange)
+            self._outputs = step.outputs
+            self.stats.count_step(step)
             self._is_told = False
         else:
             self._deliver()
@@ -145,7 +146,7 @@ class Server:
 
     def _deliver(self) -> None:
         if self._outputs:
-            self.link.send(links.StepOutput(outputs=[_output(o) for o in self._outputs]))
+            self.link.send(links.StepOutput(outputs=self._outputs))
             self._outputs = []
 
     def _add(self, message: links.AddRequest) -> None:
@@ -164,7 +165,7 @@ class Server:
             request = self.scheduler.cancel(message.key)
             if request is not None:
                 self.stats.num_cancelled += 1
-                cancelled = Output(message.key, (), str(request.finish_reason))
+                cancelled = RequestOutput(message.key, [], request.finish_reason)
                 self.link.send(links.StepOutput(outputs=[cancelled]))
         elif isinstance(message, links.Drain):
             self.link.send(links.Drained())
@@ -183,8 +184,3 @@ class Server:
             "max_request_tokens": limits.num_pages * limits.page_size,
             "defaults": generation_config.default_params(self.engine.config.model),
         }
-
-
-def _output(output) -> Output:
-    reason = str(output.finish_reason) if output.finish_reason else None
-    return Output(output.request.key, output.tokens, reason, output.logprobs, output.prompt_logprobs)

@@ -19,7 +19,7 @@ from euryale.runtime.model.medusa_heads import MedusaHeads
 from euryale.runtime.model.weights import Weights
 from euryale.runtime.step import StepRunner
 from euryale.runtime.step_graphs import StepGraphs
-from euryale.scheduler.admission import SchedulerLimits
+from euryale.scheduler.limits import SchedulerLimits
 from euryale.scheduler.speculation.acceptance_stats import AcceptanceStats
 from euryale.scheduler.speculation.ngram_table import FILE as NGRAMS
 from euryale.scheduler.speculation.ngram_table import NgramTable

@@ -16,9 +16,8 @@ from euryale.runtime.sampling.logits_processors import process_logits
 from euryale.runtime.sampling.logprobs import StepLogprobs
 from euryale.runtime.step_batch import StepBatch
 from euryale.runtime.step_graphs import StepGraphs
-from euryale.scheduler.request import HeadCandidates
-from euryale.scheduler.scheduler import SegmentResult
 from euryale.scheduler.step_plan import StepPlan
+from euryale.scheduler.step_result import HeadCandidates, SegmentResult
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,15 @@ import torch
 from tqdm import tqdm
 
 from euryale.runtime.step_graphs import ROWS
-from euryale.scheduler.request import HeadCandidates, Request
+from euryale.scheduler.limits import SchedulerLimits
+from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
-from euryale.scheduler.scheduler import SchedulerLimits
-from euryale.scheduler.speculation.draft_budget import SHORTEST_REACH
-from euryale.scheduler.speculation.drafter import DynamicTrees
-from euryale.scheduler.speculation.ngram_table import ORDERS
+from euryale.scheduler.speculation.constants import MIN_PROPOSED, ORDERS
+from euryale.scheduler.speculation.dynamic_drafter import DynamicDrafter
 from euryale.scheduler.speculation.tree import DYNAMIC_CANDIDATES, DYNAMIC_DEPTH, MAX_NODES
 from euryale.scheduler.step_cost import Profile
 from euryale.scheduler.step_plan import Segment
+from euryale.scheduler.step_result import HeadCandidates
 
 logger = logging.getLogger("euryale.profile")
 
@@ -136,7 +136,7 @@ def _choice(requests: int, num_heads: int) -> Callable[[], object]:
         logits = -np.sort(rng.exponential(2.0, shape), axis=1)
         guesses = HeadCandidates(ids.astype(np.int32), logits.astype(np.float32))
         made.append(Request(key=key, prompt=prompt.astype(np.int32), params=SamplingParams(), head_candidates=guesses))
-    trees, room = DynamicTrees(num_heads, MAX_NODES - 1), max(SHORTEST_REACH, 2 * requests)
+    trees, room = DynamicDrafter(num_heads, MAX_NODES - 1), max(MIN_PROPOSED, 2 * requests)
     return lambda: trees.draft(made, [DYNAMIC_DEPTH] * requests, room, 0)
 
 

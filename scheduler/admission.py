@@ -11,36 +11,14 @@ it any more, and no priority preempts it. If it was preempted before, nothing do
 pages it can ever need. Of two requests that need more than half of the pages each, both come to their ends that way.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from euryale.scheduler.page_pool import PagePool
-from euryale.scheduler.prefix import PageHasher
+from euryale.scheduler.limits import SchedulerLimits
+from euryale.scheduler.page_pool import PageHasher, PagePool
 from euryale.scheduler.request import FinishReason, Request
 from euryale.scheduler.waiting_queue import WaitingQueue
 
 STARVATION_BOUND = 5000
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerLimits:
-    """What the model and its memory allow. Tokens, rows (tokens of one step) and pages are counts."""
-
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    vocab_size: int
-    num_pages: int
-    page_size: int
-    end_ids: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:
-            raise ValueError(
-                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
-                f"({self.max_num_seqs}), or a step could not give every running request a row"
-            )
 
 
 class Admission:
@@ -67,33 +45,10 @@ class Admission:
         self._step = 0
         self._preempted_now: set[int] = set()  # keys; they wait for a step at least
 
-    def check(self, request: Request) -> None:
-        """Raise ValueError, saying how to mend it, if the request could never run."""
-        limits, length, wanted = self.limits, len(request.prompt), request.params.max_tokens
-        if length == 0:
-            raise ValueError("the prompt is empty: give at least one token")
-        low, high = int(request.prompt.min()), int(request.prompt.max())
-        if low < 0 or high >= limits.vocab_size:
-            bad = low if low < 0 else high
-            raise ValueError(f"token id {bad} is outside the vocabulary of {limits.vocab_size}")
-        named = [*request.params.stop_token_ids, *(token for token, _ in request.params.logit_bias)]
-        if beyond := [token for token in named if not 0 <= token < limits.vocab_size]:
-            raise ValueError(f"token id {beyond[0]} of the parameters is outside the vocabulary of {limits.vocab_size}")
-        if length + wanted > limits.max_model_len:
-            raise ValueError(
-                f"{length} prompt tokens and max_tokens {wanted} exceed the model's {limits.max_model_len} tokens: "
-                f"shorten the prompt or ask for at most {max(limits.max_model_len - length, 0)}"
-            )
-        if self._most_pages(request) > self.pages.num_pages:
-            raise ValueError(
-                f"{length} prompt tokens and max_tokens {wanted} need {self._most_pages(request)} KV pages "
-                f"and there are {self.pages.num_pages}: ask for less or give the cache more memory"
-            )
-
     def add(self, request: Request) -> None:
-        """Queue a request; ValueError as ``check``. Its prompt is hashed now, so that a step that begins with many does
-        not wait for it."""
-        self.check(request)
+        """Queue a request; ValueError as ``SchedulerLimits.check``. Its prompt is hashed now, so that a step that
+        begins with many does not wait for it."""
+        self.limits.check(request)
         self._hash_known(request)
         self.waiting.enter(request, self._step)
 
@@ -223,7 +178,7 @@ class Admission:
                 continue
             needed = self.pages.pages_for(request.num_known)
             if request.is_protected:
-                needed = self._most_pages(request)
+                needed = self.limits.max_pages(request)
             if not self._make_room(needed - len(shared), victims):
                 self.pages.free(shared)
                 return
@@ -253,7 +208,7 @@ class Admission:
 
     def _start(self, request: Request, shared: list[int], num_new: int) -> None:
         self.waiting.leave(request, self._step)
-        request.page_ids = np.zeros(self._most_pages(request), dtype=np.int32)
+        request.page_ids = np.zeros(self.limits.max_pages(request), dtype=np.int32)
         request.page_ids[: len(shared)] = shared
         request.pages, request.num_cached_pages = list(shared), len(shared)
         self._take(request, num_new)
@@ -264,9 +219,6 @@ class Admission:
             self.num_cached_tokens += request.num_computed
             self.num_prompt_tokens += len(request.prompt)
         self.running.append(request)
-
-    def _most_pages(self, request: Request) -> int:
-        return self.pages.pages_for(len(request.prompt) + request.params.max_tokens)
 
     # ---- shared pages
 

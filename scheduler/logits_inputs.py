@@ -5,15 +5,11 @@ history themselves. This file does not know what is computed from it (``runtime/
 ``logprobs.py``).
 """
 
-import struct
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from euryale.scheduler.sampling_params import SamplingParams
-
-# repetition, frequency, presence; min_tokens, logprobs, prompt_logprobs, first_target; history, bias, ends, targets
-_HEAD = struct.Struct("<3f8i")
 
 
 def _no_ids() -> np.ndarray:
@@ -96,38 +92,3 @@ def targets_of_rows(prompt: np.ndarray, context: int, num_new_tokens: int, num_s
     reported already."""
     first = max(context, num_scored)
     return {"first_target": first - context, "targets": prompt[first + 1 : context + num_new_tokens + 1]}
-
-
-def num_words(logits_inputs: LogitsInputs) -> int:
-    """How many ``pack`` makes."""
-    e = logits_inputs
-    return _HEAD.size // 4 + e.history.size + 2 * len(e.bias_ids) + len(e.ends) + len(e.targets)
-
-
-def pack(logits_inputs: LogitsInputs) -> np.ndarray:
-    """As int32 words."""
-    e = logits_inputs
-    counts = (e.history.shape[1], len(e.bias_ids), len(e.ends), len(e.targets))
-    marks = (e.min_tokens, e.logprobs, e.prompt_logprobs, e.first_target)
-    head = np.frombuffer(_HEAD.pack(e.repetition, e.frequency, e.presence, *marks, *counts), dtype=np.int32)
-    parts = (head, e.history.ravel(), e.bias_ids, e.bias.view(np.int32), e.ends, e.targets)
-    return np.concatenate(parts).astype(np.int32, copy=False)
-
-
-def unpack(words: np.ndarray) -> LogitsInputs:
-    """The inverse of ``pack``."""
-    *penalties, min_tokens, logprobs, prompt_logprobs, first_target, seen, biased, ending, _ = _HEAD.unpack_from(words)
-    sizes = (_HEAD.size // 4, 2 * seen, biased, biased, ending)
-    _, history, bias_ids, bias, ends, targets = np.split(words, np.cumsum(sizes))
-    return LogitsInputs(
-        **dict(zip(("repetition", "frequency", "presence"), penalties, strict=True)),
-        history=history.reshape(2, seen),
-        bias_ids=bias_ids,
-        bias=bias.view(np.float32),
-        min_tokens=min_tokens,
-        ends=ends,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        first_target=first_target,
-        targets=targets,
-    )

@@ -3,13 +3,12 @@
 import enum
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 
-from euryale.client.logprobs import Logprobs
 from euryale.scheduler.logits_inputs import History, LogitsInputs, inputs_of_rows, targets_of_rows
 from euryale.scheduler.sampling_params import SamplingParams
+from euryale.scheduler.step_result import HeadCandidates, RequestOutput, TokenLogprobs
 
 
 class FinishReason(enum.StrEnum):
@@ -18,14 +17,6 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"  # end-of-sequence token, stop token id or stop string
     LENGTH = "length"  # max_tokens reached
     CANCELLED = "cancelled"
-
-
-class HeadCandidates(NamedTuple):
-    """What the heads say after the last output token: ``ids`` int32 [heads, k], likeliest first, and their ``logits``
-    float32 [heads, k]."""
-
-    ids: np.ndarray
-    logits: np.ndarray
 
 
 @dataclass(eq=False, kw_only=True)
@@ -45,7 +36,7 @@ class Request:
     page_hashes: list[bytes] = field(default_factory=list)  # of the full pages of the known tokens, as far as made
     num_cached_pages: int = 0  # of the page names, those by which others can find the pages
     head_candidates: HeadCandidates | None = None  # None: the heads did not run
-    drafting: object | None = None  # what the drafter keeps of it
+    drafter_state: object | None = None  # what the drafter keeps of it
     tokens_per_step: list[int] = field(default_factory=list)  # tokens emitted by each decoding step
     finish_reason: FinishReason | None = None
     num_preempted: int = 0  # how often it had to give its pages back
@@ -53,7 +44,7 @@ class Request:
     arrival: int = 0  # place among all requests that ever came
     num_waited: int = 0  # steps before it ran, and after every preemption
     aged_since: int | None = None  # the step from which nobody may pass it
-    prompt_logprobs: Logprobs = field(default_factory=Logprobs)  # of the prompt's tokens but the first, as far as known
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens but the first, in parts
 
     @property
     def num_known(self) -> int:
@@ -74,16 +65,21 @@ class Request:
         return self.num_preempted > 0 and self.aged_since is not None
 
     @property
+    def num_scored(self) -> int:
+        """Tokens of the prompt whose log-probabilities are known; the first one has none."""
+        return sum(map(len, self.prompt_logprobs))
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether rows of the prompt have to be computed for what they say, not only for their K/V."""
-        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt) - 1
+        return self.params.prompt_logprobs is not None and self.num_scored < len(self.prompt) - 1
 
     def logits_inputs(self, num_new_tokens: int, emits_tokens: bool, end_ids: frozenset[int]) -> LogitsInputs | None:
         """What a step with so many rows of known tokens has to know beyond the parameters, None if that is nothing;
         ``emits_tokens``: it draws tokens."""
         fields: dict = inputs_of_rows(self.params, self._history, self.output, end_ids) if emits_tokens else {}
         if self.wants_prompt_logprobs:
-            fields |= targets_of_rows(self.prompt, self.num_computed, num_new_tokens, len(self.prompt_logprobs))
+            fields |= targets_of_rows(self.prompt, self.num_computed, num_new_tokens, self.num_scored)
             fields["prompt_logprobs"] = self.params.prompt_logprobs
         logits_inputs = LogitsInputs(**fields)
         return (
@@ -92,11 +88,17 @@ class Request:
             else None
         )
 
-    def logprobs_of(self, logprobs: Logprobs | None, taken: list[int]) -> tuple[Logprobs | None, Logprobs | None]:
-        """What is told with the tokens just taken: their part of a step's ``logprobs``, and the prompt's with the first
-        of them; each None if it was not asked for."""
+    def output_of(self, taken: list[int], logprobs: TokenLogprobs | None) -> RequestOutput:
+        """Return the output with the tokens just ``taken``: their part of a step's ``logprobs``, and the prompt's with
+        the first of them, each if it was asked for."""
         is_first = self.params.prompt_logprobs is not None and len(self.output) == len(taken)
-        return logprobs and logprobs[: len(taken)], self.prompt_logprobs if is_first else None
+        return RequestOutput(
+            key=self.key,
+            tokens=taken,
+            finish_reason=self.finish_reason,
+            logprobs=None if logprobs is None else logprobs[: len(taken)],
+            prompt_logprobs=TokenLogprobs.join(self.prompt_logprobs) if is_first else None,
+        )
 
     @cached_property
     def _history(self) -> History:

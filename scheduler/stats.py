@@ -6,8 +6,7 @@ from collections import Counter, deque
 
 import numpy as np
 
-from euryale.scheduler.scheduler import Output, Scheduler
-from euryale.scheduler.speculation.draft_budget import BudgetChoice
+from euryale.scheduler.scheduler import FinishedStep, Scheduler
 from euryale.scheduler.speculation.drafter import RequestStepResult
 
 logger = logging.getLogger("euryale.scheduler")
@@ -22,27 +21,31 @@ class DraftStats:
     """Counts guesses: how many were offered, chosen and accepted, at which depths and of which ranks."""
 
     def __init__(self) -> None:
-        self._offered = self._chosen = self._accepted = self._steps = self._predicted_steps = 0
+        self._num_proposed = self._num_draft_tokens = self._num_accepted = self._steps = self._predicted_steps = 0
+        self.num_first_candidates = self.num_first_correct = 0  # of the first head's likeliest token
         self._expected = self._predicted = self._measured = 0.0
         self._depths: Counter[int] = Counter()
         self._ranks: Counter[int] = Counter()  # -1: not named by the head of its depth
         self._paths: list[RequestStepResult] = []  # with accepted guesses whose ranks are not counted yet
 
-    def count_step(self, step_results: list[RequestStepResult], choice: BudgetChoice | None, seconds: float) -> None:
-        """Take what a step tested, what was chosen for it, and how long it took."""
-        chosen = 0
-        for test in step_results:
-            chosen += test.num_draft_tokens
-            if test.accepted_nodes:
-                self._paths.append(test)
-        self._chosen += chosen
-        self._steps += chosen > 0
-        self._offered += max(choice.num_proposed_tokens, chosen) if choice else chosen
+    def count_step(self, step: FinishedStep) -> None:
+        """Take a step."""
+        choice, num_draft_tokens = step.planned.choice, 0
+        for result in step.results:
+            num_draft_tokens += result.num_draft_tokens
+            if result.accepted_nodes:
+                self._paths.append(result)
+            if result.head_candidates is not None:
+                self.num_first_candidates += 1
+                self.num_first_correct += int(result.tokens[0] == result.head_candidates.ids[0, 0])
+        self._num_draft_tokens += num_draft_tokens
+        self._steps += num_draft_tokens > 0
+        self._num_proposed += max(choice.num_proposed_tokens, num_draft_tokens) if choice else num_draft_tokens
         if choice and choice.predicted_seconds:
             self._predicted_steps += 1
             self._expected += choice.expected_accepted_tokens
             self._predicted += choice.predicted_seconds
-            self._measured += seconds
+            self._measured += step.seconds
         if len(self._paths) >= _PUT_OFF:
             self._count_paths()
 
@@ -51,10 +54,10 @@ class DraftStats:
         self._count_paths()
         return {
             "num_speculative_steps": self._steps,
-            "num_proposed_tokens": self._offered,
-            "num_draft_tokens": self._chosen,
-            "num_accepted_tokens": self._accepted,
-            "num_rejected_tokens": self._chosen - self._accepted,
+            "num_proposed_tokens": self._num_proposed,
+            "num_draft_tokens": self._num_draft_tokens,
+            "num_accepted_tokens": self._num_accepted,
+            "num_rejected_tokens": self._num_draft_tokens - self._num_accepted,
             "expected_accepted_tokens": self._expected,
             "accepted_tokens_by_depth": {str(d): n for d, n in sorted(self._depths.items())},
             "accepted_tokens_by_rank": {"unnamed" if r < 0 else str(r): n for r, n in sorted(self._ranks.items())},
@@ -66,7 +69,7 @@ class DraftStats:
     def _count_paths(self) -> None:
         """Look up the ranks of many paths at once: one by one it would take longer than all else here."""
         for length, count in Counter(len(test.accepted_nodes) for test in self._paths).items():
-            self._accepted += length * count
+            self._num_accepted += length * count
             self._depths.update(dict.fromkeys(range(1, length + 1), count))
         named = [test for test in self._paths if test.head_candidates is not None]
         found = 0
@@ -95,16 +98,16 @@ class EngineStats:
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self.num_steps = self.num_tokens = self.num_decodes = self.num_finished = self.num_cancelled = 0
         self._lengths: Counter[int] = Counter()
-        self._guesses = DraftStats()
+        self._drafts = DraftStats()
         self._has_judged = False
 
-    def count_step(self, outputs: list[Output], seconds: float) -> None:
-        """Take a step's outputs and how long it took."""
+    def count_step(self, step: FinishedStep) -> None:
+        """Take a step."""
         self.num_steps += 1
-        self._recent.append(seconds)
+        self._recent.append(step.seconds)
+        self._drafts.count_step(step)
         self._judge_heads()
-        self._guesses.count_step(self._scheduler.step_results, self._scheduler.choice, seconds)
-        for output in outputs:
+        for output in step.outputs:
             self.num_decodes += 1
             self.num_tokens += len(output.tokens)
             self._lengths[len(output.tokens)] += 1
@@ -136,12 +139,12 @@ class EngineStats:
             "preemptions_for_pages": admission.num_preempted_for_pages,
             "preemptions_for_priority": admission.num_preempted_for_priority,
             "recomputed_tokens": admission.num_recomputed,
-            **self._guesses.values(),
+            **self._drafts.values(),
         }
 
     def _judge_heads(self) -> None:
         """Warn once if the heads are almost never right: heads of another model load without an error."""
-        count, right = self._scheduler.num_first_head_candidates, self._scheduler.num_first_head_correct
+        count, right = self._drafts.num_first_candidates, self._drafts.num_first_correct
         if self._has_judged or count < _JUDGED_AFTER:
             return
         self._has_judged = True

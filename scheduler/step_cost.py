@@ -87,6 +87,12 @@ class StepCosts:
         seconds = (1 - share) * self._plain[low] + share * self._plain[high]
         return self.scale * float(seconds) + self.profile.per_token * context
 
+    def profiled_plain(self, requests: int, context: int = 0) -> float:
+        """Seconds of a step that only decodes, as profiled, without any correction since."""
+        low, high, fraction = self._between(requests)
+        plain = self.profile.plain
+        return (1 - fraction) * plain[low] + fraction * plain[high] + self.profile.per_token * context
+
     def speculating(self, requests: int, extra: np.ndarray, context: int = 0, prompts: bool = False) -> np.ndarray:
         """Seconds, float64 [N], of steps with the choice of guesses, the heads' work and ``extra`` int [N] more rows
         than requests, some of them of ``prompts``: such steps are not padded."""

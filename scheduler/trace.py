@@ -11,9 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from euryale.scheduler.scheduler import Scheduler
+from euryale.scheduler.scheduler import FinishedStep, Scheduler
 from euryale.scheduler.speculation.drafter import RequestStepResult
-from euryale.scheduler.step_plan import StepPlan
 
 logger = logging.getLogger("euryale.scheduler")
 
@@ -39,9 +38,9 @@ class Trace:
         self._put("\n" * (not is_new) + json.dumps({"trace": VERSION, "started": time.time()}))
         self.flush()
 
-    def write(self, scheduler: Scheduler, plan: StepPlan, seconds: float) -> None:
+    def write(self, scheduler: Scheduler, step: FinishedStep) -> None:
         """Take the step that the scheduler was just advanced by, and how long it took."""
-        self._put(json.dumps(record(scheduler, plan, seconds, time.monotonic() - self._started)))
+        self._put(json.dumps(record(scheduler, step, time.monotonic() - self._started)))
         if self._length > _MOST_WAITING:
             self.flush()
         else:
@@ -72,12 +71,12 @@ class Trace:
         self._length += len(line)
 
 
-def record(scheduler: Scheduler, plan: StepPlan, seconds: float, now: float) -> dict:
+def record(scheduler: Scheduler, step: FinishedStep, now: float) -> dict:
     """What there is to say about a step; ``now``: seconds since the trace began."""
-    admission, choice = scheduler.admission, scheduler.choice
+    admission, choice, plan = scheduler.admission, step.planned.choice, step.planned.plan
     decoding = [s for s in plan.segments if s.emits_tokens and s.num_new_tokens == 1]
-    chosen = sum(test.num_draft_tokens for test in scheduler.step_results)
-    expected = choice.expected_accepted_tokens if choice and choice.num_draft_tokens >= 0 else None
+    chosen = sum(test.num_draft_tokens for test in step.results)
+    expected = choice.expected_accepted_tokens if choice and choice.considers_drafts else None
     return {
         "t": round(now, 6),
         "step": plan.step,
@@ -87,10 +86,10 @@ def record(scheduler: Scheduler, plan: StepPlan, seconds: float, now: float) -> 
         "prompt_rows": sum(s.num_new_tokens for s in plan.segments) - len(decoding),
         "num_proposed_tokens": max(choice.num_proposed_tokens, chosen) if choice else chosen,
         "num_draft_tokens": chosen,
-        "num_accepted_tokens": sum(len(test.accepted_nodes) for test in scheduler.step_results),
+        "num_accepted_tokens": sum(len(test.accepted_nodes) for test in step.results),
         "expected_accepted_tokens": None if expected is None else round(expected, 3),
         "predicted_seconds": round(choice.predicted_seconds, 6) if choice and choice.predicted_seconds else None,
-        "seconds": round(seconds, 6),
+        "seconds": round(step.seconds, 6),
         "pages_free": admission.pages.num_free,
         "requests": [
             {
@@ -99,7 +98,7 @@ def record(scheduler: Scheduler, plan: StepPlan, seconds: float, now: float) -> 
                 "num_accepted_tokens": len(t.accepted_nodes),
                 "ranks": path_ranks(t),
             }
-            for t in scheduler.step_results
+            for t in step.results
         ],
     }
 

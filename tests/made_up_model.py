@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from euryale.scheduler.admission import SchedulerLimits
-from euryale.scheduler.request import HeadCandidates, Request
+from euryale.scheduler.limits import SchedulerLimits
+from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
-from euryale.scheduler.scheduler import SegmentResult
 from euryale.scheduler.speculation.tree import default_tree
+from euryale.scheduler.step_result import HeadCandidates, SegmentResult
 
 LIMITS = SchedulerLimits(
     max_model_len=60,
@@ -28,10 +28,10 @@ def request(key: int, length: int, first: int = 7, **params) -> Request:
     return Request(key=key, prompt=prompt, params=SamplingParams(**params))
 
 
-def results(plan, rng, token=9) -> list[SegmentResult]:
+def results(planned, rng, token=9) -> list[SegmentResult]:
     """A made-up model: accepts a random path of each tree."""
     out = []
-    for segment in plan.segments:
+    for segment in planned.plan.segments:
         if not segment.emits_tokens:
             continue
         path, node = [], 0

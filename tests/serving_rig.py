@@ -4,7 +4,6 @@ Run as a script it is a whole server in a process of its own, to be killed.
 """
 
 import contextlib
-import struct
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # where nothing is installed, this checkout
 
 import msgpack
+import numpy as np
 import zmq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -25,6 +25,7 @@ from euryale.client.logprobs import Logprobs
 from euryale.frontend import engine_link as engine
 from euryale.frontend.config import FrontEndConfig
 from euryale.frontend.frontend import FrontEnd
+from euryale.scheduler.step_result import RequestOutput, TokenLogprobs
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "hello world"]
 EOS = 1
@@ -32,7 +33,7 @@ MAX_MODEL_LEN = 200
 
 
 class ByteTokenizer:
-    """A byte-level BPE behind the four names that the front end uses."""
+    """A byte-level BPE behind the names that the front end uses."""
 
     def __init__(self) -> None:
         self._tokenizer = Tokenizer(models.BPE())
@@ -51,6 +52,12 @@ class ByteTokenizer:
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def convert_ids_to_tokens(self, ids: int) -> str | None:
+        return self._tokenizer.id_to_token(ids)
 
     def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> str:
         assert options == {"add_generation_prompt": True, "tokenize": False}
@@ -94,18 +101,18 @@ def saying(text: str, size: int = 1) -> Callable[[Asked], Script]:
     return lambda request: [tokens[i : i + size] for i in range(0, len(tokens), size)]
 
 
-def made_up(tokens: list[int], count: int | None) -> Logprobs | None:
+def made_up(tokens: list[int], count: int | None) -> TokenLogprobs | None:
     """Log-probabilities of tokens, -t each, with themselves and the next ones as the ``count`` likeliest."""
     if count is None:
         return None
-    top = [token + place for token in tokens for place in range(count)]
-    return Logprobs(
-        _floats([-token for token in tokens]), wire.pack_tokens(top), _floats([-token / 2 for token in top])
-    )
+    ids = np.asarray(tokens, dtype=np.int32)
+    top = ids[:, None] + np.arange(count, dtype=np.int32)
+    return TokenLogprobs(-ids.astype(np.float32), top, -top.astype(np.float32) / 2)
 
 
-def _floats(values: list[float]) -> bytes:
-    return struct.pack(f"<{len(values)}f", *values)
+def as_client(logprobs: TokenLogprobs) -> Logprobs:
+    """Log-probabilities as the client library gives them."""
+    return Logprobs(*engine.pack_logprobs(logprobs))
 
 
 @dataclass
@@ -154,14 +161,14 @@ class ScriptedEngine:
             case engine.CancelRequest():
                 self.cancels.append(message.key)
                 if self.running.pop(message.key, None) is not None:
-                    self.link.send(engine.StepOutput(outputs=[engine.Output(message.key, (), "cancelled")]))
+                    self.link.send(engine.StepOutput(outputs=[RequestOutput(message.key, [], "cancelled")]))
             case engine.Drain():
                 assert not self.running
                 self.link.send(engine.Drained())
                 return True
         return False
 
-    def _reports(self, key: int, tokens: list[int]) -> tuple[Logprobs | None, Logprobs | None]:
+    def _reports(self, key: int, tokens: list[int]) -> tuple[TokenLogprobs | None, TokenLogprobs | None]:
         asked = next(add for add in self.adds if add.key == key)
         is_first, self.answered = key not in self.answered, self.answered | {key}
         prompt = made_up(asked.prompt[1:], asked.params.prompt_logprobs) if is_first else None
@@ -172,7 +179,7 @@ class ScriptedEngine:
         for key, steps in list(self.running.items()):
             tokens = steps.popleft()
             finish = None if steps else "stop" if tokens[-1] == EOS else "length"
-            outputs.append(engine.Output(key, tokens, finish, *self._reports(key, tokens)))
+            outputs.append(RequestOutput(key, tokens, finish, *self._reports(key, tokens)))
             if finish:
                 del self.running[key]
         if outputs:
@@ -192,11 +199,17 @@ class Rig:
 
 
 @contextlib.contextmanager
-def serving(script: Callable[[Asked], Script] = echo, *, hold: bool = False, **config: Any) -> Iterator[Rig]:
+def serving(
+    script: Callable[[Asked], Script] = echo,
+    *,
+    hold: bool = False,
+    tokenizer: Any = TOKENIZER,
+    **config: Any,
+) -> Iterator[Rig]:
     """A front end and a scripted engine, each in a thread; ``hold`` lets no step run until ``may_step`` is set."""
     config = {"bind": "tcp://127.0.0.1:0", "drain_timeout": 2.0} | config
     engine_link = engine.EngineLink()
-    frontend = FrontEnd(TOKENIZER, engine.FrontEndLink(engine_link.endpoint), FrontEndConfig(**config))
+    frontend = FrontEnd(tokenizer, engine.FrontEndLink(engine_link.endpoint), FrontEndConfig(**config))
     scripted = ScriptedEngine(engine_link, script)
     if not hold:
         scripted.may_step.set()

@@ -196,13 +196,21 @@ def row_params(rows: list[tuple]):
     )
 
 
+def as_logprobs(parts: list):
+    """Parts of TokenLogprobs as the client library gives them."""
+    from euryale.client.logprobs import Logprobs
+    from euryale.frontend.engine_link import pack_logprobs
+    from euryale.scheduler.step_result import TokenLogprobs
+
+    return Logprobs(*pack_logprobs(TokenLogprobs.join(parts)))
+
+
 def answer(group, config, wanted: list[tuple], arrivals: int = 0) -> dict | None:
     """Run requests (prompt, SamplingParams, sample or nothing) through an engine of this group; the leader returns what
     came out.
 
     ``arrivals``: steps between one request's arrival and the next (0: all at once).
     """
-    from euryale.client.logprobs import Logprobs
     from euryale.runtime.engine import Engine
     from euryale.scheduler.request import Request
 
@@ -214,7 +222,7 @@ def answer(group, config, wanted: list[tuple], arrivals: int = 0) -> dict | None
         return None
     requests = [Request(key=i, prompt=p, params=params, sample_index=s) for i, (p, params, s) in enumerate(asked)]
     queue, steps = list(requests), 0
-    logprobs = [Logprobs() for _ in requests]
+    logprobs: list[list] = [[] for _ in requests]
 
     def arrive() -> None:
         if queue and arrivals and steps % arrivals == 0:
@@ -223,8 +231,8 @@ def answer(group, config, wanted: list[tuple], arrivals: int = 0) -> dict | None
     while queue or engine.scheduler.has_work:
         while queue and not (arrivals and engine.scheduler.has_work):
             engine.scheduler.add(queue.pop(0))
-        for output in engine.step(arrive):
-            logprobs[output.request.key] += output.logprobs or Logprobs()
+        for output in engine.step(arrive).outputs:
+            logprobs[output.key] += [output.logprobs] if output.logprobs is not None else []
         steps += 1
     engine.stop()
     admission = engine.scheduler.admission
@@ -238,6 +246,6 @@ def answer(group, config, wanted: list[tuple], arrivals: int = 0) -> dict | None
         "shared": admission.num_cached_tokens,
         "recomputed": admission.num_recomputed,
         "preempted": [r.num_preempted for r in requests],
-        "prompt_logprobs": [r.prompt_logprobs for r in requests],
-        "logprobs": logprobs,
+        "prompt_logprobs": [as_logprobs(r.prompt_logprobs) for r in requests],
+        "logprobs": [as_logprobs(parts) for parts in logprobs],
     }

@@ -19,7 +19,7 @@ from euryale.parallel.group import Group
 from euryale.runtime.config import EngineConfig
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.speculation.acceptance_stats import AcceptanceStats
-from euryale.scheduler.speculation.drafter import DynamicTrees
+from euryale.scheduler.speculation.dynamic_drafter import DynamicDrafter
 from euryale.scheduler.speculation.ngram_table import NgramTable
 from euryale.scheduler.speculation.tree import load_tree
 from euryale.training import answers, losses, pictures, tree_search
@@ -173,10 +173,10 @@ def learn_dynamic(recorded: list[Recorded], text: NgramTable) -> tuple[Acceptanc
     halves = [[r for r, m in zip(recorded, measures, strict=True) if m == wanted] for wanted in (False, True)]
     rows = []
     for size in DYNAMIC_SIZES:
-        drafter = DynamicTrees(num_heads, size, text=text)
+        drafter = DynamicDrafter(num_heads, size, text=text)
         replay(drafter, halves[False], size)
         rows.append({"nodes": size, "tokens_per_step": round(replay(drafter, halves[True], size), 4)})
-    return drafter.builder.estimates, rows
+    return drafter.builder.stats, rows
 
 
 def result_of(args: CalibrateOptions, own: Continuations, text_NK: np.ndarray) -> dict:

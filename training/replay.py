@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from euryale.scheduler.request import FinishReason, HeadCandidates, Request
+from euryale.scheduler.request import FinishReason, Request
 from euryale.scheduler.sampling_params import SamplingParams
-from euryale.scheduler.speculation.drafter import Drafter, RequestStepResult
+from euryale.scheduler.speculation.drafter import NO_DRAFT, Drafter, Drafts, RequestStepResult
+from euryale.scheduler.step_result import HeadCandidates
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,11 @@ def replay(drafter: Drafter, recorded: list[Recorded], each: int, params: Sampli
 def _decode(drafter: Drafter, request: Request, record: Recorded, each: int):
     """The tokens of each step but for the first and the last."""
     answer = record.answer.tolist()
-    _take(drafter, request, record, answer[:1], [])
+    _take(drafter, Drafts(trees=[NO_DRAFT], wants_heads=True), request, record, answer[:1], [])
     while len(request.output) < len(answer):
         begun = len(request.output)
-        draft = drafter.draft([request], [min(drafter.depth, len(answer) - begun - 1)], each, 0)[0]
+        drafts = drafter.draft([request], [min(drafter.depth, len(answer) - begun - 1)], each, 0)
+        draft = drafts.trees[0]
         children = {
             (p, t): i + 1
             for i, (p, t) in enumerate(zip(draft.parents.tolist(), draft.tokens[1:].tolist(), strict=True))
@@ -62,15 +64,17 @@ def _decode(drafter: Drafter, request: Request, record: Recorded, each: int):
                 break
             path.append(node)
         emitted = answer[begun : begun + len(path) + 1]
-        _take(drafter, request, record, emitted, path[: len(emitted)])
+        _take(drafter, drafts, request, record, emitted, path[: len(emitted)])
         if not request.finish_reason:
             yield len(emitted)
 
 
-def _take(drafter: Drafter, request: Request, record: Recorded, emitted: list[int], path: list[int]) -> None:
+def _take(
+    drafter: Drafter, drafts: Drafts, request: Request, record: Recorded, emitted: list[int], path: list[int]
+) -> None:
     request.output.extend(emitted)
     at = len(request.output) - 1
     if at == len(record.answer) - 1:
         request.finish_reason = FinishReason.LENGTH
     request.head_candidates = HeadCandidates(record.ids_PKR[at], record.logits_PKR[at])
-    drafter.learn([RequestStepResult(request, emitted, path[: len(emitted)])], 0.0)
+    drafter.learn(drafts, [RequestStepResult(request, emitted, path[: len(emitted)])], 0.0)

@@ -25,12 +25,13 @@ from euryale.runtime.engine import Engine
 from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.speculation.tree import default_tree
+from euryale.scheduler.step_plan import StepPlan
 
 PROMPT = 32  # tokens
 
 
-def decode(engine: Engine, loop: str, steps: int, key: int) -> float:
-    """Median seconds of a decoding step of one request."""
+def decode(engine: Engine, loop: str, steps: int, key: int, plans: list[StepPlan] | None = None) -> float:
+    """Median seconds of a decoding step of one request; the steps' plans are added to ``plans``."""
     engine.overlaps = loop == "overlapped"
     prompt = np.arange(1, PROMPT + 1, dtype=np.int32)
     params = SamplingParams(max_tokens=engine.scheduler.limits.max_model_len - PROMPT, ignore_eos=True)
@@ -40,7 +41,10 @@ def decode(engine: Engine, loop: str, steps: int, key: int) -> float:
     for _ in range(steps):
         started = time.perf_counter()
         # What the server sends of a step is packed likewise.
-        outputs = engine.step(lambda last=outputs: msgpack.packb([(o.request.key, o.tokens) for o in last]))
+        step = engine.step(lambda last=outputs: msgpack.packb([(o.key, o.tokens) for o in last]))
+        outputs = step.outputs
+        if plans is not None:
+            plans.append(step.planned.plan)
         found.append(time.perf_counter() - started)
         if any(o.finish_reason for o in outputs):
             break
@@ -53,13 +57,11 @@ def run(args: argparse.Namespace, group: Group) -> dict:
     tree = default_tree(4, args.nodes - 1) if args.nodes > 1 else None
     engine = make_engine(args.model, DTYPES[args.dtype], tree, args.max_len, group, device=group.device.type)
     found: dict[str, list[float]] = {"plain": [], "overlapped": []}
-    plans = []
-    inner = engine.scheduler.plan
-    engine.scheduler.plan = lambda *a: plans.append(inner(*a)) or plans[-1]
+    plans: list[StepPlan] = []
     decode(engine, "plain", args.steps, -1)
     for key in range(args.rounds):
         for loop, seconds in found.items():
-            seconds.append(decode(engine, loop, args.steps, 2 * key + (loop == "plain")))
+            seconds.append(decode(engine, loop, args.steps, 2 * key + (loop == "plain"), plans))
     report = {"machine": describe(), "model": args.model, "dtype": args.dtype, "nodes": args.nodes, "loops": {}}
     last = next(plan for plan in reversed(plans) if plan.num_rows == args.nodes)
     found_parts = parts(engine.runner, last, args.steps)

@@ -25,7 +25,7 @@ from typing import Protocol
 
 import numpy as np
 
-from euryale.scheduler.request import HeadCandidates
+from euryale.scheduler.step_result import HeadCandidates
 
 RANKS = 10
 SPREAD = 1.5

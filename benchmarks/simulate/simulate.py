@@ -21,7 +21,7 @@ from euryale.benchmarks.simulate.heads import Answers, DrawnAnswers, RecordedAns
 from euryale.benchmarks.simulate.machine import MACHINES
 from euryale.benchmarks.simulate.simulation import Load, Setting, Simulation
 from euryale.scheduler import trace
-from euryale.scheduler.speculation.drafter import Sources
+from euryale.scheduler.speculation.dynamic_drafter import Sources
 from euryale.scheduler.speculation.tree import TreeShape, chain, default_tree, load_tree, search_tree
 
 POLICIES = ("plain", "static", "chain", "dynamic")

@@ -16,15 +16,17 @@ import numpy as np
 from euryale.benchmarks.simulate.heads import Answer, Answers
 from euryale.benchmarks.simulate.machine import Machine
 from euryale.runtime import step_profiler as profile
-from euryale.scheduler.admission import SchedulerLimits
+from euryale.scheduler.limits import SchedulerLimits
 from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
-from euryale.scheduler.scheduler import Output, Scheduler, SegmentResult
-from euryale.scheduler.speculation.draft_budget import Budget
-from euryale.scheduler.speculation.drafter import Drafter, DynamicTrees, Sources, StaticTrees
+from euryale.scheduler.scheduler import PlannedStep, Scheduler
+from euryale.scheduler.speculation.draft_budget import DraftBudget
+from euryale.scheduler.speculation.drafter import Drafter, StaticDrafter
+from euryale.scheduler.speculation.dynamic_drafter import DynamicDrafter, Sources
 from euryale.scheduler.speculation.tree import TreeShape
 from euryale.scheduler.step_cost import Profile, StepCosts
-from euryale.scheduler.step_plan import Segment, StepPlan
+from euryale.scheduler.step_plan import Segment
+from euryale.scheduler.step_result import RequestOutput, SegmentResult
 from euryale.scheduler.trace import record
 
 PAGE = 16
@@ -136,28 +138,28 @@ class Simulation:
     def _step(self) -> int:
         """One step; returns how many requests ended in it."""
         begun = time.perf_counter()
-        plan = self.scheduler.plan(0, 0)
-        planned = time.perf_counter() - begun
-        seconds = self._seconds(plan)
-        results = [self._result(segment) for segment in plan.segments if segment.emits_tokens]
+        planned = self.scheduler.plan(0, 0)
+        planning = time.perf_counter() - begun
+        seconds = self._seconds(planned)
+        results = [self._result(segment) for segment in planned.plan.segments if segment.emits_tokens]
         self.now += seconds
         begun = time.perf_counter()
-        outputs = self.scheduler.advance(plan, results, seconds)
-        self.host_seconds.append(planned + time.perf_counter() - begun)
+        step = self.scheduler.advance(planned, results, seconds)
+        self.host_seconds.append(planning + time.perf_counter() - begun)
         if self.trace is not None:
-            self.trace.append(record(self.scheduler, plan, seconds, self.now))
-        return self._deliver(outputs)
+            self.trace.append(record(self.scheduler, step, self.now))
+        return self._deliver(step.outputs)
 
-    def _seconds(self, plan: StepPlan) -> float:
+    def _seconds(self, planned: PlannedStep) -> float:
         setting, machine = self.setting, self.setting.machine
-        seconds = machine.seconds(plan.segments, setting.answers.num_heads, setting.max_num_batched_tokens)
+        seconds = machine.seconds(planned.plan.segments, setting.answers.num_heads, setting.max_num_batched_tokens)
         seconds *= math.exp(_NOISE * self._rng.standard_normal())
         if self._rng.random() < _HICCUP:
             seconds *= _HICCUP_FACTOR
-        choice = self.scheduler.choice
-        guesses = sum(segment.num_draft_tokens for segment in plan.segments)
+        choice, segments = planned.choice, planned.plan.segments
+        num_draft_tokens = sum(segment.num_draft_tokens for segment in segments)
         return seconds + machine.host_seconds(
-            len(plan.segments), guesses, choice is not None and choice.num_draft_tokens >= 0
+            len(segments), num_draft_tokens, choice is not None and choice.considers_drafts
         )
 
     def _result(self, segment: Segment) -> SegmentResult:
@@ -173,15 +175,15 @@ class Simulation:
         guesses = answer.head_candidates(known + len(tokens)) if segment.wants_head_candidates else None
         return SegmentResult(tokens=tokens, accepted_nodes=path, head_candidates=guesses)
 
-    def _deliver(self, outputs: list[Output]) -> int:
+    def _deliver(self, outputs: list[RequestOutput]) -> int:
         ended = 0
         for output in outputs:
-            timing = self.timings[output.request.key]
+            timing = self.timings[output.key]
             timing.deliveries.append(self.now)
             timing.tokens += len(output.tokens)
             if output.finish_reason:
                 ended += 1
-                del self._answers[output.request.key]
+                del self._answers[output.key]
         self.tokens.append(sum(len(o.tokens) for o in outputs))
         self.ends.append(self.now)
         return ended
@@ -203,7 +205,7 @@ def make_scheduler(setting: Setting, limits: SchedulerLimits) -> Scheduler:
     """As an engine's leader makes it (``runtime/planning.py``), but that prefixes, being random, are not shared."""
     costs, drafter = None, None
     if isinstance(setting.tree, TreeShape):
-        drafter = StaticTrees(setting.tree)
+        drafter = StaticDrafter(setting.tree)
     elif setting.tree == "dynamic":
         costs = StepCosts(make_profile(setting, limits))
         drafter = _dynamic(setting, limits, costs)
@@ -211,8 +213,8 @@ def make_scheduler(setting: Setting, limits: SchedulerLimits) -> Scheduler:
 
 
 def _dynamic(setting: Setting, limits: SchedulerLimits, costs: StepCosts) -> Drafter:
-    budget = Budget(costs, limits.max_num_batched_tokens)
-    return DynamicTrees(setting.answers.num_heads, setting.max_tree_nodes, budget, sources=setting.sources)
+    budget = DraftBudget(costs, limits.max_num_batched_tokens)
+    return DynamicDrafter(setting.answers.num_heads, setting.max_tree_nodes, budget, sources=setting.sources)
 
 
 def make_profile(setting: Setting, limits: SchedulerLimits) -> Profile:

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from euryale.client.logprobs import Logprobs
 from euryale.parallel import vocabulary
 from euryale.parallel.vocabulary import VocabShard
 from euryale.runtime.model.decoder import Decoder
 from euryale.runtime.step_batch import StepBatch
-from euryale.scheduler.scheduler import SegmentResult
+from euryale.scheduler.step_result import SegmentResult, TokenLogprobs
 
 _BLOCK = 64  # prompt rows whose logits are in memory at the same time
 
@@ -27,11 +26,10 @@ class Scores:
     top_ids: torch.Tensor
     top: torch.Tensor
 
-    def packed(self, start: int, stop: int, count: int) -> Logprobs:
-        """Rows ``start`` to ``stop`` with the ``count`` likeliest of each."""
-        chosen = self.chosen[start:stop].cpu().numpy().astype("<f4").tobytes()
-        ids = self.top_ids[start:stop, :count].cpu().numpy().astype("<i4").tobytes()
-        return Logprobs(chosen, ids, self.top[start:stop, :count].cpu().numpy().astype("<f4").tobytes())
+    def on_host(self, start: int, stop: int, count: int) -> TokenLogprobs:
+        """Return rows ``start`` to ``stop`` with the ``count`` likeliest of each; waits for the device."""
+        chosen, top_ids, top = (x[start:stop].cpu().numpy() for x in (self.chosen, self.top_ids, self.top))
+        return TokenLogprobs(chosen, top_ids[:, :count].astype(np.int32), top[:, :count])
 
 
 def score(shard: VocabShard, logits_MV: torch.Tensor, tokens_M: torch.Tensor, k: int) -> Scores:
@@ -103,7 +101,7 @@ class StepLogprobs:
             if segment.has_result
         ]
 
-    def _output_logprobs(self, batch: StepBatch, results: list[SegmentResult]) -> dict[int, Logprobs]:
+    def _output_logprobs(self, batch: StepBatch, results: list[SegmentResult]) -> dict[int, TokenLogprobs]:
         """By segment, of every token that the walk emitted: its rows are the root and the accepted nodes."""
         of = {i: result for i, result in zip(batch.sampling, results, strict=True) if i in self.starts}
         if not of:
@@ -114,15 +112,15 @@ class StepLogprobs:
         wanted = {i: batch.segments[i].logits_inputs.logprobs for i in of}
         scores, found, row = score(self.shard, self.raw[rows], tokens, max(wanted.values())), {}, 0
         for i, result in of.items():
-            found[i] = scores.packed(row, row + len(result.tokens), wanted[i])
+            found[i] = scores.on_host(row, row + len(result.tokens), wanted[i])
             row += len(result.tokens)
         return found
 
-    def _prompt_logprobs(self, batch: StepBatch) -> dict[int, Logprobs]:
+    def _prompt_logprobs(self, batch: StepBatch) -> dict[int, TokenLogprobs]:
         found, row = {}, 0
         for i, segment in enumerate(batch.segments):
             if segment.logits_inputs is not None and (count := len(segment.logits_inputs.targets)):
-                found[i] = self.prompt.packed(row, row + count, segment.logits_inputs.prompt_logprobs)
+                found[i] = self.prompt.on_host(row, row + count, segment.logits_inputs.prompt_logprobs)
                 row += count
         return found
 

@@ -8,20 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from euryale.scheduler.sampling_params import SamplingParams
-from euryale.scheduler.speculation.ngram_table import ORDERS, SUCCESSORS
+from euryale.scheduler.speculation.constants import (
+    BINS,
+    CONTEXT_WEIGHTS,
+    CORRECTION_DECAY,
+    CORRECTION_RANGE,
+    NUM_CLASSES,
+    ORDERS,
+    PRIOR_CASES,
+    RANK_CLASSES,
+    SUCCESSORS,
+)
 
-NUM_CLASSES = 4
-RANK_CLASSES = 4  # the head's likeliest token, its second, its others, and tokens it did not name
-LIKELY_BINS = 8  # of probabilities from 1/2 on, two for each halving of what they lack to 1
-BINS = 18 + LIKELY_BINS  # of probability, below 1/2 two for each factor of two
-WINDOW = 60.0
-_BELIEF = 4.0  # cases that a starting value counts for
 _LEARNED = ("accepted", "predicted", "context_accepted", "context_cases")
-_KEEP = 0.93  # of what is known of a request, at each of its steps
-
-# Share of cases in which what followed the context before is the better guide than heads and text, by evidence (the
-# context's length less one times SUCCESSORS, plus how many successors are known); measured on sampled code.
-_STARTING_WEIGHTS = (0, 0.15, 0.1, 0.2, 0.25, 0.4, 0.3, 0.35, 0.5, 0.6, 0.6, 0.75, 0.9)
 
 
 def sampling_class_of(params: SamplingParams) -> int:
@@ -44,11 +43,11 @@ class AcceptanceStats:
         self.num_depths, self.rank_classes, self.bins = num_heads + 1, RANK_CLASSES, BINS
         self.evidences = ORDERS * SUCCESSORS + 1
         shape = (NUM_CLASSES, self.num_depths, RANK_CLASSES, BINS)
-        self.accepted = np.full(shape, _BELIEF)
-        self.predicted = np.full(shape, _BELIEF)
+        self.accepted = np.full(shape, PRIOR_CASES)
+        self.predicted = np.full(shape, PRIOR_CASES)
         self.ratios = np.ones(shape, dtype=np.float32)
-        self.weights = np.tile(np.array(_STARTING_WEIGHTS, dtype=np.float32), (NUM_CLASSES, 1))
-        self.context_cases = np.full((NUM_CLASSES, self.evidences), 4 * _BELIEF)
+        self.weights = np.tile(np.array(CONTEXT_WEIGHTS, dtype=np.float32), (NUM_CLASSES, 1))
+        self.context_cases = np.full((NUM_CLASSES, self.evidences), 4 * PRIOR_CASES)
         self.context_accepted = self.weights * self.context_cases
 
     def to_json(self) -> dict:
@@ -65,7 +64,7 @@ class AcceptanceStats:
             if found.shape != own.shape[1:] or not np.all(found >= 0):
                 raise ValueError(f"its acceptance_stats.{name} does not fit {num_heads} heads")
             own[0] = found
-        made.accepted[1:] = _BELIEF * (made.accepted[0] / np.maximum(made.predicted[0], 1e-9))
+        made.accepted[1:] = PRIOR_CASES * (made.accepted[0] / np.maximum(made.predicted[0], 1e-9))
         made.context_accepted[1:] = made.context_cases[1:] * (
             made.context_accepted[0] / np.maximum(made.context_cases[0], 1e-9)
         )
@@ -80,11 +79,12 @@ class AcceptanceRateCorrection:
     for each one predicted over about the last fourteen steps."""
 
     factor: float = 1.0
-    _hits: float = _BELIEF
-    _expected: float = _BELIEF
+    _accepted: float = PRIOR_CASES
+    _expected: float = PRIOR_CASES
 
     def learn(self, accepted: float, expected: float) -> None:
         """Take how many guesses on the accepted path were right, and how many were predicted to be."""
-        self._hits = _KEEP * self._hits + (1 - _KEEP) * _BELIEF + accepted
-        self._expected = _KEEP * self._expected + (1 - _KEEP) * _BELIEF + expected
-        self.factor = min(1.6, max(0.3, self._hits / self._expected))
+        self._accepted = CORRECTION_DECAY * self._accepted + (1 - CORRECTION_DECAY) * PRIOR_CASES + accepted
+        self._expected = CORRECTION_DECAY * self._expected + (1 - CORRECTION_DECAY) * PRIOR_CASES + expected
+        low, high = CORRECTION_RANGE
+        self.factor = min(high, max(low, self._accepted / self._expected))

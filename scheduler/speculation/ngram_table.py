@@ -14,25 +14,26 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-ORDERS = 3
-SUCCESSORS = 4
-NUM_SOURCES = 3  # that a request looks into: its own tokens, recent traffic, calibration text
-TEXT = 0  # the source of the calibration text
+from euryale.scheduler.speculation.constants import (
+    FOLD_BITS,
+    LIVE_BITS,
+    MAX_LIVE_BITS,
+    MIX_MULTIPLIER,
+    ORDER_OFFSETS,
+    ORDERS,
+    PLACE_MULTIPLIERS,
+    SOURCE_MULTIPLIER,
+    SUCCESSORS,
+    TEXT_BITS,
+    TEXT_SOURCE,
+)
+
 FILE = "ngrams.safetensors"
 
 # The text's rows hold the ``total`` likeliest successors with their shares in 65535ths. Those of other sources hold the
 # latest successors, as often as they came; where ``total`` modulo SUCCESSORS says is room, or the eldest, which is the
 # next to go.
 ROW = np.dtype([("fingerprint", "u4"), ("total", "u4"), ("successors", "i4", SUCCESSORS), ("shares", "u2", SUCCESSORS)])
-LIVE_BITS = 18  # 2 ** 18 rows of 32 bytes
-_MOST_LIVE_BITS = 21  # 64 MiB
-_TEXT_BITS = 16
-# Odd multipliers of 64-bit multiplicative hashing: fractional bits of the square roots of small primes.
-_OF_PLACE = np.array([0x6A09E667F3BCC909, 0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B], dtype=np.uint64)
-_OF_ORDER = np.array([0x510E527FADE682D1, 0x9B05688C2B3E6C1F, 0x1F83D9ABFB41BD6B], dtype=np.uint64)
-_OF_SOURCE = np.uint64(0xA54FF53A5F1D36F1)
-_MIX = np.uint64(0x5BE0CD19137E2179)
-_FOLD = np.uint64(29)
 
 
 def _windows(tokens: np.ndarray) -> np.ndarray:
@@ -43,9 +44,9 @@ def _windows(tokens: np.ndarray) -> np.ndarray:
 
 def keys_of(last_NO: np.ndarray, source_N: np.ndarray) -> np.ndarray:
     """Names of the contexts of one to ORDERS tokens that end in ``last_NO``, the latest token first: uint64 [N, O]."""
-    sums = ((last_NO + 1).astype(np.uint64) * _OF_PLACE).cumsum(axis=1) + _OF_ORDER
-    keys = (sums + (source_N.astype(np.uint64) * _OF_SOURCE)[:, None]) * _MIX
-    return (keys ^ (keys >> _FOLD)) * _MIX
+    sums = ((last_NO + 1).astype(np.uint64) * PLACE_MULTIPLIERS).cumsum(axis=1) + ORDER_OFFSETS
+    keys = (sums + (source_N.astype(np.uint64) * SOURCE_MULTIPLIER)[:, None]) * MIX_MULTIPLIER
+    return (keys ^ (keys >> FOLD_BITS)) * MIX_MULTIPLIER
 
 
 class NgramTable:
@@ -67,13 +68,13 @@ class NgramTable:
         return (keys >> np.uint64(64 - self.live_bits)).astype(np.int64) + (1 << self.text_bits)
 
     @classmethod
-    def of_text(cls, documents: list[np.ndarray], text_bits: int = _TEXT_BITS) -> "NgramTable":
+    def of_text(cls, documents: list[np.ndarray], text_bits: int = TEXT_BITS) -> "NgramTable":
         """A table that knows ``documents``, int32 each. Of contexts that share a row the one seen most often gets it;
         contexts of ORDERS tokens are left out, being too many."""
         table = cls(text_bits)
         found = np.concatenate([_windows(tokens) for tokens in documents])
         used = found[:, ORDERS - 1 : 0 : -1] >= 0
-        keys = keys_of(found[:, ORDERS - 1 :: -1], np.full(len(found), TEXT))[:, : ORDERS - 1][used]
+        keys = keys_of(found[:, ORDERS - 1 :: -1], np.full(len(found), TEXT_SOURCE))[:, : ORDERS - 1][used]
         tokens = np.broadcast_to(found[:, ORDERS:], used.shape)[used]
         order = np.lexsort([tokens, keys])
         keys, tokens = keys[order], tokens[order]
@@ -96,7 +97,7 @@ class NgramTable:
     @staticmethod
     def bits_for(num_tokens: int) -> int:
         """How many live bits so many tokens need, within bounds: of each the contexts of all orders are kept twice."""
-        return min(max(LIVE_BITS, (2 * ORDERS * num_tokens).bit_length()), _MOST_LIVE_BITS)
+        return min(max(LIVE_BITS, (2 * ORDERS * num_tokens).bit_length()), MAX_LIVE_BITS)
 
     def save_text(self, directory: Path) -> None:
         """Write what is known of the text."""

@@ -1,4 +1,4 @@
-// Candidate trees of one step, for all requests at once: the same as tree_builder_reference.py, which says what and why.
+// Candidate trees of one step, for all requests at once: what tree_builder_reference.py does, which says why.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -9,23 +9,25 @@
 
 namespace {
 
-constexpr int ORDERS = 3, SUCCESSORS = 4, NUM_SOURCES = 3, EXTRA = NUM_SOURCES * SUCCESSORS, MAX_RANKS = 32, LIKELY_BINS = 8;
+// All of these are compared with constants.py when the library is loaded.
+constexpr int ORDERS = 3, SUCCESSORS = 4, NUM_SOURCES = 3, MAX_RANKS = 32, LIKELY_BINS = 8, FOLD_BITS = 29;
+constexpr int EXTRA = NUM_SOURCES * SUCCESSORS;
 constexpr int OWN = 0, TRAFFIC = 1, TEXT = 2;
-constexpr uint64_t OF_PLACE[] = {0x6A09E667F3BCC909, 0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B};
-constexpr uint64_t OF_ORDER[] = {0x510E527FADE682D1, 0x9B05688C2B3E6C1F, 0x1F83D9ABFB41BD6B};
-constexpr uint64_t OF_SOURCE = 0xA54FF53A5F1D36F1, MIX = 0x5BE0CD19137E2179;
+constexpr uint64_t PLACE_MULTIPLIERS[] = {0x6A09E667F3BCC909, 0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B};
+constexpr uint64_t ORDER_OFFSETS[] = {0x510E527FADE682D1, 0x9B05688C2B3E6C1F, 0x1F83D9ABFB41BD6B};
+constexpr uint64_t SOURCE_MULTIPLIER = 0xA54FF53A5F1D36F1, MIX_MULTIPLIER = 0x5BE0CD19137E2179;
 
 // The row of a context, which may be somebody else's; `mark` is how to tell.
 Row* row_of(const Table& table, uint64_t sum, int order, int64_t source, uint32_t& mark) {
-    uint64_t key = (sum + OF_ORDER[order] + (uint64_t)source * OF_SOURCE) * MIX;
-    key = (key ^ (key >> 29)) * MIX;
+    uint64_t key = (sum + ORDER_OFFSETS[order] + (uint64_t)source * SOURCE_MULTIPLIER) * MIX_MULTIPLIER;
+    key = (key ^ (key >> FOLD_BITS)) * MIX_MULTIPLIER;
     mark = (uint32_t)key;
     if (source) return table.rows + ((int64_t)1 << table.text_bits) + (key >> (64 - table.live_bits));
     return table.rows + (table.text_bits ? key >> (64 - table.text_bits) : 0);
 }
 
 uint64_t place_sum(uint64_t sum, int order, int32_t token) {
-    return sum + (uint64_t)(int64_t)(token + 1) * OF_PLACE[order];
+    return sum + (uint64_t)(int64_t)(token + 1) * PLACE_MULTIPLIERS[order];
 }
 
 // What followed a context: successors, shares, and what that is worth.
@@ -78,25 +80,25 @@ int bin_of(float probability, int bins) {
 
 struct Candidate {
     double key;
-    int32_t parent, guess;  // `guess` below the node `parent`
+    int32_t parent, child;  // index among the children of node `parent`
     bool operator<(const Candidate& other) const {
         if (key != other.key) return key < other.key;
-        return parent != other.parent ? parent > other.parent : guess > other.guess;
+        return parent != other.parent ? parent > other.parent : child > other.child;
     }
 };
 
 // One step's work.
 struct Growth {
-    TreeBuilder& f;
+    Arguments& f;
     std::priority_queue<Candidate> heap;
     std::vector<int32_t> lasts, nodes_of;
     std::vector<float> powers;  // of the heads' probabilities, of each head R and one for what it does not name
     std::vector<bool> has_powers;
     int64_t nodes = 0, children = 0;
 
-    explicit Growth(TreeBuilder& f)
+    explicit Growth(Arguments& f)
         : f(f),
-          lasts((f.requests + f.most) * ORDERS),
+          lasts((f.requests + f.max_draft_tokens) * ORDERS),
           nodes_of(f.requests, 0),
           powers(f.requests * f.heads * (f.ranks + 1)),
           has_powers(f.requests * f.heads, false) {}
@@ -115,9 +117,10 @@ struct Growth {
         return out;
     }
 
-    void add(int request, int parent, int token, float acceptance_probability) {
+    void add(int request, int parent, int token, float probability) {
         const int64_t node = nodes++;
-        f.request[node] = request, f.parent[node] = parent, f.token[node] = token, f.acceptance_probability[node] = acceptance_probability;
+        f.request[node] = request, f.parent[node] = parent, f.token[node] = token;
+        f.acceptance_probability[node] = probability;
         f.depth[node] = parent < 0 ? 0 : f.depth[parent] + 1;
         f.expected_children[node] = 0, f.evidence[node] = -1, f.first[node] = children, f.count[node] = 0;
         int32_t* last = lasts.data() + node * ORDERS;
@@ -125,16 +128,17 @@ struct Growth {
         std::copy_n(parent < 0 ? f.last + request * ORDERS + 1 : lasts.data() + parent * ORDERS, ORDERS - 1, last + 1);
     }
 
-    // Put a guess below a node on the heap, if it is worth a thought.
-    void offer(int node, int guess) {
-        if (guess == f.count[node]) return;
-        const double key = (double)f.children[f.first[node] + guess].acceptance_probability * f.values[f.request[node]];
-        if (key >= f.least) heap.push({key, node, guess});
+    // Put a child of a node on the heap, if its probability is worth a row.
+    void offer(int node, int child) {
+        if (child == f.count[node]) return;
+        const double key = (double)f.children[f.first[node] + child].acceptance_probability * f.values[f.request[node]];
+        if (key >= f.min_probability) heap.push({key, node, child});
     }
 
     void expand(int node) {
         const int request = f.request[node];
-        if (f.depth[node] >= f.depths[request] || (double)f.acceptance_probability[node] * f.values[request] < f.least) return;
+        const double value = (double)f.acceptance_probability[node] * f.values[request];
+        if (f.depth[node] >= f.depths[request] || value < f.min_probability) return;
         f.first[node] = children;
         children += f.count[node] = name(node, f.children + children);
         offer(node, 0);
@@ -160,11 +164,11 @@ struct Growth {
         }
         f.evidence[node] = known[OWN].evidence;
         const float cases = known[TRAFFIC].cases, text_cases = known[TEXT].cases ? f.text_cases : 0;
-        const float context_cases = cases / (cases + text_cases + 1e-6f), power = ranks ? f.prior_power : 1;
+        const float traffic_weight = cases / (cases + text_cases + 1e-6f), power = ranks ? f.prior_power : 1;
         const float floor = std::pow(f.floor, power), *powers = ranks ? powers_of(head) : nullptr;
         float product[MAX_RANKS + EXTRA], sum = f.other;
         for (int i = 0; i < total; ++i) {
-            const float prior = context_cases * opinions[TRAFFIC][i] + (1 - context_cases) * opinions[TEXT][i];
+            const float prior = traffic_weight * opinions[TRAFFIC][i] + (1 - traffic_weight) * opinions[TEXT][i];
             product[i] = prior > 0 ? std::pow(prior + f.floor, power) : floor;
             if (ranks) product[i] *= powers[std::min(i, ranks)];
             sum += product[i];
@@ -179,10 +183,10 @@ struct Growth {
             const int row = (cls * f.num_depths + level) * f.rank_classes + rank;
             const int cell = row * f.bins + bin_of(probability, f.bins);
             const float chance = std::min(probability * f.ratios[cell] * f.factors[r], f.highest);
-            const float acceptance_probability = f.acceptance_probability[node] * chance;
+            const float joint = f.acceptance_probability[node] * chance;
             int place = written++;
-            for (; place > 0 && out[place - 1].acceptance_probability < acceptance_probability; --place) out[place] = out[place - 1];
-            out[place] = {tokens[i], cell, acceptance_probability, probability, own};
+            for (; place > 0 && out[place - 1].acceptance_probability < joint; --place) out[place] = out[place - 1];
+            out[place] = {tokens[i], cell, joint, probability, own};
         }
         return written;
     }
@@ -190,16 +194,16 @@ struct Growth {
     void run() {
         for (int r = 0; r < f.requests; ++r) add(r, -1, f.last[r * ORDERS], 1);
         for (int r = 0; r < f.requests; ++r) expand(r);
-        while (!heap.empty() && nodes < f.requests + f.most) {
+        while (!heap.empty() && nodes < f.requests + f.max_draft_tokens) {
             const Candidate best = heap.top();
             heap.pop();
             const int request = f.request[best.parent];
-            if (nodes_of[request] == f.each) continue;
+            if (nodes_of[request] == f.max_per_request) continue;
             ++nodes_of[request];
-            const Child& guess = f.children[f.first[best.parent] + best.guess];
-            f.expected_children[best.parent] += guess.acceptance_probability / f.acceptance_probability[best.parent];
-            add(request, best.parent, guess.token, guess.acceptance_probability);
-            offer(best.parent, best.guess + 1);
+            const Child& child = f.children[f.first[best.parent] + best.child];
+            f.expected_children[best.parent] += child.acceptance_probability / f.acceptance_probability[best.parent];
+            add(request, best.parent, child.token, child.acceptance_probability);
+            offer(best.parent, best.child + 1);
             expand(nodes - 1);
         }
     }
@@ -208,28 +212,29 @@ struct Growth {
 }  // namespace
 
 // Grow the trees; returns the number of nodes, roots (one per request, the first ones) included.
-extern "C" int64_t tree_builder_grow(TreeBuilder* builder) {
-    Growth growth(*builder);
+extern "C" int64_t tree_builder_grow(Arguments* arguments) {
+    Growth growth(*arguments);
     growth.run();
     return growth.nodes;
 }
 
 // Learn from the nodes that were reached, and the tokens that came after them.
-extern "C" void tree_builder_learn(const TreeBuilder* builder, int64_t count, const int32_t* nodes, const int32_t* truths) {
-    const TreeBuilder& f = *builder;
+extern "C" void tree_builder_learn(const Arguments* arguments, int64_t count, const int32_t* nodes,
+                                   const int32_t* truths) {
+    const Arguments& f = *arguments;
     for (int64_t i = 0; i < count; ++i) {
         const int node = nodes[i], cls = f.classes[f.request[node]];
-        if (f.evidence[node] < 0) continue;  // it never got guesses
+        if (f.evidence[node] < 0) continue;  // its children were never looked for
         double own = 0;
         for (int g = f.first[node]; g < f.first[node] + f.count[node]; ++g) {
-            const Child& guess = f.children[g];
-            const bool is_right = guess.token == truths[i];
-            if (is_right) own = guess.own / guess.probability;
-            double &accepted = f.accepted[guess.cell], &predicted = f.predicted[guess.cell];
-            accepted += is_right, predicted += guess.probability;
+            const Child& child = f.children[g];
+            const bool is_right = child.token == truths[i];
+            if (is_right) own = child.context / child.probability;
+            double &accepted = f.accepted[child.cell], &predicted = f.predicted[child.cell];
+            accepted += is_right, predicted += child.probability;
             const double shrink = f.window / std::max(predicted, (double)f.window);
             accepted *= shrink, predicted *= shrink;
-            f.ratios[guess.cell] = accepted / predicted;
+            f.ratios[child.cell] = accepted / predicted;
         }
         if (!f.evidence[node]) continue;
         const int64_t at = cls * f.evidences + f.evidence[node];
@@ -258,5 +263,13 @@ extern "C" void ngrams_add(const Table* table, int64_t count, const int32_t* tok
         }
 }
 
-// To notice a build from sources with other structs.
-extern "C" int64_t tree_builder_bytes() { return sizeof(TreeBuilder) + sizeof(Child) + sizeof(Row); }
+// Whether the Python side has the same constants and structs; `values` in the order of tree_builder.py.
+extern "C" int tree_builder_matches(const uint64_t* values, int64_t count) {
+    std::vector<uint64_t> own(PLACE_MULTIPLIERS, PLACE_MULTIPLIERS + ORDERS);
+    own.insert(own.end(), ORDER_OFFSETS, ORDER_OFFSETS + ORDERS);
+    for (uint64_t value : {SOURCE_MULTIPLIER, MIX_MULTIPLIER, (uint64_t)ORDERS, (uint64_t)SUCCESSORS,
+                           (uint64_t)NUM_SOURCES, (uint64_t)MAX_RANKS, (uint64_t)LIKELY_BINS, (uint64_t)FOLD_BITS,
+                           (uint64_t)sizeof(Arguments), (uint64_t)sizeof(Child), (uint64_t)sizeof(Row)})
+        own.push_back(value);
+    return own.size() == (size_t)count && std::equal(own.begin(), own.end(), values);
+}

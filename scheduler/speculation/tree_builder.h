@@ -13,16 +13,16 @@ struct Table {
     int64_t text_bits, live_bits;
 };
 
-// A named successor of a node.
+// A child that a node may get.
 struct Child {
     int32_t token, cell;
-    float acceptance_probability, probability, own;
+    float acceptance_probability, probability, context;
 };
 
-struct TreeBuilder {
+struct Arguments {
     Table table;
-    int64_t requests, heads, ranks, most, each, num_depths, rank_classes, bins, evidences;
-    float least, head_power, prior_power, floor, other, text_cases, unnamed, highest, slightest, window;
+    int64_t requests, heads, ranks, max_draft_tokens, max_per_request, num_depths, rank_classes, bins, evidences;
+    float min_probability, head_power, prior_power, floor, other, text_cases, unnamed, highest, slightest, window;
     // Requests.
     const int32_t *last, *ids;
     const float* logits;

@@ -1,205 +1,230 @@
-"""Growing candidate trees in plain Python: what ``builder.cpp`` does, to be read and to be tested against.
+"""Growing candidate trees in plain Python: what ``tree_builder.cpp`` does, to be read and to be tested against.
 
-A head guesses its depth without knowing what was chosen above it. What followed the same tokens before repairs that.
-The probability of a guess below a node is made of two opinions:
+A head proposes tokens for its depth without knowing what was chosen above it. What followed the same tokens before
+repairs that. The probability of a draft token below a node is a mixture of two opinions:
 
-* its head's probability among the tokens that the head names, times a power of the *prior*: how often it followed
-  the tokens of its path in recent traffic and calibration text (a product of experts, over all guesses named by
-  anybody);
-* how often it followed them in the request's own prompt and answer, as the last few cases have it, with a weight
-  learned by the length of the context and the number of cases.
+* Its head's probability among the head candidates, times a power of the *prior*: how often it followed the tokens of
+  its path in recent traffic and calibration text (a product of experts over all tokens that anybody proposes).
+* How often it followed them in the request's own prompt and answer, as the last few cases have it. The weight of this
+  opinion is learned by the length of the context and the number of cases.
 
-What is expected so is multiplied by what experience says of such statements (``acceptance_probability``) and by the
-request's own factor. Below the deepest head, trees go on with what followed before.
+The probability is then multiplied by what acceptance statistics say of such probabilities, and by the request's own
+correction. Below the deepest head, trees go on with what followed before.
 """
 
 import heapq
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from euryale.scheduler.speculation.acceptance_stats import LIKELY_BINS, WINDOW
-from euryale.scheduler.speculation.ngram_table import NUM_SOURCES, ORDERS, SUCCESSORS, TEXT, keys_of
+from euryale.scheduler.speculation.acceptance_stats import AcceptanceStats
+from euryale.scheduler.speculation.constants import (
+    LIKELY_BINS,
+    NUM_SOURCES,
+    ORDERS,
+    PRODUCT,
+    SUCCESSORS,
+    TEXT_SOURCE,
+    WINDOW,
+)
+from euryale.scheduler.speculation.ngram_table import NgramTable, keys_of
 
-# Fitted to answers of the demo model; the result is flat around these values.
-CONSTANTS = {
-    "head_power": 0.9,
-    "prior_power": 0.4,
-    "floor": 1e-4,  # prior of what never followed
-    "other": 2e-3,  # mass of the tokens that nobody named, beside the products
-    "text_cases": 2.0,  # what the text's word counts for, in cases of recent traffic
-    "unnamed": 1.0,  # nats that a token lies below the last one that the head names
-    "highest": 0.98,  # chance of a guess
-    "slightest": 2e-3,  # a less likely guess is none
-    "window": WINDOW,
-}
-_OWN, _TRAFFIC, _TEXT = range(NUM_SOURCES)
+if TYPE_CHECKING:
+    from euryale.scheduler.speculation.tree_builder import GrownTrees
+
+_CONTEXT, _TRAFFIC, _TEXT = range(NUM_SOURCES)
 
 
-def find(table, last: np.ndarray, source: int) -> tuple[dict[int, float], int, int]:
-    """What followed the longest known context that ends in ``last`` int32 [ORDERS], the latest token first: the
-    successors' shares, the evidence (see ``acceptance_probability``) and the number of cases."""
+def find(table: NgramTable, last: np.ndarray, source: int) -> tuple[dict[int, float], int, int]:
+    """Return what followed the longest known context that ends in ``last`` int32 [ORDERS], the latest token first: the
+    successors' fractions, the evidence (see ``AcceptanceStats``) and the number of cases."""
     keys = keys_of(last[None], np.asarray([source]))[0]
-    places = table.rows_of(keys, source == TEXT)
+    rows = table.rows_of(keys, source == TEXT_SOURCE)
     for order in reversed(range(ORDERS)):
-        row = table.rows[places[order]]
+        row = table.rows[rows[order]]
         if last[order] < 0 or row["fingerprint"] != keys[order].astype(np.uint32) or not row["total"]:
             continue
         cases = min(int(row["total"]), SUCCESSORS)
-        shares: dict[int, float] = {}
+        fractions: dict[int, float] = {}
         for i, token in enumerate(row["successors"][:cases].tolist()):
-            share = int(row["shares"][i]) / 65535 if source == TEXT else 1 / cases
-            shares[token] = shares.get(token, 0.0) + share
-        return shares, order * SUCCESSORS + cases, cases
+            fraction = int(row["shares"][i]) / 65535 if source == TEXT_SOURCE else 1 / cases
+            fractions[token] = fractions.get(token, 0.0) + fraction
+        return fractions, order * SUCCESSORS + cases, cases
     return {}, 0, 0
 
 
-def grow(builder) -> int:
-    """See ``TreeBuilder.grow``; writes the builder's arrays."""
-    f, roots = builder, builder.roots
-    settings = f._struct
-    lasts: list[np.ndarray] = []
-    f.num_children = 0
-    heap: list[tuple[float, int, int]] = []
-    taken = [0] * len(roots.last)
+class _Growth:
+    """The growing of one step's trees."""
 
-    def offer(node: int, place: int) -> None:
-        """Put a guess below a node on the heap, if it is worth a thought."""
-        if place < f.count[node]:
-            key = float(f.children["acceptance_probability"][f.first[node] + place]) * float(
-                roots.values[f.request[node]]
-            )
-            if key >= settings.least:
-                heapq.heappush(heap, (-key, node, place))
+    def __init__(self, table: NgramTable, stats: AcceptanceStats, trees: "GrownTrees", min_probability: float) -> None:
+        assert trees.roots is not None
+        self.table, self.stats, self.trees, self.roots = table, stats, trees, trees.roots
+        self.min_probability = min_probability
+        self.lasts: list[np.ndarray] = []  # of every node its last tokens, the latest first
+        self.heap: list[tuple[float, int, int]] = []  # negative value, node, index among the node's children
+        self.num_children = 0
 
-    def add(request: int, parent: int, token: int, acceptance_probability: float) -> None:
-        node = len(lasts)
-        before = roots.last[request] if parent < 0 else [token, *lasts[parent][: ORDERS - 1]]
-        lasts.append(np.asarray(before, dtype=np.int32))
-        f.request[node], f.parent[node], f.token[node], f.acceptance_probability[node] = (
-            request,
-            parent,
-            token,
-            acceptance_probability,
-        )
-        f.depth[node] = 0 if parent < 0 else f.depth[parent] + 1
-        f.expected_children[node], f.evidence[node], f.first[node], f.count[node] = 0, -1, f.num_children, 0
+    def add(self, request: int, parent: int, token: int, probability: float) -> None:
+        """Append a node."""
+        t, node = self.trees, len(self.lasts)
+        before = self.roots.last[request] if parent < 0 else [token, *self.lasts[parent][: ORDERS - 1]]
+        self.lasts.append(np.asarray(before, dtype=np.int32))
+        t.request[node], t.parent[node], t.token[node] = request, parent, token
+        t.acceptance_probability[node], t.depth[node] = probability, 0 if parent < 0 else t.depth[parent] + 1
+        t.expected_children[node], t.evidence[node], t.first[node], t.count[node] = 0, -1, self.num_children, 0
 
-    def expand(node: int) -> None:
-        value = float(f.acceptance_probability[node]) * float(roots.values[f.request[node]])
-        if f.depth[node] < roots.depths[f.request[node]] and value >= settings.least:
-            _expand(f, node, lasts[node])
-            offer(node, 0)
+    def offer(self, node: int, index: int) -> None:
+        """Put a child of the node on the heap, if it is likely enough."""
+        t = self.trees
+        if index < t.count[node]:
+            probability = float(t.children["acceptance_probability"][t.first[node] + index])
+            value = probability * float(self.roots.values[t.request[node]])
+            if value >= self.min_probability:
+                heapq.heappush(self.heap, (-value, node, index))
 
-    for request, last in enumerate(roots.last):
-        add(request, -1, last[0], 1.0)
-    for request in range(len(roots.last)):
-        expand(request)
-    while heap and len(lasts) < len(roots.last) + settings.most:
-        _, parent, place = heapq.heappop(heap)
-        request = int(f.request[parent])
-        if taken[request] == settings.each:
-            continue
-        taken[request] += 1
-        guess = f.children[f.first[parent] + place]
-        f.expected_children[parent] += guess["acceptance_probability"] / f.acceptance_probability[parent]
-        add(request, parent, int(guess["token"]), float(guess["acceptance_probability"]))
-        offer(parent, place + 1)
-        expand(len(lasts) - 1)
-    return len(lasts)
+    def expand(self, node: int) -> None:
+        """Look for the node's children, if it may have any."""
+        t = self.trees
+        value = float(t.acceptance_probability[node]) * float(self.roots.values[t.request[node]])
+        if t.depth[node] < self.roots.depths[t.request[node]] and value >= self.min_probability:
+            self.write_children(node)
+            self.offer(node, 0)
 
+    def write_children(self, node: int) -> None:
+        """Write a node's children, likeliest first."""
+        t, stats, roots, c = self.trees, self.stats, self.roots, PRODUCT
+        request, depth = int(t.request[node]), int(t.depth[node])
+        known = [find(self.table, self.lasts[node], int(source)) for source in roots.sources[request]]
+        heads = self.head_log_probabilities(request, depth)
+        tokens = list(dict.fromkeys([*heads, *(token for fractions, _, _ in known for token in fractions)]))
+        products = self.products(tokens, heads, known)
+        total, sampling_class = sum(products) + c["other"], int(roots.classes[request])
+        weight = float(stats.weights[sampling_class, known[_CONTEXT][1]])
+        t.evidence[node], t.first[node] = known[_CONTEXT][1], self.num_children
+        for i, token in enumerate(tokens):
+            context = weight * known[_CONTEXT][0].get(token, 0)
+            probability = np.float32(context + (1 - weight) * products[i] / total)
+            if probability < c["slightest"]:
+                continue
+            rank = min(i, 2) if token in heads else 3
+            cell = (sampling_class, min(depth, stats.num_depths - 1), rank, bin_of(probability, stats.bins))
+            alone = min(probability * stats.ratios[cell] * roots.factors[request], np.float32(c["highest"]))
+            flat = np.ravel_multi_index(cell, stats.ratios.shape)
+            child = (token, flat, t.acceptance_probability[node] * alone, probability, context)
+            t.children[self.num_children] = child
+            self.num_children += 1
+        own = t.children[t.first[node] : self.num_children]
+        own[:] = own[np.argsort(-own["acceptance_probability"], kind="stable")]
+        t.count[node] = len(own)
 
-def _expand(f, node: int, last: np.ndarray) -> None:
-    """Write a node's children, likeliest first."""
-    roots, estimates, c = f.roots, f.estimates, CONSTANTS
-    request, depth = int(f.request[node]), int(f.depth[node])
-    known = [find(f.table, last, int(source)) for source in roots.sources[request]]
-    heads: dict[int, float] = {}
-    if depth < roots.ids.shape[1] and roots.ids[request, depth, 0] >= 0:
+    def head_log_probabilities(self, request: int, depth: int) -> dict[int, float]:
+        """Return the head candidates of this depth with the logarithms of their probabilities among each other."""
+        roots = self.roots
+        if depth >= roots.ids.shape[1] or roots.ids[request, depth, 0] < 0:
+            return {}
         logits = roots.logits[request, depth].astype(np.float64)
         logs = logits - logits.max() - math.log(np.exp(logits - logits.max()).sum())
-        heads = dict(zip(roots.ids[request, depth].tolist(), logs.tolist(), strict=True))
-    unnamed = min(heads.values(), default=0) - c["unnamed"]
-    tokens = list(heads) + [t for shares, _, _ in known for t in shares if t not in heads]
-    tokens = list(dict.fromkeys(tokens))
-    cases = known[_TRAFFIC][2]
-    trust = cases / (cases + c["text_cases"] * (known[_TEXT][2] > 0) + 1e-6)
-    products = []
-    for token in tokens:
-        prior = trust * known[_TRAFFIC][0].get(token, 0) + (1 - trust) * known[_TEXT][0].get(token, 0) + c["floor"]
-        product = prior ** c["prior_power"] * math.exp(c["head_power"] * heads.get(token, unnamed)) if heads else prior
-        products.append(product)
-    total = sum(products) + c["other"]
-    kind = int(roots.classes[request])
-    weight = float(estimates.weights[kind, known[_OWN][1]])
-    f.evidence[node], f.first[node] = known[_OWN][1], f.num_children
-    for i, token in enumerate(tokens):
-        own = weight * known[_OWN][0].get(token, 0)
-        probability = np.float32(own + (1 - weight) * products[i] / total)
-        if probability < c["slightest"]:
+        return dict(zip(roots.ids[request, depth].tolist(), logs.tolist(), strict=True))
+
+    def products(
+        self, tokens: list[int], heads: dict[int, float], known: list[tuple[dict[int, float], int, int]]
+    ) -> list[float]:
+        """Return heads times prior for each token, not normalised."""
+        c, traffic, text = PRODUCT, known[_TRAFFIC], known[_TEXT]
+        unnamed = min(heads.values(), default=0) - c["unnamed"]
+        weight = traffic[2] / (traffic[2] + c["text_cases"] * (text[2] > 0) + 1e-6)  # of traffic beside text
+        found = []
+        for token in tokens:
+            prior = weight * traffic[0].get(token, 0) + (1 - weight) * text[0].get(token, 0) + c["floor"]
+            head = math.exp(c["head_power"] * heads.get(token, unnamed))
+            found.append(prior ** c["prior_power"] * head if heads else prior)
+        return found
+
+
+def grow(
+    table: NgramTable,
+    stats: AcceptanceStats,
+    trees: "GrownTrees",
+    max_draft_tokens: int,
+    max_per_request: int,
+    min_probability: float,
+) -> None:
+    """See ``TreeBuilder.grow``; writes ``trees``, whose roots are given."""
+    growth = _Growth(table, stats, trees, min_probability)
+    num_roots = len(growth.roots.last)
+    for request, last in enumerate(growth.roots.last):
+        growth.add(request, -1, last[0], 1.0)
+    for request in range(num_roots):
+        growth.expand(request)
+    taken = [0] * num_roots
+    while growth.heap and len(growth.lasts) < num_roots + max_draft_tokens:
+        _, parent, index = heapq.heappop(growth.heap)
+        request = int(trees.request[parent])
+        if taken[request] == max_per_request:
             continue
-        rank = min(i, 2) if token in heads else 3
-        cell = (kind, min(depth, estimates.num_depths - 1), rank, bin_of(probability, estimates.bins))
-        chance = min(probability * estimates.ratios[cell] * roots.factors[request], np.float32(c["highest"]))
-        flat = np.ravel_multi_index(cell, estimates.ratios.shape)
-        f.children[f.num_children] = (token, flat, f.acceptance_probability[node] * chance, probability, own)
-        f.num_children += 1
-    own = f.children[f.first[node] : f.num_children]
-    own[:] = own[np.argsort(-own["acceptance_probability"], kind="stable")]
-    f.count[node] = len(own)
+        taken[request] += 1
+        child = trees.children[trees.first[parent] + index]
+        probability = child["acceptance_probability"]
+        trees.expected_children[parent] += probability / trees.acceptance_probability[parent]
+        growth.add(request, parent, int(child["token"]), float(probability))
+        growth.offer(parent, index + 1)
+        growth.expand(len(growth.lasts) - 1)
+    trees.num_nodes = len(growth.lasts)
 
 
 def bin_of(probability: np.float32, bins: int) -> int:
-    """Its place among the bins of ``acceptance_probability``, by exponent and first bit of the mantissa: of the
-    probability itself below 1/2, else of what it lacks to 1."""
+    """Return the bin of acceptance statistics that a probability falls into, by exponent and first bit of the mantissa:
+    of the probability itself below 1/2, else of its distance to 1."""
     unlikely = bins - LIKELY_BINS
     if probability < 0.5:
-        return max(unlikely - 1 - _halves(probability), 0)
-    return unlikely + min(max(_halves(np.float32(1) - probability), 0), LIKELY_BINS - 1)
+        return max(unlikely - 1 - _half_octaves(probability), 0)
+    return unlikely + min(max(_half_octaves(np.float32(1) - probability), 0), LIKELY_BINS - 1)
 
 
-def _halves(share: np.float32) -> int:
+def _half_octaves(fraction: np.float32) -> int:
     """Half octaves below 1/2."""
-    return 251 - (int(np.float32(share).view(np.int32)) >> 22)
+    return 251 - (int(np.float32(fraction).view(np.int32)) >> 22)
 
 
-def learn(builder, nodes: np.ndarray, tokens: np.ndarray) -> None:
+def learn(stats: AcceptanceStats, trees: "GrownTrees", nodes: np.ndarray, tokens: np.ndarray) -> None:
     """See ``TreeBuilder.learn``."""
-    f, estimates = builder, builder.estimates
+    assert trees.roots is not None
     for node, truth in zip(nodes.tolist(), tokens.tolist(), strict=True):
-        if f.evidence[node] < 0:
-            continue  # it never got guesses
-        own = 0.0
-        for guess in f.children[f.first[node] : f.first[node] + f.count[node]]:
-            cell, is_right = np.unravel_index(guess["cell"], estimates.accepted.shape), guess["token"] == truth
-            own = float(guess["own"] / guess["probability"]) if is_right else own
-            estimates.accepted[cell] += is_right
-            estimates.predicted[cell] += guess["probability"]
-            shrink = WINDOW / max(estimates.predicted[cell], WINDOW)
-            estimates.accepted[cell] *= shrink
-            estimates.predicted[cell] *= shrink
-            estimates.ratios[cell] = estimates.accepted[cell] / estimates.predicted[cell]
-        if f.evidence[node]:
-            at = (f.roots.classes[f.request[node]], f.evidence[node])
-            estimates.context_accepted[at] += own
-            estimates.trust[at] += 1
-            shrink = WINDOW / max(estimates.trust[at], WINDOW)
-            estimates.context_accepted[at] *= shrink
-            estimates.trust[at] *= shrink
-            estimates.weights[at] = estimates.context_accepted[at] / estimates.trust[at]
+        if trees.evidence[node] < 0:
+            continue  # its children were never looked for
+        context = 0.0
+        for child in trees.children[trees.first[node] : trees.first[node] + trees.count[node]]:
+            cell, is_right = np.unravel_index(child["cell"], stats.accepted.shape), child["token"] == truth
+            context = float(child["context"] / child["probability"]) if is_right else context
+            stats.accepted[cell] += is_right
+            stats.predicted[cell] += child["probability"]
+            shrink = WINDOW / max(stats.predicted[cell], WINDOW)
+            stats.accepted[cell] *= shrink
+            stats.predicted[cell] *= shrink
+            stats.ratios[cell] = stats.accepted[cell] / stats.predicted[cell]
+        if trees.evidence[node]:
+            at = (trees.roots.classes[trees.request[node]], trees.evidence[node])
+            stats.context_accepted[at] += context
+            stats.context_cases[at] += 1
+            shrink = WINDOW / max(stats.context_cases[at], WINDOW)
+            stats.context_accepted[at] *= shrink
+            stats.context_cases[at] *= shrink
+            stats.weights[at] = stats.context_accepted[at] / stats.context_cases[at]
 
 
-def add(table, sequences: list[tuple[np.ndarray, int, int]]) -> None:
+def add(table: NgramTable, sequences: list[tuple[np.ndarray, int, int]]) -> None:
     """See ``TreeBuilder.add``."""
     for tokens, start, source in sequences:
         for at in range(max(start, 1), len(tokens)):
             last = np.full(ORDERS, -1, dtype=np.int32)
             before = tokens[max(0, at - ORDERS) : at][::-1]
             last[: len(before)] = before
-            names = keys_of(last[None], np.asarray([source]))[0, : len(before)]
-            for name, place in zip(names.astype(np.uint32), table.rows_of(names, source == TEXT), strict=True):
+            keys = keys_of(last[None], np.asarray([source]))[0, : len(before)]
+            rows = table.rows_of(keys, source == TEXT_SOURCE)
+            for fingerprint, place in zip(keys.astype(np.uint32), rows, strict=True):
                 row = table.rows[place]
-                if row["fingerprint"] != name:
-                    row["fingerprint"], row["total"], row["successors"], row["shares"] = name, 0, -1, 0
+                if row["fingerprint"] != fingerprint:
+                    row["fingerprint"], row["total"], row["successors"], row["shares"] = fingerprint, 0, -1, 0
                 row["successors"][row["total"] % SUCCESSORS] = tokens[at]
                 row["total"] = row["total"] + 1 if row["total"] + 1 < 2 * SUCCESSORS else SUCCESSORS

@@ -81,17 +81,17 @@ def test_a_closed_client(rig):
 
 
 class NewerHello:
-    """A hello of version 2."""
+    """A hello of version 3."""
 
     type = "hello"
     schema = MappingProxyType({"v": (wire.Kind("int", int), True)})
-    v = 2
+    v = 3
 
 
 def test_a_server_of_another_version(rig):
     with (
         Client(rig.address) as client,
-        pytest.raises(euryale.UnsupportedVersion, match="version 2 is not spoken here, version 1 is"),
+        pytest.raises(euryale.UnsupportedVersion, match="version 3 is not spoken here, version 2 is"),
     ):
         client._call(NewerHello(), protocol.ServerInfo, 5)
 

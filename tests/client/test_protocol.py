@@ -51,7 +51,7 @@ messages = st.one_of(
         index=token,
         tokens=tokens,
         text=st.text(),
-        accepted=tokens,
+        tokens_per_step=tokens,
         sample_index=st.integers(0, 200),
         logprobs=st.none() | logprobs,
         prompt_logprobs=st.none() | logprobs,
@@ -213,7 +213,7 @@ def test_a_hostile_body_is_refused_quickly():
 @pytest.mark.parametrize(
     ("fields", "code", "text"),
     [
-        ({"type": "hello", "v": 2}, "unsupported_version", "version 2 is not spoken here, version 1 is"),
+        ({"type": "hello", "v": 1}, "unsupported_version", "version 1 is not spoken here, version 2 is"),
         ({"type": "evaluate", "v": 2}, "unknown_verb", "known are hello, generate"),
         ({"type": "hello", "v": 2, "name": "x"}, "invalid_request", "unknown field 'name'"),
         ({"type": "cancel", "v": 2}, "invalid_request", "target .bytes. is missing"),

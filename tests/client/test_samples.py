@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from serving_rig import TOKENIZER, RawClient, made_up, saying, serving, wait_until
+from serving_rig import TOKENIZER, RawClient, as_client, made_up, saying, serving, wait_until
 
 from euryale import client as euryale
 from euryale.client import AsyncClient, Client, protocol
@@ -57,7 +57,7 @@ def test_a_stop_string_ends_its_own_sample():
         assert [sample.stop for sample in result.samples] == ["quick", "quick", 1]
         assert result.finish_reason == "stop"
         for sample in result.samples:  # tokens after the stop string are dropped, and what is said of them
-            assert sample.logprobs == made_up(list(sample.tokens), 1)
+            assert sample.logprobs == as_client(made_up(list(sample.tokens), 1))
         wait_until(lambda: not rig.engine.running)
         assert set(rig.engine.cancels) <= {1, 2}
 
@@ -127,9 +127,9 @@ def test_logprobs_are_told_once_and_for_every_token():
         told = [delta for delta in generation if delta.prompt_logprobs is not None]
         assert [(delta.sample_index, delta.index) for delta in told] == [(0, 0)]
         result = generation.result()
-        assert result.prompt_logprobs == told[0].prompt_logprobs == made_up(list(PROMPT[1:]), 3)
+        assert result.prompt_logprobs == told[0].prompt_logprobs == as_client(made_up(list(PROMPT[1:]), 3))
         for sample in result.samples:
-            assert sample.logprobs == made_up(list(sample.tokens), 2)
+            assert sample.logprobs == as_client(made_up(list(sample.tokens), 2))
             assert len(sample.logprobs) == len(sample.tokens) == 10
         assert [add.params.prompt_logprobs for add in rig.engine.adds] == [3, None]
         first = result.logprobs[0]

@@ -9,6 +9,7 @@ from euryale import client as euryale
 from euryale.client import Client, protocol, wire
 from euryale.frontend import client_socket as frontend_port
 from euryale.frontend import engine_link as engine
+from euryale.scheduler.step_result import RequestOutput
 
 LONG = {"max_tokens": 150}
 
@@ -102,7 +103,7 @@ def test_late_output_of_a_cancelled_request_is_ignored():
         wait_until(lambda: rig.engine.running)
         rig.engine.running.clear()  # as if it had ended in the engine while the cancel was under way
         assert client.cancel(generation)
-        late = [engine.Output(1, [5, 6], None), engine.Output(1, [7], "length"), engine.Output(99, [7], "stop")]
+        late = [RequestOutput(1, [5, 6], None), RequestOutput(1, [7], "length"), RequestOutput(99, [7], "stop")]
         rig.engine.outbox.append(engine.StepOutput(outputs=late))
         with pytest.raises(euryale.Cancelled) as caught:
             generation.result()

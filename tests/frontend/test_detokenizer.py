@@ -1,66 +1,35 @@
-"""Incremental text is the whole text, for two kinds of tokenizer, however the tokens are cut into pushes."""
+"""Incremental text is a function of the tokens alone, for every kind of vocabulary and however steps divide them."""
 
 import itertools
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import pre_tokenizers
+from vocabularies import KINDS, REPLACEMENT, SMILE, TEXT, reference, smile_tokens, vocabulary
 
-from euryale.frontend.detokenizer import GARBAGE_TOKENS, REPLACEMENT, WINDOW_TOKENS, Detokenizer, StopMatcher
+from euryale.frontend.detokenizer import BYTE_LEVEL, Detokenizer, StopMatcher, TokenBytes
 
 # Deadlines measure the machine, not the code.
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-TEXT = "hello world, the quick brown fox 日本語 😀😀 éé"
+TOKEN_BYTES = {kind: TokenBytes(vocabulary(kind)) for kind in KINDS}
+cuts = st.lists(st.integers(1, 6), max_size=100)
+text = st.text(alphabet="ab th,.é日本語😀ü\u0301\n\ufffd", max_size=40) | st.text(max_size=20)
+every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def byte_level_tokenizer():
-    """As GPT-2, Llama 3 and Qwen: tokens are strings of bytes that need not end with a character."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+def token_lists(kind: str) -> st.SearchStrategy[list[int]]:
+    """Any tokens of the vocabulary and some ids beyond it, more often those that make and break characters."""
+    tokenizer = vocabulary(kind)
+    lively = {*tokenizer.encode("日😀 é  t\ufffd"), *tokenizer.all_special_ids}
+    if kind in ("llama-2", "gemma"):
+        names = ["<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "<0xFF>", "<0x41>", "<0x20>", "▁", "▁▁", "▁�", "�"]
+        lively |= set(tokenizer.convert_tokens_to_ids(names))
+    return st.lists(st.integers(0, len(tokenizer) + 3) | st.sampled_from(sorted(lively)), max_size=60)
 
 
-def byte_fallback_tokenizer():
-    """As Llama 2 and Mistral: a word begins with its space, the text's first one without, and rare characters are
-    single bytes, of which a run decodes as a whole or not at all."""
-    pieces = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        *"▁abcdefghijklmnopqrstuvwxyz,.é",
-        "▁t",
-        "▁th",
-    ]
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab={piece: number for number, piece in enumerate(pieces)},
-            merges=[("▁", "t"), ("▁t", "h")],
-            byte_fallback=True,
-            unk_token="<unk>",
-        )
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-BYTE_LEVEL, BYTE_FALLBACK = byte_level_tokenizer(), byte_fallback_tokenizer()
-cuts = st.lists(st.integers(1, 6), max_size=200)
-text = st.text(alphabet="ab th,.é日本語😀ü\u0301\n", max_size=80) | st.text(max_size=40)
-
-
-def pieces_of(tokenizer, tokens, sizes=(), context=()):
-    detokenizer = Detokenizer(tokenizer, context)
+def pieces_of(kind: str, tokens: list[int], sizes=(), context=()) -> list[str]:
+    detokenizer = Detokenizer(TOKEN_BYTES[kind], context)
     pieces, tokens = [], iter(tokens)
     for size in itertools.chain(sizes, itertools.repeat(1)):
         push = list(itertools.islice(tokens, size))
@@ -71,99 +40,127 @@ def pieces_of(tokenizer, tokens, sizes=(), context=()):
 
 
 @relaxed
+@given(st.data(), text, cuts)
+@every_kind
+def test_any_tokens_after_any_prompt_in_any_steps(kind, data, prompt, sizes):
+    context = vocabulary(kind).encode(prompt)
+    if vocabulary(kind).decode(context, skip_special_tokens=True).endswith(REPLACEMENT):
+        context = []  # what is whole is not seen in the text
+    tokens = data.draw(token_lists(kind))
+    assert "".join(pieces_of(kind, tokens, sizes, context)) == reference(vocabulary(kind), tokens, context)
+
+
+@relaxed
+@given(st.data())
+@every_kind
+def test_after_each_token_all_whole_characters_are_out(kind, data):
+    tokens = data.draw(token_lists(kind))
+    detokenizer, shown = Detokenizer(TOKEN_BYTES[kind]), ""
+    for count, token in enumerate(tokens, 1):
+        shown += detokenizer.push([token])
+        assert reference(vocabulary(kind), tokens[:count]) in (shown, shown + REPLACEMENT)
+
+
+@relaxed
 @given(text, cuts)
-@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["byte-level", "byte-fallback"])
-def test_text(tokenizer, text, sizes):
-    tokens = tokenizer.encode(text, add_special_tokens=False)
-    pieces = pieces_of(tokenizer, tokens, sizes)
-    assert "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True)
+@every_kind
+def test_text_comes_back_without_half_characters(kind, text, sizes):
+    tokens = vocabulary(kind).encode(text, add_special_tokens=False)
+    pieces = pieces_of(kind, tokens, sizes)
+    assert "".join(pieces) == vocabulary(kind).decode(tokens, skip_special_tokens=True)
     if REPLACEMENT not in text:
         assert not any(REPLACEMENT in piece for piece in pieces)
 
 
-@relaxed
-@given(st.lists(st.integers(0, len(BYTE_LEVEL) - 1), max_size=150), cuts)
-def test_arbitrary_byte_level_tokens(tokens, sizes):
-    pieces = pieces_of(BYTE_LEVEL, tokens, sizes)
-    assert "".join(pieces) == BYTE_LEVEL.decode(tokens, skip_special_tokens=True)
-
-
-@settings(relaxed, max_examples=40)
-@given(st.lists(st.sampled_from([*BYTE_LEVEL.encode("😀日"), 1]), min_size=50, max_size=200), cuts)
-def test_broken_characters_for_a_long_time(tokens, sizes):
-    pieces = pieces_of(BYTE_LEVEL, tokens, sizes)
-    assert "".join(pieces) == BYTE_LEVEL.decode(tokens, skip_special_tokens=True)
+@pytest.mark.parametrize("kind", ["llama-2", "gemma"])
+@pytest.mark.parametrize("sizes", [[1] * 120, [5, 4] * 14, [3] * 40, [120], [2, 4, 4, 4, 4] * 7])
+def test_characters_of_several_byte_tokens(kind, sizes):
+    tokens = smile_tokens() * 30
+    text = "".join(pieces_of(kind, tokens, sizes))
+    assert text == 30 * SMILE == vocabulary(kind).decode(tokens, skip_special_tokens=True)
+    for cut in (8, 9, 10, 11):  # within the third character, as max_tokens may cut it
+        assert "".join(pieces_of(kind, tokens[:cut], sizes)) == 2 * SMILE + REPLACEMENT * (cut > 8)
 
 
 @relaxed
-@given(st.lists(st.integers(0, len(BYTE_FALLBACK) - 1), max_size=100), cuts)
-def test_arbitrary_byte_fallback_tokens_do_no_harm(tokens, sizes):
-    # A broken byte spoils its whole run, also what was rightly shown before, so equality cannot be asked for.
-    assert isinstance("".join(pieces_of(BYTE_FALLBACK, tokens, sizes)), str)
+@given(st.binary(max_size=40) | st.lists(st.sampled_from([0xF0, 0x9F, 0x98, 0x80, 0x41, 0xE2]), max_size=40), cuts)
+@pytest.mark.parametrize("kind", ["byte-level", "llama-2", "gemma"])
+def test_invalid_bytes_are_replaced_as_python_does(kind, values, sizes):
+    byte_level = {byte: character for character, byte in BYTE_LEVEL.items()}
+    names = [byte_level[byte] if kind == "byte-level" else f"<0x{byte:02X}>" for byte in values]
+    text = "".join(pieces_of(kind, vocabulary(kind).convert_tokens_to_ids(names), sizes))
+    expected = bytes(values).decode("utf-8", "replace")
+    assert text == (expected.removeprefix(" ") if kind == "llama-2" else expected)
+    if kind == "byte-level":
+        assert text == vocabulary(kind).decode(vocabulary(kind).convert_tokens_to_ids(names))
 
 
-@relaxed
-@given(text.filter(lambda text: REPLACEMENT not in text), st.data())
-@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["byte-level", "byte-fallback"])
-def test_with_the_prompt_as_context(tokenizer, text, data):
-    tokens = tokenizer.encode("the text is" + text, add_special_tokens=False)
-    split = data.draw(st.integers(1, len(tokens)))
-    before = tokenizer.decode(tokens[:split], skip_special_tokens=True)
-    if before.endswith(REPLACEMENT):
-        return  # the prompt ends within a character
-    pieces = pieces_of(tokenizer, tokens[split:], context=tokens[:split])
-    assert before + "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True)
+def test_the_alphabet_of_byte_level_vocabularies():
+    assert sorted(BYTE_LEVEL) == sorted(pre_tokenizers.ByteLevel.alphabet())
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
+    for character in map(chr, (*range(0x800), *range(0x1000, 0x10000, 0x1000), 0x1F600)):
+        if not "\ud800" <= character <= "\udfff":
+            [(letters, _)] = split(character)
+            assert bytes(BYTE_LEVEL[letter] for letter in letters) == character.encode()
 
 
-def test_a_context_of_whole_characters_counts_wherever_its_last_tokens_begin():
-    tokens = BYTE_FALLBACK.encode("the text is00\x80\x80𐀀𐀀0 ", add_special_tokens=False)  # all but the last are bytes
-    pieces = pieces_of(BYTE_FALLBACK, tokens[-1:], context=tokens[:-1])
-    assert "".join(pieces) == " "
+@pytest.mark.parametrize(("kind", "alone"), [("llama-2", "th"), ("metaspace", "th"), ("gemma", " th")])
+def test_only_a_text_s_first_word_loses_its_blank(kind, alone):
+    tokenizer = vocabulary(kind)
+    word, blank, start, end = tokenizer.convert_tokens_to_ids(["▁th", "▁", "<s>", "</s>"])
+    assert "".join(pieces_of(kind, [end, word, end, word])) == f"{alone} th"
+    for context in ([start], [start, end]):
+        assert "".join(pieces_of(kind, [word], context=context)) == alone
+    for context in ([word], [start, word, end], [blank], [blank, end], tokenizer.convert_tokens_to_ids(["é"])):
+        assert "".join(pieces_of(kind, [word], context=context)) == " th"
 
 
-def test_the_context_keeps_the_first_space():
-    prompt, answer = (BYTE_FALLBACK.encode(text, add_special_tokens=False) for text in ("a", "th"))
-    assert "".join(pieces_of(BYTE_FALLBACK, answer)) == "th"
-    assert "".join(pieces_of(BYTE_FALLBACK, answer, context=prompt)) == " th"
-
-
-def test_special_tokens_have_no_text_and_do_not_become_the_context():
-    word, end = BYTE_FALLBACK.encode("th", add_special_tokens=False), BYTE_FALLBACK.eos_token_id
-    tokens = word * 10 + [end] * 40 + word
-    assert "".join(pieces_of(BYTE_FALLBACK, tokens)) == BYTE_FALLBACK.decode(tokens, skip_special_tokens=True)
-    assert "".join(pieces_of(BYTE_FALLBACK, [end] * 40)) == ""
+def test_an_answer_does_not_complete_the_prompt_s_last_character():
+    first, *rest = smile_tokens()
+    assert "".join(pieces_of("llama-2", [*rest, *smile_tokens()], context=[first])) == 3 * REPLACEMENT + SMILE
 
 
 class Counting:
     """Counts the tokens that are decoded."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.longest = self.total = 0
+        self.num_tokens = self.longest = 0
 
-    def decode(self, tokens, skip_special_tokens):
-        self.longest = max(self.longest, len(tokens))
-        self.total += len(tokens)
-        return self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+        self.longest = max(self.longest, len(token_ids))
+        self.num_tokens += len(token_ids)
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def convert_ids_to_tokens(self, ids: int) -> str | None:
+        return self.tokenizer.convert_ids_to_tokens(ids)
 
 
-WHOLE_CHARACTERS = WINDOW_TOKENS + 8  # the window, and the tokens of the character that makes it too long and the next
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "tokens", "longest"),
-    [
-        (BYTE_LEVEL, BYTE_LEVEL.encode(TEXT) * 30, WHOLE_CHARACTERS),
-        (BYTE_FALLBACK, BYTE_FALLBACK.encode("日本語") * 100, WHOLE_CHARACTERS),
-        (BYTE_LEVEL, BYTE_LEVEL.encode("日")[:1] * 1000, WHOLE_CHARACTERS + GARBAGE_TOKENS),
-        (BYTE_LEVEL, [1] * 1000, WHOLE_CHARACTERS),
-    ],
-)
-def test_a_token_costs_the_same_late_as_early(tokenizer, tokens, longest):
-    tokenizer = Counting(tokenizer)
-    pieces_of(tokenizer, tokens)
-    assert tokenizer.longest <= longest
-    assert tokenizer.total <= 2 * longest * len(tokens)  # two decodes a push at most, but for garbage now and then
+@pytest.mark.parametrize("kind", ["byte-level", "llama-2", "gemma"])
+@pytest.mark.parametrize("what", ["text", "half a character", "invalid", "special"])
+def test_a_token_is_decoded_once_however_long_the_answer(kind, what):
+    tokenizer = Counting(vocabulary(kind))
+    first_bytes = {"half a character": 0xF0, "invalid": 0xFF}
+    byte_level = {byte: character for character, byte in BYTE_LEVEL.items()}
+    if what in first_bytes:
+        byte = first_bytes[what]
+        name = byte_level[byte] if kind == "byte-level" else f"<0x{byte:02X}>"
+        tokens = [vocabulary(kind).convert_tokens_to_ids(name)]
+    else:
+        tokens = vocabulary(kind).encode(TEXT) if what == "text" else [vocabulary(kind).eos_token_id]
+    token_bytes = TokenBytes(tokenizer)
+    tokenizer.num_tokens = tokenizer.longest = 0
+    detokenizer = Detokenizer(token_bytes)
+    shown = "".join(detokenizer.push(tokens) for _ in range(1000))
+    assert tokenizer.longest <= 2  # the token and the one that stands before it
+    assert (
+        tokenizer.num_tokens <= 2 * len(set(tokens)) + 3
+    )  # and the beginning once more: a blank and the token after it
+    if what in first_bytes:  # each such byte shows that the one before it does not begin a character
+        assert shown == REPLACEMENT * (999 if what == "half a character" else 1000)
 
 
 # ---- stop strings

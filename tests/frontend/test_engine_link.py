@@ -11,6 +11,7 @@ import pytest
 from euryale.client import wire
 from euryale.frontend import engine_link as link
 from euryale.scheduler.sampling_params import SamplingParams
+from euryale.scheduler.step_result import RequestOutput
 
 PARAMS = SamplingParams(
     max_tokens=7,
@@ -31,7 +32,7 @@ TO_ENGINE = [
 ]
 TO_FRONT_END = [
     link.Welcome(info={"model": "m", "max_model_len": 10, "defaults": {"stop_token_ids": [1]}}),
-    link.StepOutput(outputs=(link.Output(1, (5, 6), None), link.Output(2, (), "cancelled"))),
+    link.StepOutput(outputs=(RequestOutput(1, [5, 6], None), RequestOutput(2, [], "cancelled"))),
     link.StepOutput(outputs=()),
     link.Rejected(key=1, code="invalid_request", message="no"),
     link.Stats(values={"steps": 1, "rate": 0.5}),
@@ -78,7 +79,7 @@ def test_nobody_ever_waits(pair):
     engine, front_end = pair
     front_end.send(link.Attach(endpoint=""))
     receive(engine, 1)
-    output = link.StepOutput(outputs=[link.Output(key, [1, 2, 3], None) for key in range(50)])
+    output = link.StepOutput(outputs=[RequestOutput(key, [1, 2, 3], None) for key in range(50)])
     for _ in range(1500):  # far more than the default high-water mark, with nobody reading
         engine.send(output)
     assert len(receive(front_end, 1500)) == 1500

@@ -5,10 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from euryale.client.protocol import Usage
-from euryale.frontend.engine_link import Output
+from euryale.frontend.detokenizer import TokenBytes
 from euryale.frontend.output_stream import OpenRequest
 from euryale.frontend.validation import RequestLimits, read_params
 from euryale.scheduler.sampling_params import SamplingParams
+from euryale.scheduler.step_result import RequestOutput
 
 TEXT = "abcabdabcd"
 
@@ -16,16 +17,21 @@ TEXT = "abcabdabcd"
 class Letters:
     """One token per letter."""
 
-    def decode(self, tokens, skip_special_tokens):
+    def __len__(self) -> int:
+        return 128
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
         assert skip_special_tokens
-        return "".join(chr(token) for token in tokens)
+        return "".join(chr(token) for token in token_ids)
+
+    def convert_ids_to_tokens(self, ids: int) -> str:
+        return chr(ids)
 
 
 def opened(keys=(1,), **params) -> OpenRequest:
     params = SamplingParams(n=len(keys), **params)
-    return OpenRequest(
-        keys=keys, client=b"c", request_id=b"r", prompt=np.array([97]), params=params, tokenizer=Letters()
-    )
+    prompt, token_bytes = np.array([97], dtype=np.int32), TokenBytes(Letters())
+    return OpenRequest(keys=keys, client=b"c", request_id=b"r", prompt=prompt, params=params, token_bytes=token_bytes)
 
 
 def run(steps, finish_reason, **params):
@@ -34,7 +40,7 @@ def run(steps, finish_reason, **params):
     (sample,) = request.samples
     tokens, text, accepted, done = [], "", [], None
     for number, step in enumerate(steps):
-        sample.take(Output(1, step, finish_reason if number == len(steps) - 1 else None))
+        sample.take(RequestOutput(1, step, finish_reason if number == len(steps) - 1 else None))
         delta = sample.take_delta()
         if delta is not None:
             assert delta.index == len(tokens)
@@ -79,8 +85,8 @@ def test_an_end_without_tokens():
 
 def test_several_steps_make_one_delta():
     (sample,) = opened().samples
-    sample.take(Output(1, [97, 98], None))
-    sample.take(Output(1, [99], None))
+    sample.take(RequestOutput(1, [97, 98], None))
+    sample.take(RequestOutput(1, [99], None))
     assert sample.end is None
     delta = sample.take_delta()
     assert (delta.index, delta.tokens, delta.text, delta.tokens_per_step) == (0, (97, 98, 99), "abc", (2, 1))

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import answer, family_config, head_tensors, make_model, oracle_greedy, prompts, save_heads
+from vocabularies import vocabulary
 
+from euryale.frontend.tokenizer import load_tokenizer
 from euryale.parallel.group import single
 from euryale.runtime.config import EngineConfig, load_model_config
 from euryale.runtime.engine import Engine
@@ -300,3 +302,11 @@ def test_generation_config(copy):
     assert generation_config.default_params(str(copy)) == {}
     path.write_text("{")
     refused("generation_config.json is damaged", copy)
+
+
+def test_a_tokenizer_s_text_is_what_the_model_wrote(tmp_path):
+    vocabulary("metaspace").save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clean_up_tokenization_spaces": True}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.decode(tokenizer.encode("a . b", add_special_tokens=False)) == "a . b"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from euryale.runtime import step_profiler as profile
-from euryale.scheduler.admission import SchedulerLimits
+from euryale.scheduler.limits import SchedulerLimits
 from euryale.scheduler.step_cost import Profile, StepCosts
 
 LIMITS = SchedulerLimits(

@@ -8,7 +8,7 @@ from made_up_model import LIMITS, TREE, deepest, request, results
 
 from euryale.scheduler.request import Request
 from euryale.scheduler.scheduler import Scheduler
-from euryale.scheduler.speculation.drafter import StaticTrees
+from euryale.scheduler.speculation.drafter import StaticDrafter
 from euryale.scheduler.stats import EngineStats
 
 ONE_SEAT = dataclasses.replace(LIMITS, max_num_seqs=1)
@@ -16,10 +16,9 @@ ONE_SEAT = dataclasses.replace(LIMITS, max_num_seqs=1)
 
 def step(scheduler: Scheduler, rng=None) -> list[Request]:
     """One step; returns who ran."""
-    plan = scheduler.plan(1, 0)
-    ran = list(scheduler._planned)
-    scheduler.advance(plan, results(plan, rng or np.random.default_rng(0)))
-    return ran
+    planned = scheduler.plan(1, 0)
+    scheduler.advance(planned, results(planned, rng or np.random.default_rng(0)))
+    return planned.requests
 
 
 def run_all(scheduler: Scheduler) -> None:
@@ -58,17 +57,17 @@ def test_of_two_requests_that_need_most_of_the_pages_each_comes_to_its_end():
 def test_drafts_give_way_before_anybody_is_preempted():
     """Of seven pages two requests need six, and the drafts of the first would like to have the seventh for good."""
     limits = dataclasses.replace(LIMITS, num_pages=7, max_num_batched_tokens=40)
-    scheduler = Scheduler(limits, StaticTrees(TREE))
+    scheduler = Scheduler(limits, StaticDrafter(TREE))
     for key, length in ((0, 11), (1, 9)):
         scheduler.add(request(key, length, first=key + 10, max_tokens=12))
     step(scheduler)
     depths = []
     for _ in range(4):
-        plan = scheduler.plan(1, 0)
-        depths.append([deepest(segment) for segment in plan.segments])
-        found = results(plan, np.random.default_rng(0))
+        planned = scheduler.plan(1, 0)
+        depths.append([deepest(segment) for segment in planned.plan.segments])
+        found = results(planned, np.random.default_rng(0))
         found = [dataclasses.replace(f, tokens=f.tokens[-1:], accepted_nodes=[]) for f in found]  # none is accepted
-        scheduler.advance(plan, found)
+        scheduler.advance(planned, found)
     first, second = scheduler.admission.running[0], scheduler.admission.waiting.first
     # A page holds four tokens. In the end the second lacks one for its own and leaves all that it had.
     assert depths == [[3, 2], [3, 1], [2, 0], [3]]
@@ -150,7 +149,7 @@ def test_a_step_looks_at_few_of_those_that_wait():
             scheduler.add(request(key, 25, first=first or key % 50, max_tokens=5))
         for _ in range(20):
             with patch.object(
-                scheduler.admission, "_name_known", side_effect=scheduler.admission._name_known
+                scheduler.admission, "_hash_known", side_effect=scheduler.admission._hash_known
             ) as looked:
                 step(scheduler)
             assert looked.call_count <= seats

@@ -23,17 +23,18 @@ from made_up_model import LIMITS, TREE, deepest, request, results
 
 from euryale.scheduler.request import FinishReason, Request
 from euryale.scheduler.scheduler import Scheduler
-from euryale.scheduler.speculation.draft_budget import Budget
-from euryale.scheduler.speculation.drafter import DynamicTrees, StaticTrees
+from euryale.scheduler.speculation.draft_budget import DraftBudget
+from euryale.scheduler.speculation.drafter import StaticDrafter
+from euryale.scheduler.speculation.dynamic_drafter import DynamicDrafter
 from euryale.scheduler.step_cost import Profile, StepCosts
 
 FEW = dataclasses.replace(LIMITS, num_pages=16)  # two large requests do not fit together
 SIZE, BOUND, EACH = FEW.page_size, 12, 9
 COSTS = Profile(requests=[1, 4], plain=[1.0, 1.2], extra=[0, 8], speculating=[[1.1, 1.6], [1.4, 2.2]])
 DRAFTERS = {
-    "static": lambda costs: StaticTrees(TREE),
-    "dynamic": lambda costs: DynamicTrees(3, EACH),
-    "dynamic with a budget": lambda costs: DynamicTrees(3, EACH, Budget(costs, most=10)),
+    "static": lambda costs: StaticDrafter(TREE),
+    "dynamic": lambda costs: DynamicDrafter(3, EACH),
+    "dynamic with a budget": lambda costs: DynamicDrafter(3, EACH, DraftBudget(costs, max_draft_tokens=10)),
 }
 
 
@@ -53,7 +54,7 @@ class Batches(RuleBasedStateMachine):
     def start(self, drafts, longest):
         costs = StepCosts(COSTS)
         drafter = DRAFTERS[drafts](costs)
-        self.scheduler = Scheduler(FEW, drafter, starvation_bound=BOUND, costs=costs, longest_step=longest)
+        self.scheduler = Scheduler(FEW, drafter, starvation_bound=BOUND, costs=costs, max_prefill_seconds=longest)
         self.admission = self.scheduler.admission
         self.seen[drafts] += 1
 
@@ -90,19 +91,19 @@ class Batches(RuleBasedStateMachine):
     def take_step(self, token):
         for waiting in self.admission.waiting:
             if self.waits[waiting.key] == BOUND:
-                self.aged.setdefault(waiting.key, self.scheduler.step)
+                self.aged.setdefault(waiting.key, self.scheduler.num_steps)
         before = Before(self.admission)
-        plan = self.scheduler.plan(1, 0)
+        planned = self.scheduler.plan(1, 0)
         self.check_who_runs(before)
         self.waits.update(r.key for r in self.admission.waiting)
-        assert plan.num_rows <= FEW.max_num_batched_tokens
-        assert all(segment.num_draft_tokens <= EACH for segment in plan.segments)
-        self.seen["guesses"] += any(segment.num_draft_tokens for segment in plan.segments)
-        assert len(plan.segments) > 0 or not self.scheduler.has_work, "nobody makes progress"
-        found = results(plan, self.rng, token)
-        self.write(plan, found)
-        for output in self.scheduler.advance(plan, found, self.rng.uniform(1e-3, 3e-3)):
-            key = output.request.key
+        assert planned.plan.num_rows <= FEW.max_num_batched_tokens
+        assert all(segment.num_draft_tokens <= EACH for segment in planned.plan.segments)
+        self.seen["guesses"] += any(segment.num_draft_tokens for segment in planned.plan.segments)
+        assert len(planned.plan.segments) > 0 or not self.scheduler.has_work, "nobody makes progress"
+        found = results(planned, self.rng, token)
+        self.write(planned, found)
+        for output in self.scheduler.advance(planned, found, self.rng.uniform(1e-3, 3e-3)).outputs:
+            key = output.key
             assert key not in self.ended
             self.said[key] += output.tokens
             if output.finish_reason:
@@ -156,10 +157,10 @@ class Batches(RuleBasedStateMachine):
 
     # ---- pages
 
-    def write(self, plan, found):
+    def write(self, planned, found):
         """What a step reads is what the request's earlier tokens wrote; what it commits, it writes to its own pages."""
         found = iter(found)
-        for made, segment in zip(self.scheduler._planned, plan.segments, strict=True):
+        for made, segment in zip(planned.requests, planned.plan.segments, strict=True):
             assert all(0 <= p <= i for i, p in enumerate(segment.parents)), "not closed under ancestors"
             slots = [page * SIZE + at for page in segment.pages.tolist() for at in range(SIZE)]
             seen = [self.contents[slot] for slot in slots[: segment.context]]
@@ -195,7 +196,7 @@ class Batches(RuleBasedStateMachine):
             self.take_step(9)
         assert not self.scheduler.has_work, "a request starved"
         assert self.admission.pages.num_free == FEW.num_pages
-        assert not self.admission._coming
+        assert not self.admission._pending
         assert set(self.ended) == set(self.all)
         for key, made in self.all.items():
             assert made.output == self.said[key]

@@ -6,12 +6,12 @@ import numpy as np
 from made_up_model import LIMITS, TREE, results
 from test_scheduler import LARGE
 
-from euryale.client.logprobs import Logprobs
 from euryale.scheduler.logits_inputs import History
 from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
-from euryale.scheduler.scheduler import Scheduler, SegmentResult
-from euryale.scheduler.speculation.drafter import StaticTrees
+from euryale.scheduler.scheduler import Scheduler
+from euryale.scheduler.speculation.drafter import StaticDrafter
+from euryale.scheduler.step_result import SegmentResult, TokenLogprobs
 
 
 def request(length: int, key: int = 0, output: list[int] | None = None, **params) -> Request:
@@ -19,16 +19,22 @@ def request(length: int, key: int = 0, output: list[int] | None = None, **params
     return Request(key=key, prompt=prompt, params=SamplingParams(**params), output=output or [])
 
 
-def told(plan, found: list[SegmentResult]) -> list[SegmentResult]:
+def as_logprobs(tokens) -> TokenLogprobs:
+    """Log-probabilities that are the tokens themselves."""
+    nothing = np.zeros((len(tokens), 0))
+    return TokenLogprobs(np.asarray(tokens, dtype=np.float32), nothing.astype(np.int32), nothing.astype(np.float32))
+
+
+def told(planned, found: list[SegmentResult]) -> list[SegmentResult]:
     """The made-up results of a plan with log-probabilities where they are asked for."""
     out, found = [], iter(found)
-    for segment in plan.segments:
+    for segment in planned.plan.segments:
         if segment.has_result:
             empty = SegmentResult(tokens=[], accepted_nodes=[])
             result = next(found) if segment.emits_tokens else empty
             targets = segment.logits_inputs.targets if segment.logits_inputs else ()
-            prompt = Logprobs(np.asarray(targets, dtype="<f4").tobytes()) if len(targets) else None
-            tokens = Logprobs(np.asarray(result.tokens, dtype="<f4").tobytes())
+            prompt = as_logprobs(targets) if len(targets) else None
+            tokens = as_logprobs(result.tokens)
             out.append(dataclasses.replace(result, logprobs=tokens, prompt_logprobs=prompt))
     return out
 
@@ -63,7 +69,7 @@ def test_a_history_counts_the_answer():
 
 def test_every_token_of_a_prompt_is_told_once():
     """Over chunks, and again over a prompt that is computed twice."""
-    scheduler, rng = Scheduler(LIMITS, StaticTrees(TREE)), np.random.default_rng(0)
+    scheduler, rng = Scheduler(LIMITS, StaticDrafter(TREE)), np.random.default_rng(0)
     asking = request(40, prompt_logprobs=2, logprobs=0, max_tokens=9)
     scheduler.add(asking)
     scheduler.add(request(11, key=1, max_tokens=5))
@@ -74,11 +80,13 @@ def test_every_token_of_a_prompt_is_told_once():
             asking.num_computed = 0
         if not scheduler.has_work:
             break
-        plan = scheduler.plan(1, 0)
-        outputs += [o for o in scheduler.advance(plan, told(plan, results(plan, rng))) if o.request is asking]
-    assert [token.logprob for token in asking.prompt_logprobs] == asking.prompt[1:].tolist()
+        planned = scheduler.plan(1, 0)
+        outputs += [
+            o for o in scheduler.advance(planned, told(planned, results(planned, rng))).outputs if o.key == asking.key
+        ]
+    assert [p for part in asking.prompt_logprobs for p in part.chosen.tolist()] == asking.prompt[1:].tolist()
     assert [output.prompt_logprobs is not None for output in outputs] == [True] + [False] * (len(outputs) - 1)
-    assert [token.logprob for o in outputs for token in o.logprobs] == asking.output
+    assert [p for o in outputs for p in o.logprobs.chosen.tolist()] == asking.output
     assert len(outputs[-1].logprobs) == len(outputs[-1].tokens)
 
 
@@ -89,8 +97,8 @@ def test_who_wants_to_know_of_its_prompt_computes_all_of_it_for_the_others_too()
         before = scheduler.admission.num_cached_tokens
         scheduler.add(request(200, key=key, max_tokens=1, **params))
         while scheduler.has_work:
-            plan = scheduler.plan(1, 0)
-            scheduler.advance(plan, told(plan, results(plan, rng)))
+            planned = scheduler.plan(1, 0)
+            scheduler.advance(planned, told(planned, results(planned, rng)))
         return scheduler.admission.num_cached_tokens - before
 
     assert run(0, prompt_logprobs=0) == 0

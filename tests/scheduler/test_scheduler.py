@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from made_up_model import LIMITS, TREE, request, results
 
-from euryale.scheduler.prefix import PageHasher
+from euryale.scheduler.page_pool import PageHasher
 from euryale.scheduler.request import FinishReason, Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import Scheduler
-from euryale.scheduler.speculation.drafter import StaticTrees
+from euryale.scheduler.speculation.drafter import StaticDrafter
 
 
 def test_an_end_token_inside_an_accepted_path_ends_the_answer():
@@ -40,7 +40,7 @@ def test_an_end_token_inside_an_accepted_path_ends_the_answer():
     ],
 )
 def test_what_can_never_run_is_refused(prompt, params, message):
-    scheduler = Scheduler(LIMITS, StaticTrees(TREE))
+    scheduler = Scheduler(LIMITS, StaticDrafter(TREE))
     bad = Request(key=0, prompt=np.asarray(prompt, dtype=np.int32), params=SamplingParams(**params))
     with pytest.raises(ValueError, match=message):
         scheduler.add(bad)
@@ -48,21 +48,21 @@ def test_what_can_never_run_is_refused(prompt, params, message):
 
 
 def test_a_request_larger_than_the_cache_is_refused():
-    scheduler = Scheduler(dataclasses.replace(LIMITS, num_pages=5), StaticTrees(TREE))
+    scheduler = Scheduler(dataclasses.replace(LIMITS, num_pages=5), StaticDrafter(TREE))
     with pytest.raises(ValueError, match="need 6 KV pages and there are 5"):
         scheduler.add(request(0, 20, max_tokens=1))
 
 
 def test_trees_do_not_starve_prompts():
     """With trees that could fill every step, a long prompt still gets half of the rows."""
-    scheduler, rng = Scheduler(LIMITS, StaticTrees(TREE)), np.random.default_rng(0)
+    scheduler, rng = Scheduler(LIMITS, StaticDrafter(TREE)), np.random.default_rng(0)
     scheduler.add(request(0, 1, max_tokens=30))
-    plan = scheduler.plan(1, 0)
-    scheduler.advance(plan, results(plan, rng))
+    planned = scheduler.plan(1, 0)
+    scheduler.advance(planned, results(planned, rng))
     scheduler.add(request(1, 30, max_tokens=2))
-    plan = scheduler.plan(1, 0)
-    assert [s.num_new_tokens for s in plan.segments] == [1, 6]
-    assert plan.num_rows == 12
+    planned = scheduler.plan(1, 0)
+    assert [s.num_new_tokens for s in planned.plan.segments] == [1, 6]
+    assert planned.plan.num_rows == 12
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def run_all(scheduler: Scheduler, requests: list[Request]) -> int:
     for made in requests:
         scheduler.add(made)
     while scheduler.has_work:
-        plan = scheduler.plan(1, 0)
-        rows += sum(s.num_new_tokens for s in plan.segments if s.output_index == 0)
-        scheduler.advance(plan, results(plan, rng))
+        planned = scheduler.plan(1, 0)
+        rows += sum(s.num_new_tokens for s in planned.plan.segments if s.output_index == 0)
+        scheduler.advance(planned, results(planned, rng))
     return rows
 
 
@@ -151,8 +151,8 @@ def test_pages_are_forgotten_when_their_place_is_needed_the_longest_unused_first
     for n, made in enumerate((one, two, three)):
         made.prompt[0] = 40 + n
     for made in (one, two, three):  # ten pages each, of which nine are full in the end
-        run_all(scheduler, [dataclasses.replace(made, output=[], accepted=[], page_hashes=[])])
-    again = [dataclasses.replace(made, output=[], accepted=[], page_hashes=[]) for made in (three, one)]
+        run_all(scheduler, [dataclasses.replace(made, output=[], tokens_per_step=[], page_hashes=[])])
+    again = [dataclasses.replace(made, output=[], tokens_per_step=[], page_hashes=[]) for made in (three, one)]
     assert run_all(scheduler, [again[0]]) == 35 - 32
     assert run_all(scheduler, [again[1]]) > 1 + 33 - 32
 

@@ -8,14 +8,16 @@ from support import ROOT, run_script
 
 from euryale.benchmarks import plot_trace
 from euryale.scheduler import trace
-from euryale.scheduler.request import HeadCandidates, Request
+from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.scheduler import Scheduler, SchedulerLimits, SegmentResult
-from euryale.scheduler.speculation.draft_budget import Budget
-from euryale.scheduler.speculation.drafter import DynamicTrees, RequestStepResult, StaticTrees
+from euryale.scheduler.speculation.draft_budget import DraftBudget
+from euryale.scheduler.speculation.drafter import RequestStepResult, StaticDrafter
+from euryale.scheduler.speculation.dynamic_drafter import DynamicDrafter
 from euryale.scheduler.speculation.tree import default_tree
 from euryale.scheduler.stats import EngineStats
 from euryale.scheduler.step_cost import Profile, StepCosts
+from euryale.scheduler.step_result import HeadCandidates
 from euryale.scheduler.trace import Trace
 
 HEADS, RANKS = 3, 10
@@ -67,13 +69,13 @@ def run(drafter, path=None) -> tuple[EngineStats, list[dict], list[RequestStepRe
         params = SamplingParams(max_tokens=40, seed=key)
         scheduler.add(Request(key=key, prompt=prompt, params=params))
     while scheduler.has_work:
-        plan = scheduler.plan(0, 0)
-        outputs = scheduler.advance(plan, results(plan, known, rng), 2e-3)
-        stats.count_step(outputs, 2e-3)
-        records.append(trace.record(scheduler, plan, 2e-3, len(records)))
-        tested += scheduler.step_results
+        planned = scheduler.plan(0, 0)
+        step = scheduler.advance(planned, results(planned.plan, known, rng), 2e-3)
+        stats.count_step(step)
+        records.append(trace.record(scheduler, step, len(records)))
+        tested += step.results
         if file:
-            file.write(scheduler, plan, 2e-3)
+            file.write(scheduler, step)
     if file:
         file.flush()
     return stats, records, tested
@@ -81,8 +83,8 @@ def run(drafter, path=None) -> tuple[EngineStats, list[dict], list[RequestStepRe
 
 def drafter(kind: str):
     if kind == "static":
-        return StaticTrees(default_tree(HEADS, 15))
-    return DynamicTrees(HEADS, 15, Budget(StepCosts(COSTS), 60)) if kind == "dynamic" else None
+        return StaticDrafter(default_tree(HEADS, 15))
+    return DynamicDrafter(HEADS, 15, DraftBudget(StepCosts(COSTS), 60)) if kind == "dynamic" else None
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic", "plain"])
@@ -190,8 +192,8 @@ def test_an_engine_traces_its_steps_and_pictures_show_them(tmp_path, capsys):
     answer = json.loads((tmp_path / "out.jsonl").read_text())
     (steps,) = trace.read(path)
     given = [r["num_accepted_tokens"] + 1 for r in steps if r["requests"]]
-    assert given[:-1] == answer["num_accepted_tokens"][:-1]
-    assert given[-1] >= answer["num_accepted_tokens"][-1], "the last path may be longer than the answer"
+    assert given[:-1] == answer["tokens_per_step"][:-1]
+    assert given[-1] >= answer["tokens_per_step"][-1], "the last path may be longer than the answer"
     assert steps[0]["prompt_rows"] > 0
     assert all(r["seconds"] > 0 and r["pages_free"] > 0 for r in steps)
     plot_trace.main(plot_trace.parser_of_arguments().parse_args([str(path), "--out", str(tmp_path / "pictures")]))

@@ -11,7 +11,7 @@ from euryale.parallel.group import single
 from euryale.runtime.config import EngineConfig
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.speculation.acceptance_stats import AcceptanceStats
-from euryale.scheduler.speculation.drafter import DynamicTrees
+from euryale.scheduler.speculation.dynamic_drafter import DynamicDrafter
 from euryale.scheduler.speculation.ngram_table import NgramTable
 from euryale.scheduler.speculation.tree import load_tree
 from euryale.training import backbone, calibrate, medusa1
@@ -136,7 +136,7 @@ def test_the_engine_takes_the_steps_of_the_replay(model_dir, text_file, heads_di
     asked = calibrate.answers.choose_prompts(load_documents(args, VOCAB)[1], 8, 12, 256)
     written = calibrate.own_answers(args, asked, single())
     _, recorded = calibrate.measure_answers(args, model, written, single())
-    drafter, taken = DynamicTrees(NUM_HEADS, 6), []
+    drafter, taken = DynamicDrafter(NUM_HEADS, 6), []
     for record in recorded:
         taken.append(replay(drafter, [record], 6))
     config = EngineConfig(

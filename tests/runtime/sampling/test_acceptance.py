@@ -104,8 +104,8 @@ def test_typical_is_the_formula():
         got = decide(VocabShard(single(), vocab, vocab), logits.clone(), batch)
         slots = batch.geometry.slots.tolist()
         path, bonus = typical_by_hand(logits, tokens, parents.tolist(), params, trial)
-        assert got.kept.tolist() == [slot if n == 0 or n in path else -1 for n, slot in enumerate(slots)]
-        assert int(got.next_tokens[got.last[0]]) == bonus
+        assert got.commit_slots.tolist() == [slot if n == 0 or n in path else -1 for n, slot in enumerate(slots)]
+        assert int(got.next_tokens[got.last_rows[0]]) == bonus
         lengths.append(len(path))
     assert max(lengths) >= 3
     assert min(lengths) == 0

@@ -237,9 +237,9 @@ def test_typical_acceptance_judges_the_adjusted_distribution():
         got = decide(shard, process_logits(shard, logits.clone(), batch), batch)
         shaped = by_hand(segment, logits, prompt, output)
         path, bonus = typical_by_hand(shaped, segment.tokens, segment.parents.tolist(), params, len(output))
-        kept = [node for node, slot in enumerate(got.kept.tolist()) if slot >= 0]
+        kept = [node for node, slot in enumerate(got.commit_slots.tolist()) if slot >= 0]
         assert kept == [0, *path]
-        assert int(got.next_tokens[got.last[0]]) == bonus
+        assert int(got.next_tokens[got.last_rows[0]]) == bonus
         lengths.append(len(path))
     assert max(lengths) >= 4
     assert min(lengths) == 0

@@ -1,11 +1,11 @@
-"""How many guesses pay: against brute force, over time, and what steps are thought to cost."""
+"""How many draft tokens pay: against brute force, over time, and what steps are thought to cost."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from euryale.scheduler.speculation.draft_budget import Budget
+from euryale.scheduler.speculation.draft_budget import DraftBudget
 from euryale.scheduler.step_cost import Profile, StepCosts
 
 
@@ -33,8 +33,9 @@ def test_the_choice_is_that_of_brute_force(requests, num_prompt_rows, acceptance
         profile=profile(steps=steps, extra=[0, 7, 11], speculating=[[2e-3, 3e-3, 4e-3], [4e-3, 4e-3, 5e-3]]),
     )
     acceptance_probability = sorted(acceptance_probability, reverse=True)
-    budget = Budget(costs, most=100)
-    assert budget.begin(requests, num_prompt_rows)
+    budget = DraftBudget(costs, max_draft_tokens=100)
+    choice = budget.begin(requests, num_prompt_rows)
+    assert choice.considers_drafts
     rates = {}
     for n in range(len(acceptance_probability) + 1):
         rows = requests + num_prompt_rows + n
@@ -50,66 +51,125 @@ def test_the_choice_is_that_of_brute_force(requests, num_prompt_rows, acceptance
                 costs.speculating(requests, np.array([0]))[0] + with_them - alone if num_prompt_rows else with_them
             )
             rates[n] = (requests + sum(acceptance_probability[:n])) / seconds
-    chosen = budget.choose(np.asarray(acceptance_probability, dtype=np.float32))
+    chosen = budget.choose(choice, np.asarray(acceptance_probability, dtype=np.float32))
     assert chosen in rates
     assert rates[chosen] == pytest.approx(max(rates.values()), rel=1e-6)
-    assert budget.last.expected_accepted_tokens == pytest.approx(
-        sum(acceptance_probability[:chosen]), rel=1e-5, abs=1e-9
-    )
+    assert choice.expected_accepted_tokens == pytest.approx(sum(acceptance_probability[:chosen]), rel=1e-5, abs=1e-9)
     prompts = costs.prefilling(requests, np.array([num_prompt_rows]))[0] - costs.plain(requests)
-    assert budget.last.predicted_seconds > prompts
+    assert choice.predicted_seconds > prompts
 
 
-def test_heads_rest_where_guesses_do_not_pay_and_are_asked_again_now_and_then():
-    budget = Budget(StepCosts(profile()), most=10)
+def test_heads_rest_where_drafts_do_not_pay_and_run_again_now_and_then():
+    budget = DraftBudget(StepCosts(profile()), max_draft_tokens=10)
     useless, steps_on = np.full(4, 0.01, dtype=np.float32), []
     for step in range(400):
-        if budget.begin(1, 0):
-            assert budget.choose(useless) == 0
+        choice = budget.begin(1, 0)
+        if choice.considers_drafts:
+            assert budget.choose(choice, useless) == 0
             steps_on.append(step)
-        budget.wants_heads()
     assert steps_on[:3] == [0, 17, 50], "the first step, then after pauses of 16 and 32"
     assert len(steps_on) < 8
-    while not budget.begin(1, 0):
+    while not (choice := budget.begin(1, 0)).considers_drafts:
         pass
-    assert budget.choose(np.full(4, 0.9, dtype=np.float32)) == 4
-    assert budget.wants_heads()
-    assert budget.begin(1, 0)
+    assert budget.choose(choice, np.full(4, 0.9, dtype=np.float32)) == 4
+    assert choice.wants_heads
+    assert budget.begin(1, 0).considers_drafts
 
 
 def test_heads_rest_though_they_seem_to_cost_nothing():
     """A profile may say so by its noise."""
-    budget, looked = Budget(StepCosts(profile(speculating=[[1e-3, 3e-3], [2e-3, 4e-3]])), most=10), 0
+    costs = StepCosts(profile(speculating=[[1e-3, 3e-3], [2e-3, 4e-3]]))
+    budget, looked = DraftBudget(costs, max_draft_tokens=10), 0
     for _ in range(100):
-        if budget.begin(8, 0):
+        choice = budget.begin(8, 0)
+        if choice.considers_drafts:
             looked += 1
-            assert budget.choose(np.full(4, 0.01, dtype=np.float32)) == 0
-        budget.wants_heads()
+            assert budget.choose(choice, np.full(4, 0.01, dtype=np.float32)) == 0
     assert looked < 10
 
 
 def test_expectations_that_prove_too_low_are_raised():
-    """The second guess does not pay as such; where more come true than expected, it does."""
+    """The second draft token does not pay as such; where more come true than expected, it does."""
     costs = StepCosts(profile(speculating=[[1.02e-3, 1.5e-3], [2.04e-3, 2.5e-3]], requests=[1, 2], extra=[0, 1]))
     for right, more in ((0.35, False), (1.0, True)):
-        budget, rng, found = Budget(costs, most=4), np.random.default_rng(0), []
+        budget, rng, found = DraftBudget(costs, max_draft_tokens=4), np.random.default_rng(0), []
         for _ in range(60):
-            if budget.begin(1, 0):
-                taken = budget.choose(np.asarray([0.6, 0.5], dtype=np.float32))
-                budget.observe(budget.last.predicted_seconds, int((rng.random(taken) < right).sum()))
+            choice = budget.begin(1, 0)
+            if choice.considers_drafts:
+                taken = budget.choose(choice, np.asarray([0.6, 0.5], dtype=np.float32))
+                budget.observe(choice, choice.predicted_seconds, int((rng.random(taken) < right).sum()))
                 found.append(taken)
         assert (max(found[-5:]) == 2) == more, found
 
 
-def test_another_load_is_another_question():
-    budget = Budget(StepCosts(profile()), most=10)
-    budget.begin(8, 0)
-    budget.choose(np.full(4, 0.01, dtype=np.float32))
-    assert not budget.wants_heads()
-    assert not budget.begin(8, 0)
-    assert not budget.begin(4, 0)
-    assert budget.wants_heads()
-    assert budget.begin(4, 0)
+class Machine:
+    """Steps whose true seconds are not the profile's: ``plain_factor`` and ``draft_factor`` times as many."""
+
+    def __init__(self, *, plain_factor: float = 1.0, draft_factor: float = 1.0, **changes) -> None:
+        sizes = {"requests": [1, 8, 32], "plain": [1e-3, 2e-3, 4e-3], "extra": [0, 10]}
+        sizes |= {"speculating": [[1.1e-3, 1.3e-3], [2.2e-3, 2.6e-3], [4.4e-3, 9e-3]]}
+        self.truth = StepCosts(profile(**sizes | changes))
+        self.budget = DraftBudget(StepCosts(profile(**sizes | changes)), max_draft_tokens=64)
+        self.factors, self.rng = (plain_factor, draft_factor), np.random.default_rng(0)
+
+    def run(self, num_requests: int, steps: int, acceptance: float) -> tuple[list[bool], float]:
+        """Whether each step speculated, and how fast all were, in units of plain decoding."""
+        found, tokens, seconds = [], 0, 0.0
+        for _ in range(steps):
+            choice, accepted = self.budget.begin(num_requests, 0), 0
+            took = self.factors[0] * self.truth.plain(num_requests)
+            if choice.considers_drafts:
+                count = min(self.budget.max_proposed(choice), 2 * num_requests)
+                taken = self.budget.choose(choice, np.full(count, acceptance, dtype=np.float32))
+                accepted = int((self.rng.random(taken) < acceptance).sum())
+                took = self.factors[1] * self.truth.speculating(num_requests, np.array([taken]))[0]
+            took *= np.exp(0.1 * self.rng.standard_normal())  # steps differ
+            self.budget.observe(choice, took, accepted)
+            found.append(choice.considers_drafts)
+            tokens, seconds = tokens + num_requests + accepted, seconds + took
+        return found, tokens / seconds * self.factors[0] * self.truth.plain(num_requests) / num_requests
+
+
+def test_measured_rates_overrule_a_profile_that_flatters_speculation():
+    """The profile promises 1.3 times the tokens per second; steps with draft tokens really take half as long again."""
+    machine = Machine(draft_factor=1.5)
+    machine.run(8, 300, 0.4)
+    found, speed = machine.run(8, 2000, 0.4)
+    assert np.mean(found) < 0.1
+    assert speed > 0.97
+
+
+def test_plain_steps_are_tried_while_speculating():
+    """The profile says that plain steps take twice as long as they do, so that speculation seems to pay."""
+    machine = Machine(plain_factor=0.5)
+    found, _ = machine.run(8, 100, 0.4)
+    assert np.mean(found[:40]) == 1
+    machine.run(8, 300, 0.4)
+    found, speed = machine.run(8, 2000, 0.4)
+    assert np.mean(found) < 0.1
+    assert speed > 0.97
+
+
+def test_measured_rates_overrule_a_profile_that_slanders_speculation():
+    """The profile says that speculation brings 0.9 times the tokens per second; it really brings 1.4 times as many."""
+    sizes = [[1.1e-3, 2.0e-3], [2.2e-3, 4.5e-3], [4.4e-3, 9e-3]]
+    machine = Machine(draft_factor=0.6, speculating=sizes)
+    machine.run(8, 4000, 0.5)
+    found, speed = machine.run(8, 1000, 0.5)
+    assert np.mean(found) > 0.9
+    assert speed > 1.1
+
+
+@pytest.mark.parametrize("acceptance_before", [0.0, 0.6])
+def test_speculation_is_back_soon_when_the_load_falls(acceptance_before):
+    """Whatever was known of a single request before: that it did not pay, or that it did."""
+    machine = Machine()
+    machine.run(1, 400, acceptance_before)
+    found, _ = machine.run(32, 1000, 0.3)
+    assert np.mean(found[100:]) < 0.1, "it does not pay there"
+    found, _ = machine.run(1, 32, 0.7)
+    assert found[-1]
+    assert sum(found) > 8
 
 
 def test_costs_are_interpolated_and_monotone():
@@ -133,24 +193,27 @@ def test_costs_are_interpolated_and_monotone():
     assert far.plain(1, context=500) == pytest.approx(1.5e-3)
 
 
-def test_prompts_do_not_make_guesses_look_cheap():
-    """They take their time in any case: a guess that costs more than its token elsewhere is none for such a step."""
+def test_prompts_do_not_make_drafts_look_cheap():
+    """They take their time in any case: a draft token that costs more than its token elsewhere is not worth its row."""
     costs = StepCosts(profile(requests=[8], plain=[2e-3], extra=[0, 100], speculating=[[2e-3, 32e-3]]))
-    for num_prompt_rows in (0, 50):  # a step of 2 or of 17 ms, and 0.3 ms for each guess
-        budget = Budget(costs, most=100)
-        budget.begin(8, num_prompt_rows)
-        assert budget.choose(np.full(32, 0.9, dtype=np.float32)) == 0, "8 tokens in 2 ms; 3 more in each further 1"
+    for num_prompt_rows in (0, 50):  # a step of 2 or of 17 ms, and 0.3 ms for each draft token
+        budget = DraftBudget(costs, max_draft_tokens=100)
+        choice = budget.begin(8, num_prompt_rows)
+        taken = budget.choose(choice, np.full(32, 0.9, dtype=np.float32))
+        assert taken == 0, "8 tokens in 2 ms; 3 more in each further 1"
 
 
-def test_more_guesses_are_looked_for_while_they_pay():
-    budget, found = Budget(StepCosts(profile(speculating=[[1.25e-3, 1.3e-3], [2.5e-3, 2.6e-3]])), most=200), []
+def test_more_drafts_are_looked_for_while_they_pay():
+    costs = StepCosts(profile(speculating=[[1.25e-3, 1.3e-3], [2.5e-3, 2.6e-3]]))
+    budget, found = DraftBudget(costs, max_draft_tokens=200), []
     for _ in range(4):
-        assert budget.begin(1, 0)
-        found.append(budget.reach())
-        budget.choose(np.full(budget.reach(), 0.5, dtype=np.float32))
-    assert found == [32, 62, 118, 200], "twice the guesses taken: 31 and 59 beside the root are sizes that steps have"
-    budget.choose(np.zeros(200, dtype=np.float32))
-    assert budget.reach() == 32
+        choice = budget.begin(1, 0)
+        assert choice.considers_drafts
+        found.append(budget.max_proposed(choice))
+        budget.choose(choice, np.full(found[-1], 0.5, dtype=np.float32))
+    assert found == [32, 62, 118, 200], "twice the number taken: 31 and 59 beside the root are sizes that steps have"
+    budget.choose(choice, np.zeros(200, dtype=np.float32))
+    assert budget.max_proposed(choice) == 32
 
 
 def test_costs_learn_from_steps():

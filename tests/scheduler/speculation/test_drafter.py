@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 from made_up_model import LIMITS, TREE, request, results
 
-from euryale.scheduler.prefix import PageHasher
-from euryale.scheduler.request import FinishReason, HeadCandidates, Request
+from euryale.scheduler.page_pool import PageHasher
+from euryale.scheduler.request import FinishReason, Request
 from euryale.scheduler.scheduler import Scheduler
-from euryale.scheduler.speculation.draft_budget import Budget
-from euryale.scheduler.speculation.drafter import DynamicTrees, RequestStepResult, Sources, StaticTrees
+from euryale.scheduler.speculation.draft_budget import DraftBudget
+from euryale.scheduler.speculation.drafter import NO_DRAFT, Drafts, RequestStepResult, StaticDrafter
+from euryale.scheduler.speculation.dynamic_drafter import DynamicDrafter, Sources
 from euryale.scheduler.step_cost import Profile, StepCosts
+from euryale.scheduler.step_result import HeadCandidates
 from euryale.scheduler.trace import record
 
 SEQUENCES = [11, 12, 13, 14, 15, 16, 17, 18]
@@ -24,11 +26,11 @@ def without_heads(key: int, output: list[int], **params) -> Request:
 def take(drafter, made: Request, tokens: list[int], ends: bool = False) -> None:
     made.output += tokens
     made.finish_reason = FinishReason.LENGTH if ends else None
-    drafter.learn([RequestStepResult(made, tokens, [])], 0.01)
+    drafter.learn(Drafts(trees=[NO_DRAFT], wants_heads=True), [RequestStepResult(made, tokens, [])], 0.01)
 
 
 def told(drafter, made: Request, room: int = 6) -> list[int]:
-    return drafter.draft([made], [8], room, 0)[0].tokens[1:].tolist()
+    return drafter.draft([made], [8], room, 0).trees[0].tokens[1:].tolist()
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,7 @@ def told(drafter, made: Request, room: int = 6) -> list[int]:
 )
 def test_sources_can_be_switched_off(sources, own, from_others):
     """The heads say nothing here: what is proposed was seen before."""
-    drafter = DynamicTrees(3, 6, sources=sources)
+    drafter = DynamicDrafter(3, 6, sources=sources)
     first = without_heads(0, [])
     take(drafter, first, SEQUENCES[1:])
     take(drafter, first, SEQUENCES[:2])
@@ -54,7 +56,7 @@ def test_sources_can_be_switched_off(sources, own, from_others):
 
 
 def test_requests_learn_from_others_of_their_salt_only():
-    drafter = DynamicTrees(3, 6)
+    drafter = DynamicDrafter(3, 6)
     secret = without_heads(0, [], cache_salt="mine")
     take(drafter, secret, SEQUENCES[1:], ends=True)
     for salt, knows in (("", False), ("theirs", False), ("mine", True)):
@@ -64,7 +66,7 @@ def test_requests_learn_from_others_of_their_salt_only():
 
 
 def test_a_key_that_comes_again_finds_nothing_of_its_namesake():
-    drafter = DynamicTrees(3, 6, sources=Sources(traffic=False))
+    drafter = DynamicDrafter(3, 6, sources=Sources(traffic=False))
     for turn in range(2):
         made = without_heads(7, [])
         take(drafter, made, SEQUENCES[1:])
@@ -78,32 +80,32 @@ def test_a_key_that_comes_again_finds_nothing_of_its_namesake():
 def test_a_step_that_only_reads_prompts_says_nothing_of_decoding():
     profile = Profile(requests=[1], plain=[1e-3], extra=[0, 60], speculating=[[1e-3, 1.5e-3]])
     costs = StepCosts(profile)
-    scheduler = Scheduler(LIMITS, DynamicTrees(3, 6, Budget(costs, most=8)), costs=costs)
+    scheduler = Scheduler(LIMITS, DynamicDrafter(3, 6, DraftBudget(costs, max_draft_tokens=8)), costs=costs)
     scheduler.add(request(0, 3, max_tokens=4))
     rng = np.random.default_rng(0)
     while scheduler.has_work:
-        plan = scheduler.plan(1, 0)
-        scheduler.advance(plan, results(plan, rng), 1e-3)
+        planned = scheduler.plan(1, 0)
+        scheduler.advance(planned, results(planned, rng), 1e-3)
     scale = costs.scale
     scheduler.add(request(1, 50, max_tokens=4))
-    plan = scheduler.plan(1, 0)
-    assert not plan.segments[0].emits_tokens
-    scheduler.advance(plan, results(plan, rng), 5e-3)
+    planned = scheduler.plan(1, 0)
+    assert not planned.plan.segments[0].emits_tokens
+    step = scheduler.advance(planned, results(planned, rng), 5e-3)
     assert costs.scale == scale
-    assert record(scheduler, plan, 5e-3, 0.0)["predicted"] is None
-    assert record(scheduler, plan, 5e-3, 0.0)["expected"] is None
+    assert record(scheduler, step, 0.0)["predicted_seconds"] is None
+    assert record(scheduler, step, 0.0)["expected_accepted_tokens"] is None
 
 
 def test_a_target_of_a_request_that_cannot_guess_keeps_nobody_awake():
     dear = Profile(requests=[1], plain=[1e-3], extra=[0, 1, 8], speculating=[[1.1e-3, 2.0e-3, 9e-3]])
-    budget = Budget(StepCosts(dear), most=8)
-    scheduler, rng, asked = Scheduler(LIMITS, DynamicTrees(3, 6, budget)), np.random.default_rng(0), 0
+    budget = DraftBudget(StepCosts(dear), max_draft_tokens=8)
+    scheduler, rng, asked = Scheduler(LIMITS, DynamicDrafter(3, 6, budget)), np.random.default_rng(0), 0
     scheduler.add(request(0, 3, max_tokens=50, latency_target=0.01, speculation=False))
     scheduler.add(request(1, 3, max_tokens=50))
     for _ in range(40):
-        plan = scheduler.plan(1, 0)
-        asked += any(segment.wants_head_candidates for segment in plan.segments)
-        scheduler.advance(plan, results(plan, rng), 1e-3)
+        planned = scheduler.plan(1, 0)
+        asked += any(segment.wants_head_candidates for segment in planned.plan.segments)
+        scheduler.advance(planned, results(planned, rng), 1e-3)
     assert 0 < asked < 10
 
 
@@ -122,14 +124,14 @@ def test_guesses_go_first_to_requests_behind_their_target():
     """Two requests whose heads say the same; rows for three guesses."""
     ids = np.arange(20, 32, dtype=np.int32).reshape(3, 4)
     guesses = HeadCandidates(ids, np.tile(np.asarray([3, 1, 0, -1], dtype=np.float32), (3, 1)))
-    drafter = DynamicTrees(3, 6, sources=Sources(traffic=False, context=False))
+    drafter = DynamicDrafter(3, 6, sources=Sources(traffic=False, context=False))
     relaxed, behind = (without_heads(key, [], latency_target=target) for key, target in ((0, 0.0), (1, 5.0)))
     for made in (relaxed, behind):
         take(drafter, made, [12])
         made.head_candidates = guesses
-    assert [len(d.parents) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0)] == [2, 2]
+    assert [len(d.parents) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0).trees] == [2, 2]
     take(drafter, behind, [12])  # 10 ms for a token that should take 5
-    drafts = [len(d.parents) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0)]
+    drafts = [len(d.parents) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0).trees]
     assert drafts[1] > drafts[0]
 
 
@@ -137,26 +139,26 @@ def test_an_urgent_request_gets_guesses_where_others_do_not_pay():
     """A guess costs four times what it brings."""
     dear = Profile(requests=[1], plain=[1e-3], extra=[0, 1, 8], speculating=[[1.1e-3, 2.0e-3, 9e-3]])
     for target, pays in ((0.0, False), (0.5, True)):
-        scheduler = Scheduler(LIMITS, DynamicTrees(3, 6, Budget(StepCosts(dear), most=8)))
+        scheduler = Scheduler(LIMITS, DynamicDrafter(3, 6, DraftBudget(StepCosts(dear), max_draft_tokens=8)))
         scheduler.add(request(0, 3, max_tokens=30, latency_target=target))
         rng, drafts = np.random.default_rng(0), []
         for _ in range(20):
-            plan = scheduler.plan(1, 0)
-            drafts.append(plan.segments[0].num_draft_tokens)
-            found = results(plan, rng)
+            planned = scheduler.plan(1, 0)
+            drafts.append(planned.plan.segments[0].num_draft_tokens)
+            found = results(planned, rng)
             found = [type(f)(tokens=f.tokens[-1:], accepted_nodes=[], head_candidates=f.head_candidates) for f in found]
-            scheduler.advance(plan, found, 1e-3)
+            scheduler.advance(planned, found, 1e-3)
         assert (sum(drafts[3:]) > 0) == pays
 
 
 def test_static_trees_share_rows_equally():
-    drafter = StaticTrees(TREE)
+    drafter = StaticDrafter(TREE)
     made = [without_heads(key, [1]) for key in range(3)]
     for r in made[:2]:
         r.head_candidates = HeadCandidates(
             np.arange(30, dtype=np.int32).reshape(3, 10), np.zeros((3, 10), dtype=np.float32)
         )
-    drafts = drafter.draft(made, [8, 8, 8], 7, 0)
+    drafts = drafter.draft(made, [8, 8, 8], 7, 0).trees
     assert [len(d.parents) for d in drafts] == [4, 3, 0]
-    assert len(drafter.draft(made, [8, 1, 8], 100, 0)[0].parents) == TREE.num_draft_tokens
-    assert all(d.depth <= 1 for d in drafter.draft(made, [1, 1, 1], 100, 0))
+    assert len(drafter.draft(made, [8, 1, 8], 100, 0).trees[0].parents) == TREE.num_draft_tokens
+    assert all(d.depth <= 1 for d in drafter.draft(made, [1, 1, 1], 100, 0).trees)

@@ -9,14 +9,9 @@ from hypothesis import strategies as st
 
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.speculation import tree_builder as builders
-from euryale.scheduler.speculation.acceptance_stats import (
-    BINS,
-    NUM_CLASSES,
-    AcceptanceRateCorrection,
-    AcceptanceStats,
-    sampling_class_of,
-)
-from euryale.scheduler.speculation.ngram_table import FILE, ORDERS, SUCCESSORS, TEXT, NgramTable
+from euryale.scheduler.speculation.acceptance_stats import AcceptanceRateCorrection, AcceptanceStats, sampling_class_of
+from euryale.scheduler.speculation.constants import BINS, NUM_CLASSES, ORDERS, SUCCESSORS, TEXT_SOURCE
+from euryale.scheduler.speculation.ngram_table import FILE, NgramTable
 from euryale.scheduler.speculation.tree_builder import TreeBuilder, TreeRoots
 
 VOCAB, HEADS, RANKS = 12, 2, 4
@@ -43,7 +38,7 @@ def roots(rng, count: int, has_heads: bool) -> TreeRoots:
         classes=rng.integers(0, NUM_CLASSES, count).astype(np.int32),
         factors=rng.uniform(0.5, 1.5, count).astype(np.float32),
         values=rng.uniform(0.5, 2, count).astype(np.float32),
-        sources=np.stack([rng.integers(2, 5, count), np.full(count, 9), np.full(count, TEXT)], axis=1),
+        sources=np.stack([rng.integers(2, 5, count), np.full(count, 9), np.full(count, TEXT_SOURCE)], axis=1),
     )
 
 
@@ -55,29 +50,29 @@ def roots(rng, count: int, has_heads: bool) -> TreeRoots:
     each=st.integers(1, 20),
     has=st.booleans(),
 )
-def test_the_compiled_forest_is_the_references(seed, count, most, each, has):
+def test_the_compiled_builder_is_the_reference(seed, count, most, each, has):
     rng, (native, reference) = np.random.default_rng(seed), pair()
     for _ in range(3):
         made, sequences = roots(rng, count, has), rng.integers(0, VOCAB, 30).astype(np.int32)
         for builder in (native, reference):
             builder.add([(sequences, int(seed % 5), 2 + int(seed % 3)), (sequences[5:9], 1, 9)])
-            builder.grow(made, most, each, 1e-3)
-        assert native.num_nodes == reference.num_nodes
-        nodes = slice(0, native.num_nodes)
+        grown, expected = (builder.grow(made, most, each, 1e-3) for builder in (native, reference))
+        assert grown.num_nodes == expected.num_nodes
+        nodes = slice(0, grown.num_nodes)
         for name in ("request", "parent", "token", "depth", "evidence", "count"):
-            assert getattr(native, name)[nodes].tolist() == getattr(reference, name)[nodes].tolist(), name
+            assert getattr(grown, name)[nodes].tolist() == getattr(expected, name)[nodes].tolist(), name
         # The reference computes powers in float64.
         np.testing.assert_allclose(
-            native.acceptance_probability[nodes], reference.acceptance_probability[nodes], rtol=1e-4
+            grown.acceptance_probability[nodes], expected.acceptance_probability[nodes], rtol=1e-4
         )
-        np.testing.assert_allclose(native.expected_children[nodes], reference.expected_children[nodes], rtol=1e-4)
-        reached = rng.permutation(native.num_nodes)[:4].astype(np.int32)
+        np.testing.assert_allclose(grown.expected_children[nodes], expected.expected_children[nodes], rtol=1e-4)
+        reached = rng.permutation(grown.num_nodes)[:4].astype(np.int32)
         truths = rng.integers(0, VOCAB, len(reached)).astype(np.int32)
-        for builder in (native, reference):
-            builder.learn(reached, truths)
+        for builder, trees in ((native, grown), (reference, expected)):
+            builder.learn(trees, reached, truths)
         for name in ("ratios", "weights", "context_cases"):
             np.testing.assert_allclose(
-                getattr(native.estimates, name), getattr(reference.estimates, name), rtol=1e-4, err_msg=name
+                getattr(native.stats, name), getattr(reference.stats, name), rtol=1e-4, err_msg=name
             )
 
 
@@ -86,12 +81,10 @@ def test_the_compiled_forest_is_the_references(seed, count, most, each, has):
 def test_trees_are_closed_bounded_and_the_best_come_first(seed, most, each):
     rng, (builder, _) = np.random.default_rng(seed), pair()
     made = roots(rng, 4, True)
-    total = builder.grow(made, most, each, 1e-3)
-    request, parent, acceptance_probability = (
-        builder.request[:total],
-        builder.parent[:total],
-        builder.acceptance_probability[:total],
-    )
+    trees = builder.grow(made, most, each, 1e-3)
+    total = trees.num_nodes
+    request, parent = trees.request[:total], trees.parent[:total]
+    acceptance_probability = trees.acceptance_probability[:total]
     assert total - 4 <= most
     assert np.bincount(request[4:], minlength=4).max(initial=0) <= each
     worth = acceptance_probability * made.values[request]
@@ -100,8 +93,8 @@ def test_trees_are_closed_bounded_and_the_best_come_first(seed, most, each):
         assert parent[node] < node
         assert request[parent[node]] == request[node]
         assert acceptance_probability[node] <= acceptance_probability[parent[node]]
-        assert builder.depth[node] == builder.depth[parent[node]] + 1 <= made.depths[request[node]]
-    children = list(zip(parent[4:].tolist(), builder.token[4:total].tolist(), strict=True))
+        assert trees.depth[node] == trees.depth[parent[node]] + 1 <= made.depths[request[node]]
+    children = list(zip(parent[4:].tolist(), trees.token[4:total].tolist(), strict=True))
     assert len(set(children)) == len(children), "a guess twice below one node"
 
 
@@ -109,11 +102,9 @@ def test_the_chosen_nodes_are_the_best_of_all_trees():
     """Against every subset of what the trees could hold, by the sum of acceptance_probability times value."""
     rng, (builder, _) = np.random.default_rng(5), pair()
     made = roots(rng, 2, True)
-    total = builder.grow(made, 9, 9, 1e-3)
-    parent, worth = (
-        builder.parent[:total].copy(),
-        builder.acceptance_probability[:total] * made.values[builder.request[:total]],
-    )
+    trees = builder.grow(made, 9, 9, 1e-3)
+    total = trees.num_nodes
+    parent, worth = trees.parent, trees.acceptance_probability[:total] * made.values[trees.request[:total]]
     for size in range(1, 6):
         closed = [
             worth[list(chosen)].sum()
@@ -129,11 +120,11 @@ def test_a_table_knows_what_followed_and_forgets_strangers():
     sequences = np.asarray([5, 6, 7, 8, 5, 6, 7, 9, 5, 6, 7, 9, 5, 6, 7, 9, 5, 6, 7, 9], dtype=np.int32)
     builder.add([(sequences[:3], 0, 77)])
     builder.add([(sequences, 3, 77)])
-    shares, evidence, cases = builders.tree_builder_reference.find(table, np.asarray([7, 6, 5], dtype=np.int32), 77)
+    shares, evidence, cases = builders.reference.find(table, np.asarray([7, 6, 5], dtype=np.int32), 77)
     assert shares == {9: 1.0}, "four cases are remembered, the eldest is forgotten"
     assert (evidence, cases) == ((ORDERS - 1) * SUCCESSORS + 4, 4)
-    assert builders.tree_builder_reference.find(table, np.asarray([7, 6, 5], dtype=np.int32), 78)[0] == {}
-    shorter = builders.tree_builder_reference.find(table, np.asarray([7, 1, 1], dtype=np.int32), 77)
+    assert builders.reference.find(table, np.asarray([7, 6, 5], dtype=np.int32), 78)[0] == {}
+    shorter = builders.reference.find(table, np.asarray([7, 1, 1], dtype=np.int32), 77)
     assert shorter == ({9: 1.0}, 4, 4)
     # As many contexts again as there are rows: the table stays as large as it is, and the text's rows stay.
     text = table.rows[: 1 << table.text_bits].copy()
@@ -148,7 +139,7 @@ def test_a_table_knows_what_followed_and_forgets_strangers():
 def test_the_text_counts_what_follows(tmp_path):
     text = np.asarray([1, 2, 3, 1, 2, 3, 1, 2, 4, 1, 2, 3], dtype=np.int32)
     table = NgramTable.of_text([text], text_bits=8)
-    shares, evidence, _ = builders.tree_builder_reference.find(table, np.asarray([2, 1, 9], dtype=np.int32), TEXT)
+    shares, evidence, _ = builders.reference.find(table, np.asarray([2, 1, 9], dtype=np.int32), TEXT_SOURCE)
     assert shares == pytest.approx({3: 0.75, 4: 0.25}, abs=1e-4)
     assert evidence == SUCCESSORS + 2
     table.save_text(tmp_path)
@@ -166,28 +157,26 @@ def test_a_context_may_come_without_end():
     for builder in pair():
         tokens = np.asarray([3, 4] * (250 if builder._native is None else 250_000) + [3, 5], dtype=np.int32)
         builder.add([(tokens, 0, 3)])
-        shares, *_ = builders.tree_builder_reference.find(builder.table, np.asarray([3, 4, 3], dtype=np.int32), 3)
+        shares, *_ = builders.reference.find(builder.table, np.asarray([3, 4, 3], dtype=np.int32), 3)
         assert shares == {4: 0.75, 5: 0.25}
         assert builder.table.rows["total"][1 << builder.table.text_bits :].max() < 2 * SUCCESSORS
 
 
-def test_estimates_follow_what_comes_true():
+def test_stats_follow_what_comes_true():
     """Guesses that are right half as often as expected are believed half as much, soon, and again when that changes."""
     builder, _ = pair()
-    rng, stats = np.random.default_rng(0), builder.estimates
+    rng, stats = np.random.default_rng(0), builder.stats
     made = roots(rng, 1, True)
     made.depths[:], made.factors[:] = 1, 1.0
     for true_share in (0.25, 0.9):
         for _ in range(600):
-            builder.grow(made, 4, 4, 1e-3)
-            guess = builder.children[builder.first[0]]
-            right = rng.random() < true_share
-            builder.learn(
-                np.zeros(1, dtype=np.int32), np.asarray([guess["token"] if right else VOCAB + 1], dtype=np.int32)
-            )
-        builder.grow(made, 4, 4, 1e-3)
-        expected = builder.children[builder.first[0]]
-        assert expected["acceptance_probability"] == pytest.approx(true_share, abs=0.12)
+            trees = builder.grow(made, 4, 4, 1e-3)
+            child = trees.children[trees.first[0]]
+            truth = child["token"] if rng.random() < true_share else VOCAB + 1
+            builder.learn(trees, np.zeros(1, dtype=np.int32), np.asarray([truth], dtype=np.int32))
+        trees = builder.grow(made, 4, 4, 1e-3)
+        likeliest = trees.children[trees.first[0]]
+        assert likeliest["acceptance_probability"] == pytest.approx(true_share, abs=0.12)
     assert stats.ratios.shape == (NUM_CLASSES, HEADS + 1, 4, BINS)
 
 

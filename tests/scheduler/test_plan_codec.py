@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from euryale.scheduler.logits_inputs import LogitsInputs
+from euryale.scheduler.plan_codec import PlanError, decode, encode
 from euryale.scheduler.sampling_params import SamplingParams
-from euryale.scheduler.step_plan import PlanError, PlanKind, Segment, StepPlan, decode, encode
+from euryale.scheduler.step_plan import PlanKind, Segment, StepPlan
 
 int32s = st.integers(0, 2**31 - 1)
 
@@ -19,7 +20,7 @@ def arrays(dtype, *shape):
 
 
 @st.composite
-def logits_inputs(draw):
+def inputs(draw):
     seen, biased = draw(st.integers(0, 5)), draw(st.integers(0, 4))
     single = st.floats(-100, 100, width=32)
     return LogitsInputs(
@@ -50,11 +51,11 @@ def segments(draw):
         parents=np.asarray([draw(st.integers(0, i)) for i in range(num_draft_tokens)], dtype=np.int32),
         pages=np.asarray(draw(st.lists(int32s, max_size=4)), dtype=np.int32),
         context=draw(int32s),
-        samples=draw(st.booleans()),
+        emits_tokens=draw(st.booleans()),
         wants_head_candidates=draw(st.booleans()),
         output_index=draw(int32s),
         sample_index=draw(int32s),
-        logits_inputs=draw(st.none() | logits_inputs()),
+        logits_inputs=draw(st.none() | inputs()),
         params=SamplingParams(
             temperature=draw(st.just(0.0) | st.floats(0.001, 100)),
             top_k=draw(int32s),

@@ -1,0 +1,193 @@
+"""Step plans as int32 buffers, and back.
+
+Layout, in int32 words: HEADER, one SEGMENT per segment, then the tokens, parents, page ids and logits-processor inputs
+of all segments. This file does not know how the buffer travels.
+"""
+
+import zlib
+from functools import lru_cache
+
+import numpy as np
+
+from euryale.scheduler.logits_inputs import LogitsInputs
+from euryale.scheduler.sampling_params import ACCEPTANCE_RULES, SamplingParams
+from euryale.scheduler.step_plan import PlanKind, Segment, StepPlan
+
+MAGIC = 0x45555259  # "EURY"
+VERSION = 3
+HEADER = np.dtype(
+    [(name, "<u4") for name in ("magic", "version", "checksum", "num_words", "kind", "epoch", "step", "digest")]
+    + [(name, "<u4") for name in ("num_segments", "num_rows", "num_pages", "num_input_words")]
+)
+SEGMENT = np.dtype(
+    [(name, "<i4") for name in ("num_new_tokens", "num_draft_tokens", "context", "num_pages", "num_input_words")]
+    + [(name, "<i4") for name in ("emits_tokens", "wants_head_candidates", "output_index", "sample_index")]
+    + [("temperature", "<f4"), ("top_k", "<i4"), ("top_p", "<f4"), ("min_p", "<f4"), ("seed", "<u8")]
+    + [("acceptance", "<i4"), ("epsilon", "<f4"), ("delta", "<f4")]
+)
+INPUTS = np.dtype(
+    [(name, "<f4") for name in ("repetition", "frequency", "presence")]
+    + [(name, "<i4") for name in ("min_tokens", "logprobs", "prompt_logprobs", "first_target")]
+    + [(name, "<i4") for name in ("history", "bias", "ends", "targets")]  # lengths of the lists that follow
+)
+_CHECKSUM = slice(HEADER.fields["checksum"][1], HEADER.fields["checksum"][1] + 4)
+_MASK = 0xFFFFFFFF
+
+
+class PlanError(Exception):
+    """A plan buffer that cannot be what rank 0 sent, or that belongs to another run of the group."""
+
+
+def encode(plan: StepPlan) -> np.ndarray:
+    """Return the plan as one int32 buffer."""
+    segments = plan.segments
+    inputs = [_encode_inputs(s.logits_inputs) if s.logits_inputs is not None else None for s in segments]
+    fields = np.array([_fields(s, words) for s, words in zip(segments, inputs, strict=True)], dtype=SEGMENT)
+    body = [s.tokens for s in segments] + [s.parents for s in segments] + [s.pages for s in segments]
+    body += [words for words in inputs if words is not None]
+    payload = fields.tobytes() + (np.concatenate(body).astype(np.int32, copy=False).tobytes() if body else b"")
+    header = np.zeros((), dtype=HEADER)
+    header["magic"], header["version"], header["kind"] = MAGIC, VERSION, plan.kind
+    header["epoch"], header["step"], header["digest"] = plan.epoch & _MASK, plan.step & _MASK, plan.digest & _MASK
+    header["num_segments"], header["num_rows"] = len(segments), plan.num_rows
+    header["num_pages"] = sum(len(s.pages) for s in segments)
+    header["num_input_words"] = sum(len(words) for words in inputs if words is not None)
+    header["num_words"] = (HEADER.itemsize + len(payload)) // 4
+    buffer = bytearray(header.tobytes() + payload)
+    buffer[_CHECKSUM] = zlib.crc32(buffer).to_bytes(4, "little")
+    return np.frombuffer(buffer, dtype=np.int32)
+
+
+def decode(buffer: np.ndarray, epoch: int) -> StepPlan:
+    """Return the plan that ``encode`` wrote to the int32 ``buffer``.
+
+    Raises PlanError if the buffer is damaged or comes from another epoch.
+    """
+    raw = bytearray(buffer.tobytes())
+    if len(raw) < HEADER.itemsize:
+        raise PlanError(f"not a plan: {len(raw)} bytes")
+    header = np.frombuffer(bytes(raw[: HEADER.itemsize]), dtype=HEADER)[0]
+    if header["magic"] != MAGIC or header["version"] != VERSION or header["num_words"] != len(buffer):
+        version, words = header["version"], header["num_words"]
+        raise PlanError(f"not a plan of version {VERSION} with {len(buffer)} words but {version}, {words}")
+    step = int(header["step"])
+    raw[_CHECKSUM] = bytes(4)
+    if header["checksum"] != zlib.crc32(raw):
+        raise PlanError(f"the checksum of the plan of step {step} does not match")
+    if header["epoch"] != epoch & _MASK:
+        raise PlanError(f"a plan of epoch {header['epoch']} reached a rank of epoch {epoch}")
+    num_segments, num_rows = int(header["num_segments"]), int(header["num_rows"])
+    start = HEADER.itemsize + num_segments * SEGMENT.itemsize
+    if start > len(raw):
+        raise PlanError(f"the plan of step {step} is too short for {num_segments} segments")
+    fields = np.frombuffer(bytes(raw[HEADER.itemsize : start]), dtype=SEGMENT)
+    num_parents = int(fields["num_draft_tokens"].sum())
+    sizes = [num_rows, num_parents, int(header["num_pages"]), int(header["num_input_words"])]
+    if sum(sizes) != len(buffer) - start // 4:
+        raise PlanError(f"the plan of step {step} does not add up: {sizes}, {len(buffer)} words")
+    parts = np.split(buffer[start // 4 :], np.cumsum(sizes)[:-1])
+    segments = _segments(fields, *parts)
+    return StepPlan(
+        kind=PlanKind(int(header["kind"])),
+        epoch=int(header["epoch"]),
+        step=step,
+        digest=int(header["digest"]),
+        segments=segments,
+    )
+
+
+def _fields(segment: Segment, inputs: np.ndarray | None) -> tuple[float, ...]:
+    """The segment as a row of SEGMENT; ``inputs`` int32 [words], its encoded inputs."""
+    params = segment.params
+    return (
+        segment.num_new_tokens,
+        segment.num_draft_tokens,
+        segment.context,
+        len(segment.pages),
+        0 if inputs is None else len(inputs),
+        segment.emits_tokens,
+        segment.wants_head_candidates,
+        segment.output_index,
+        segment.sample_index,
+        params.temperature,
+        params.top_k,
+        params.top_p,
+        params.min_p,
+        params.seed,
+        ACCEPTANCE_RULES.index(params.acceptance),
+        params.epsilon,
+        params.delta,
+    )
+
+
+def _segments(
+    fields: np.ndarray, tokens: np.ndarray, parents: np.ndarray, pages: np.ndarray, inputs: np.ndarray
+) -> list[Segment]:
+    """Cut the arrays of all segments into segments."""
+    segments, row, node, page, word = [], 0, 0, 0, 0
+    for new, drafts, context, num_pages, words, emits, wants, output, sample, *params in fields.tolist():
+        segments.append(
+            Segment(
+                tokens=tokens[row : row + new + drafts],
+                parents=parents[node : node + drafts],
+                pages=pages[page : page + num_pages],
+                context=context,
+                emits_tokens=bool(emits),
+                wants_head_candidates=bool(wants),
+                output_index=output,
+                params=_params(*params),
+                sample_index=sample,
+                logits_inputs=_decode_inputs(inputs[word : word + words]) if words else None,
+            )
+        )
+        row, node, page, word = row + new + drafts, node + drafts, page + num_pages, word + words
+    return segments
+
+
+@lru_cache(maxsize=4096)  # a request's are the same in all its steps
+def _params(
+    temperature: float, top_k: int, top_p: float, min_p: float, seed: int, acceptance: int, epsilon: float, delta: float
+) -> SamplingParams:
+    return SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        acceptance=ACCEPTANCE_RULES[acceptance],
+        epsilon=epsilon,
+        delta=delta,
+    )
+
+
+def _encode_inputs(inputs: LogitsInputs) -> np.ndarray:
+    """The inputs as int32 words."""
+    i = inputs
+    head = np.zeros((), dtype=INPUTS)
+    for name in ("repetition", "frequency", "presence", "min_tokens", "logprobs", "prompt_logprobs", "first_target"):
+        head[name] = getattr(i, name)
+    head["history"], head["bias"], head["ends"], head["targets"] = (
+        i.history.shape[1],
+        len(i.bias_ids),
+        len(i.ends),
+        len(i.targets),
+    )
+    parts = (head.reshape(1).view(np.int32), i.history.ravel(), i.bias_ids, i.bias.view(np.int32), i.ends, i.targets)
+    return np.concatenate(parts).astype(np.int32, copy=False)
+
+
+def _decode_inputs(words: np.ndarray) -> LogitsInputs:
+    """The inverse of ``_encode_inputs``."""
+    start = INPUTS.itemsize // 4
+    head = np.ascontiguousarray(words[:start]).view(INPUTS)[0]
+    seen, biased, ending = int(head["history"]), int(head["bias"]), int(head["ends"])
+    history, bias_ids, bias, ends, targets = np.split(words[start:], np.cumsum([2 * seen, biased, biased, ending]))
+    return LogitsInputs(
+        **{name: float(head[name]) for name in ("repetition", "frequency", "presence")},
+        **{name: int(head[name]) for name in ("min_tokens", "logprobs", "prompt_logprobs", "first_target")},
+        history=history.reshape(2, seen),
+        bias_ids=bias_ids,
+        bias=bias.view(np.float32),
+        ends=ends,
+        targets=targets,
+    )

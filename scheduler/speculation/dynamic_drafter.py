@@ -1,0 +1,218 @@
+"""Dynamic trees: the likeliest draft tokens over the whole batch, as many as pay."""
+
+import hashlib
+import itertools
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from euryale.scheduler.request import Request
+from euryale.scheduler.speculation.acceptance_stats import AcceptanceRateCorrection, AcceptanceStats, sampling_class_of
+from euryale.scheduler.speculation.constants import (
+    BEHIND_TARGET_VALUE,
+    EMPTY_SOURCE,
+    MAX_LEARNED,
+    MIN_PROBABILITY,
+    ORDERS,
+    TEXT_SOURCE,
+)
+from euryale.scheduler.speculation.draft_budget import BudgetChoice, DraftBudget
+from euryale.scheduler.speculation.drafter import NO_DRAFT, Drafts, DraftTree, GrownDrafts, RequestStepResult
+from euryale.scheduler.speculation.ngram_table import NgramTable
+from euryale.scheduler.speculation.tree import DYNAMIC_DEPTH
+from euryale.scheduler.speculation.tree_builder import GrownTrees, TreeBuilder, TreeRoots
+from euryale.scheduler.step_result import HeadCandidates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """The n-gram sources that draft tokens come from, beside the heads; each can be switched off."""
+
+    text: bool = True
+    traffic: bool = True
+    context: bool = True
+
+
+@dataclass(slots=True)
+class _DrafterState:
+    """What the drafter keeps of a request: its sampling class, the ids of its n-gram ``sources``, the ``correction`` of
+    its acceptance rate, ``since`` when it decodes (seconds on the drafter's clock), and how many of its known tokens
+    were learned from."""
+
+    sampling_class: int
+    sources: tuple[int, int, int]
+    correction: AcceptanceRateCorrection = field(default_factory=AcceptanceRateCorrection)
+    since: float | None = None
+    num_learned: int = 0
+
+
+class DynamicDrafter:
+    """Makes the trees of every step anew (see ``tree_builder.py``), and learns from what came true."""
+
+    depth = DYNAMIC_DEPTH
+
+    def __init__(
+        self,
+        num_heads: int,
+        max_per_request: int,
+        budget: DraftBudget | None = None,
+        text: NgramTable | None = None,
+        stats: AcceptanceStats | None = None,
+        sources: Sources | None = None,
+        secret: bytes = b"",
+    ) -> None:
+        """``max_per_request``: draft tokens of one request; ``budget`` None: always that many; ``stats``: to begin
+        with; ``sources`` None: all; ``secret``: at most 64 bytes, without which nobody can choose tokens whose contexts
+        take the place of others'."""
+        self._max_per_request, self._budget, self._sources = max_per_request, budget, sources or Sources()
+        table = text or NgramTable()
+        if not self._sources.text:
+            table = NgramTable(live_bits=table.live_bits)
+        self.builder = TreeBuilder(table, stats or AcceptanceStats(num_heads))
+        self._secret, self._numbers = secret, itertools.count()
+        self._now = 0.0  # seconds that steps have taken
+
+    def draft(self, decoding: list[Request], depths: list[int], room: int, num_prompt_rows: int) -> Drafts:
+        """See Drafter."""
+        drafting = [(r, depth) for r, depth in zip(decoding, depths, strict=True) if depth]
+        values = [BEHIND_TARGET_VALUE if self._is_behind(r) else 1.0 for r, _ in drafting]
+        choice = None
+        if self._budget:
+            context, is_urgent = sum(r.num_computed for r in decoding), BEHIND_TARGET_VALUE in values
+            choice = self._budget.begin(len(decoding), num_prompt_rows, context, is_urgent)
+        if not drafting or (choice and not choice.considers_drafts):
+            return Drafts(
+                trees=[NO_DRAFT] * len(decoding), wants_heads=choice is None or choice.wants_heads, choice=choice
+            )
+        requests = [r for r, _ in drafting]
+        roots = self._roots(requests, [depth for _, depth in drafting], values)
+        trees, total = self._grow(roots, room, choice)
+        drafts, nodes, starts = _split(trees, len(requests), total)
+        grown = GrownDrafts(requests=requests, trees=trees, nodes=nodes, starts=starts)
+        in_order = iter(drafts)
+        return Drafts(
+            trees=[next(in_order) if depth else NO_DRAFT for depth in depths],
+            wants_heads=choice is None or choice.wants_heads,
+            choice=choice,
+            grown=grown,
+        )
+
+    def learn(self, drafts: Drafts, results: list[RequestStepResult], seconds: float) -> None:
+        """See Drafter."""
+        self._now += seconds
+        for result in results:
+            state = self._state(result.request)
+            if state.since is None:
+                state.since = self._now
+        if drafts.grown:
+            self._learn_acceptance(drafts.grown, results)
+        # Of requests that go on only before a step that may speculate: what is missed now is caught up on then.
+        goes_on = self._sources.context and drafts.wants_heads
+        requests = [result.request for result in results]
+        self._learn_tokens([r for r in requests if (self._sources.traffic if r.finish_reason else goes_on)])
+        if self._budget and drafts.choice and seconds:
+            num_accepted = sum(len(result.accepted_nodes) for result in results)
+            self._budget.observe(drafts.choice, seconds, num_accepted)
+
+    def _learn_acceptance(self, grown: GrownDrafts, results: list[RequestStepResult]) -> None:
+        """Learn from all draft tokens that were proposed below an accepted node, verified or not."""
+        place = {request.key: i for i, request in enumerate(grown.requests)}
+        nodes, starts = grown.nodes.tolist(), grown.starts.tolist()
+        expected = grown.trees.expected_children[: grown.trees.num_nodes].tolist()
+        reached: list[int] = []
+        truths: list[int] = []
+        for result in results:
+            at = place.get(result.request.key)
+            if at is None:
+                continue
+            path = [nodes[starts[at] + number] for number in (0, *result.accepted_nodes)]
+            reached += path
+            truths += result.tokens
+            correction = self._state(result.request).correction
+            correction.learn(len(result.accepted_nodes), sum(map(expected.__getitem__, path)))
+        if reached:
+            self.builder.learn(grown.trees, np.asarray(reached, dtype=np.int32), np.asarray(truths, dtype=np.int32))
+
+    def _learn_tokens(self, requests: list[Request]) -> None:
+        """Learn what follows what in the requests' new tokens: for themselves, and if they ended for others."""
+        sequences = []
+        for request in requests:
+            state = self._state(request)
+            own, traffic, _ = state.sources
+            start, source = (0, traffic) if request.finish_reason else (state.num_learned, own)
+            start = max(start, request.num_known - MAX_LEARNED)
+            first = max(0, start - ORDERS)
+            sequences.append((request.known_tokens(first, request.num_known), start - first, source))
+            state.num_learned = request.num_known
+        if sequences:
+            self.builder.add(sequences)
+
+    def _state(self, request: Request) -> _DrafterState:
+        state = request.drafter_state
+        if state is None:
+            own = self._source(f"request {next(self._numbers)}")  # a key may come again
+            traffic = self._source(f"salt {request.params.cache_salt}") if self._sources.traffic else EMPTY_SOURCE
+            state = _DrafterState(sampling_class_of(request.params), (own, traffic, TEXT_SOURCE))
+            request.drafter_state = state
+        assert isinstance(state, _DrafterState)
+        return state
+
+    def _source(self, name: str) -> int:
+        """Return the id of a source, above all those with a meaning of their own."""
+        digest = hashlib.blake2b(name.encode(), digest_size=8, key=self._secret).digest()
+        return (int.from_bytes(digest) >> 2) + EMPTY_SOURCE + 1
+
+    def _is_behind(self, request: Request) -> bool:
+        """Whether the request's tokens took longer than its latency target until now."""
+        target = request.params.latency_target
+        if not target:
+            return False
+        since = self._state(request).since
+        return since is not None and 1000 * (self._now - since) > target * (len(request.output) - 1)
+
+    def _roots(self, requests: list[Request], depths: list[int], values: list[float]) -> TreeRoots:
+        known = [r.head_candidates for r in requests]
+        shape = next((c.ids.shape for c in known if c is not None), (0, 0))
+        none = HeadCandidates(np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32))
+        candidates = [none if c is None else c for c in known]
+        states = [self._state(r) for r in requests]
+        return TreeRoots(
+            last=np.array([r.last_tokens(ORDERS) for r in requests], dtype=np.int32),
+            ids=np.stack([c.ids for c in candidates]),
+            logits=np.stack([c.logits for c in candidates]),
+            depths=np.array(depths, dtype=np.int32),
+            classes=np.array([s.sampling_class for s in states], dtype=np.int32),
+            factors=np.array([s.correction.factor for s in states], dtype=np.float32),
+            values=np.array(values, dtype=np.float32),
+            sources=np.array([s.sources for s in states], dtype=np.int64),
+        )
+
+    def _grow(self, roots: TreeRoots, room: int, choice: BudgetChoice | None) -> tuple[GrownTrees, int]:
+        """Return the trees, and how many of their draft tokens are to be verified, the likeliest first."""
+        count = len(roots.depths)
+        proposed = self._budget.max_proposed(choice) if self._budget and choice else room
+        most = max(0, min(room, count * self._max_per_request, proposed))
+        trees = self.builder.grow(roots, most, self._max_per_request, MIN_PROBABILITY)
+        total = trees.num_nodes - count
+        if self._budget and choice:
+            found = slice(count, count + total)
+            values = roots.values[trees.request[found]]
+            total = self._budget.choose(choice, trees.acceptance_probability[found] * values)
+        return trees, total
+
+
+def _split(trees: GrownTrees, count: int, total: int) -> tuple[list[DraftTree], np.ndarray, np.ndarray]:
+    """Return the ``count`` roots with the first ``total`` draft tokens by request, the nodes int64 [count + total]
+    sorted by request, and where each request's start among them, int64 [count + 1]."""
+    owners, places = trees.request[: count + total], np.arange(count + total)
+    nodes = owners.argsort(kind="stable")  # the root comes first
+    owners = owners[nodes]
+    starts = np.searchsorted(owners, np.arange(count + 1))
+    number = np.empty(count + total, dtype=np.int32)  # of a node in its request's tree
+    number[nodes] = places - starts[owners]
+    tokens, parents = trees.token[nodes], number[trees.parent[nodes]]
+    deepest = np.maximum.reduceat(trees.depth[nodes], starts[:-1])
+    ends = zip(pairwise(starts.tolist()), deepest.tolist(), strict=True)
+    drafts = [DraftTree(tokens[a:b], parents[a + 1 : b], depth) if depth else NO_DRAFT for (a, b), depth in ends]
+    return drafts, nodes, starts
