@@ -98,7 +98,7 @@ class Answer:
             if reply.prompt_logprobs is not None:
                 self._prompt_logprobs = reply.prompt_logprobs
             return reply
-        if isinstance(reply, Done) and self.queued is not None:
+        if isinstance(reply, Done) and (self.queued is not None or reply.finish_reason == "cancelled"):
             self.done = reply
             last = Delta(index=len(self._pieces[0].tokens), tokens=(), text=reply.text, tokens_per_step=())
             self._pieces[0].add(last)

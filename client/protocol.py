@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from euryale.client.logprobs import Logprobs, pack_logprobs, unpack_logprobs
-from euryale.client.wire import Ints, Kind, Tokens, expect, message
+from euryale.client.wire import Ints, Kind, PackedTokens, Tokens, expect, message
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:5555"
 MAX_REQUEST_ID_BYTES = 64
@@ -97,7 +97,7 @@ class Generate:
     """Asks for a continuation of exactly one of prompt, prompt_tokens or messages (chat)."""
 
     prompt: str | None = None
-    prompt_tokens: Tokens | None = None
+    prompt_tokens: PackedTokens | None = None
     messages: Chat | None = None
     params: dict = field(default_factory=dict)
 

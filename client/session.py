@@ -154,7 +154,7 @@ def build_generate(
     if isinstance(bias := params.get("logit_bias"), Mapping):
         params["logit_bias"] = {str(token): value for token, value in bias.items()}  # keys are strings on the wire
     try:
-        tokens = None if prompt_tokens is None else wire.unpack_tokens(wire.pack_tokens(prompt_tokens))
+        tokens = None if prompt_tokens is None else wire.pack_tokens(tuple(prompt_tokens))
         chat = None if messages is None else tuple(dict(item) for item in messages)
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"{'messages' if prompt_tokens is None else 'prompt_tokens'}: {error}") from None

@@ -36,8 +36,11 @@ class Kind:
     pack: Callable[[Any], Any] = lambda value: value
 
 
-def pack_tokens(tokens: Iterable[int]) -> bytes:
-    """Token ids as little-endian int32. Raises ValueError if one is no integer of 32 bits."""
+def pack_tokens(tokens: Iterable[int] | bytes) -> bytes:
+    """Token ids as little-endian int32; bytes are ids that are packed already. Raises ValueError if one is no integer
+    of 32 bits."""
+    if isinstance(tokens, bytes):
+        return tokens
     tokens = tuple(tokens)
     try:
         return struct.pack(f"<{len(tokens)}i", *tokens)
@@ -47,9 +50,15 @@ def pack_tokens(tokens: Iterable[int]) -> bytes:
 
 def unpack_tokens(packed: Any) -> tuple[int, ...]:
     """The inverse of ``pack_tokens``. Raises ValueError for anything but bytes of a length divisible by four."""
+    check_packed(packed)
+    return struct.unpack(f"<{len(packed) // 4}i", packed)
+
+
+def check_packed(packed: Any) -> bytes:
+    """Packed token ids as they came. Raises ValueError for anything but bytes of a length divisible by four."""
     if not isinstance(packed, bytes) or len(packed) % 4:
         raise ValueError("must be a byte string of little-endian int32")
-    return struct.unpack(f"<{len(packed) // 4}i", packed)
+    return packed
 
 
 def expect(*allowed: type) -> Callable[[Any], Any]:
@@ -77,6 +86,8 @@ def _check_ints(value: Any) -> tuple[int, ...]:
 
 
 Tokens = Annotated[tuple[int, ...], Kind("packed int32", unpack_tokens, pack_tokens)]
+# A prompt has up to a million tokens: nobody makes integers of them who need not.
+PackedTokens = Annotated[bytes, Kind("packed int32", check_packed)]
 Ints = Annotated[tuple[int, ...], Kind("list of int", _check_ints, list)]
 _KINDS: dict[Any, Kind] = {kind: Kind(kind.__name__, expect(kind)) for kind in (str, int, bool, bytes)}
 _KINDS[float] = Kind("float", lambda value: float(expect(int, float)(value)))

@@ -1,9 +1,13 @@
 """The public socket: frames in, messages out, and who has gone away. Knows clients by their routing id only."""
 
 import contextlib
+import ctypes
+import logging
+import math
 import os
 import socket
 import struct
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,10 +17,22 @@ import zmq
 
 from euryale.client import protocol, wire
 from euryale.frontend.config import FrontEndConfig, check_socket_file
+from euryale.frontend.connections import Connections, most_connections, set_refusing
+
+logger = logging.getLogger("euryale.frontend")
 
 # What may wait per client inside ZeroMQ, in messages. Incoming ones can be as large as max_message_bytes.
-RECEIVE_HIGH_WATER = 64
+RECEIVE_HIGH_WATER = 1
 SEND_HIGH_WATER = 1_000
+HANDSHAKE_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+KEPT_FRAMES = 4  # of a message: routing id, request id, body, and one that says that there are too many
+MAX_TURN_FRAMES = 500  # read in a turn; a message of more takes several
+MANY_FRAMES = 50_000  # in one message, after which memory is given back to the system
+TRIM_DELAY = 1.0  # seconds until ZeroMQ has freed what it held for a connection or a message
+FREED_CONNECTIONS = 8  # given up when no descriptor is left, to have some for other things
+WATCH_INTERVAL = 0.1  # seconds between looks at what connections have sent
 
 
 @dataclass(kw_only=True)
@@ -40,12 +56,28 @@ class ClientPort:
         self.socket.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER)
         self.socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER)
         # Above our own limit there is a band in which the sender is told so; beyond it ZeroMQ hangs up.
-        self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * config.max_message_bytes)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * config.max_message_bytes)  # of one frame
         self.socket.setsockopt(zmq.HEARTBEAT_IVL, protocol.HEARTBEAT_INTERVAL_MS)
         self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, protocol.HEARTBEAT_TIMEOUT_MS)
         self.socket.setsockopt(zmq.HEARTBEAT_TTL, protocol.HEARTBEAT_TIMEOUT_MS)
         self.socket.setsockopt(zmq.HANDSHAKE_IVL, protocol.HANDSHAKE_INTERVAL_MS)
-        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self.monitor = self.socket.get_monitor_socket(
+            zmq.EVENT_LISTENING
+            | zmq.EVENT_ACCEPTED
+            | zmq.EVENT_ACCEPT_FAILED
+            | zmq.EVENT_HANDSHAKE_SUCCEEDED
+            | HANDSHAKE_FAILED
+            | zmq.EVENT_DISCONNECTED
+        )
+        # Of a client that follows the protocol there is less: a part of the largest body and its request id.
+        self._connections = Connections(2 * config.max_message_bytes + (64 << 10))
+        self._max_connections = most_connections()
+        self._is_full = False
+        self._listener = -1  # descriptor
+        self._next_watch = 0.0
+        self._next_trim = math.inf
+        self._frames: list[bytes] = []  # of a message that is being read
+        self._num_frames = 0
         self._backlogs: dict[bytes, Backlog] = {}
         self._gone: set[bytes] = set()
         self._socket_file: str | None = None
@@ -70,10 +102,31 @@ class ClientPort:
         return endpoint
 
     def receive(self, limit: int) -> Iterator[list[bytes]]:
-        """Up to ``limit`` messages that are there: routing id first, then the client's frames."""
+        """Up to ``limit`` messages that are there: routing id first, then the client's frames. All frames of a message
+        with more than three after the routing id are dropped but these."""
         with contextlib.suppress(zmq.Again):
             for _ in range(limit):
-                yield self.socket.recv_multipart(zmq.DONTWAIT)
+                message = self._read_message()
+                if message is None:
+                    return
+                yield message
+
+    def _read_message(self) -> list[bytes] | None:
+        """The next message; None if it has so many frames that the rest of them is left for the next call."""
+        for _ in range(MAX_TURN_FRAMES):
+            frame = self.socket.recv(zmq.DONTWAIT, copy=False)
+            self._num_frames += 1
+            if self._num_frames < KEPT_FRAMES:
+                self._frames.append(frame.bytes)
+            elif self._num_frames == KEPT_FRAMES:
+                self._frames.append(b"")
+            if not frame.more:
+                self._connections.delivered(frame.get(zmq.SRCFD))
+                if self._num_frames > MANY_FRAMES:
+                    self._next_trim = time.monotonic() + TRIM_DELAY
+                message, self._frames, self._num_frames = self._frames, [], 0
+                return message
+        return None
 
     def send(self, client: bytes, request_id: bytes, message: Any) -> None:
         """Sends, or keeps the message until the client has room for it, or finds the client gone."""
@@ -130,19 +183,66 @@ class ClientPort:
         return gone
 
     def read_monitor(self) -> bool:
-        """Counts the clients; True if a connection broke. Which one, only sending can tell."""
-        broke = False
+        """Counts clients and connections; True if a connection broke. Which client's, only sending can tell."""
+        broke = failed = False
         with contextlib.suppress(zmq.Again):
             while True:
-                event, _ = struct.unpack("=hi", self.monitor.recv_multipart(zmq.DONTWAIT)[0])
-                broke = broke or event == zmq.EVENT_DISCONNECTED
-                self.num_clients += 1 if event == zmq.EVENT_HANDSHAKE_SUCCEEDED else -1
-        self.num_clients = max(0, self.num_clients)  # a connection can break before its handshake
+                event, value = struct.unpack("=hi", self.monitor.recv_multipart(zmq.DONTWAIT)[0])
+                if event == zmq.EVENT_LISTENING:
+                    self._listener = value
+                elif event == zmq.EVENT_ACCEPTED:
+                    self._connections.opened(value)
+                elif event == zmq.EVENT_ACCEPT_FAILED:
+                    failed = True
+                elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    self.num_clients += 1
+                elif event & HANDSHAKE_FAILED:
+                    self.num_clients += 1  # no client, but one less when it is disconnected
+                elif event == zmq.EVENT_DISCONNECTED:
+                    broke = True
+                    self.num_clients -= 1
+                    self._connections.closed(value)
+        self.num_clients = max(0, self.num_clients)
+        self._bound_connections(failed)
         return broke
+
+    def watch(self, now: float) -> None:
+        """Ends connections that send messages without an end: call it every ``watch_delay`` seconds."""
+        if now >= self._next_watch:
+            self._next_watch = now + WATCH_INTERVAL
+            if count := self._connections.shut_down_senders_of_too_much():
+                logger.warning("shut down %d connections that sent too much for one message", count)
+                self._next_trim = now + TRIM_DELAY
+        if now >= self._next_trim:
+            self._next_trim = math.inf
+            _give_memory_back()
+
+    @property
+    def watch_delay(self) -> float:
+        """Seconds, at most, until ``watch`` has to be called again."""
+        return WATCH_INTERVAL if self._connections or self._next_trim < math.inf else math.inf
+
+    def _bound_connections(self, accepting_failed: bool) -> None:
+        """Refuses new connections while there are too many, and ends the newest of those."""
+        if accepting_failed and not self._is_full:  # there are fewer descriptors than expected
+            self._max_connections = max(1, len(self._connections) - FREED_CONNECTIONS)
+        is_full = len(self._connections) > self._max_connections * (15 / 16 if self._is_full else 1)
+        if is_full:
+            self._connections.shut_down_newest(self._max_connections)
+        if is_full != self._is_full:
+            self._is_full = is_full
+            set_refusing(self._listener, is_full)
+            text = (
+                "no more connections than %d are accepted"
+                if is_full
+                else "fewer than %d connections: more are accepted"
+            )
+            logger.warning(text, self._max_connections)
 
     def close(self, linger_ms: int = 0) -> None:
         """Closes the socket, giving the last messages ``linger_ms`` to leave; an ipc file goes with it."""
         if not self.socket.closed:
+            self._connections.close()
             self.socket.disable_monitor()
             self.monitor.close(0)
             self.socket.close(linger_ms)
@@ -163,3 +263,9 @@ def _is_listening(address: str) -> bool:
         except OSError:
             return False
     return True
+
+
+def _give_memory_back() -> None:
+    """Has the C library return free memory to the system; without effect where it cannot."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -27,7 +27,6 @@ class FrontEndConfig:
     allow_remote: bool = _flag(False, "listen at addresses that other machines can reach, without any protection")
     max_queue: int = _flag(256, "requests in flight, running or waiting; beyond that the answer is 'overloaded'")
     max_message_bytes: int = _flag(protocol.DEFAULT_MAX_MESSAGE_BYTES, "size of the largest request")
-    max_characters_per_token: int = _flag(32, "a text longer than this times the model's length is not even tokenized")
     max_backlog_bytes: int = _flag(4 << 20, "unread answers after which a client is given up")
     engine_timeout: float = _flag(60.0, "seconds of silence after which the engine is taken for dead")
     drain_timeout: float = _flag(
@@ -36,7 +35,7 @@ class FrontEndConfig:
 
     def __post_init__(self) -> None:
         check_bind(self.bind, allow_remote=self.allow_remote)
-        for name in ("max_queue", "max_message_bytes", "max_characters_per_token", "max_backlog_bytes"):
+        for name in ("max_queue", "max_message_bytes", "max_backlog_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         for name in ("engine_timeout", "drain_timeout"):

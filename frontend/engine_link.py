@@ -11,7 +11,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import zmq
 
 from euryale.client import wire
-from euryale.client.wire import Kind, Tokens, message
+from euryale.client.wire import Ints, Kind, PackedTokens, message
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.step_result import RequestOutput, TokenLogprobs
 
@@ -101,13 +101,20 @@ class Failed:
 @message("add")
 @dataclass(frozen=True, kw_only=True)
 class AddRequest:
-    """A checked request. ``key`` is unique for the life of the front end; ``sample`` tells the answers to a request for
-    several apart, each of which is one to the engine."""
+    """A checked request, with a key for each of its samples, in their order: to the engine each is a request. Keys are
+    unique for the life of the front end. ``prompt`` is packed; only the first sample tells its log-probabilities."""
 
-    key: int
-    prompt: Tokens
+    keys: Ints
+    prompt: PackedTokens
     params: ParamsField
-    sample_index: int = 0
+
+    def samples(self) -> Iterator[tuple[int, int, SamplingParams]]:
+        """Each sample's key, index and parameters."""
+        others = self.params
+        if len(self.keys) > 1 and others.prompt_logprobs is not None:
+            others = dataclasses.replace(others, prompt_logprobs=None)
+        for index, key in enumerate(self.keys):
+            yield key, index, others if index else self.params
 
 
 @message("cancel")

@@ -1,8 +1,8 @@
 """The front end: takes requests from clients, hands them to the engine, and tells the clients what came of them.
 
-One thread, one loop, two sockets; it never waits for a client or for the engine. Every request ends with exactly one
-final message. A message of any content can at most get its own sender an error. It knows neither the model nor how
-requests are scheduled; the tokenizer is handed to it.
+One loop, two sockets; it never waits for a client, for the engine, or for a long prompt to be tokenized, which other
+threads do (``intake.py``). Every request ends with exactly one final message. A message of any content can at most get
+its own sender an error. It knows neither the model nor how requests are scheduled; the tokenizer is handed to it.
 """
 
 import logging
@@ -17,15 +17,18 @@ from euryale.frontend.client_socket import ClientPort
 from euryale.frontend.config import FrontEndConfig
 from euryale.frontend.detokenizer import TokenBytes
 from euryale.frontend.in_flight import InFlight
-from euryale.frontend.validation import RequestError, RequestLimits, read_params, read_prompt
+from euryale.frontend.intake import Intake, error_reply
+from euryale.frontend.validation import RequestError, RequestLimits
 
 logger = logging.getLogger("euryale.frontend")
 
-MAX_TURN_MESSAGES = 16  # client messages read before the engine's are looked at again; a long prompt takes its time
+MAX_TURN_MESSAGES = 16  # client messages read before the engine's are looked at again
+MAX_TURN_SECONDS = 0.01  # after which no further one is read; a large message takes its time
 MAX_DRAINERS = 64
 PROBE_INTERVAL = 1.0  # seconds between signs of life to clients that wait; they also show who is gone
 PROBE_DELAY = 0.02  # seconds from a broken connection until ZeroMQ surely knows whose it was
 BACKLOG_INTERVAL = 0.02  # seconds between attempts to send what clients had no room for
+LOOKS_BEFORE_LOSS = 8  # how often the link must have been found empty, at least, before the engine is taken for dead
 STALLED_AFTER = 3.0  # seconds of the engine's silence after which health says so
 FINAL_LINGER_MS = 1000
 
@@ -44,17 +47,21 @@ class FrontEnd:
         self._port = ClientPort(link.context, self._config)
         self.endpoint = self._port.endpoint
         self._requests = InFlight(self._port, link, TokenBytes(tokenizer))
+        self._intake = Intake(self._port, self._requests, tokenizer, self._config)
         self._info: dict[str, Any] = {}
         self._limits: RequestLimits | None = None  # both known once the engine has introduced itself
+        # Seconds without a message from the engine. Time between two looks at the link counts up to the longest that
+        # this thread sleeps: if it was more, it was this process that did not run.
+        self._silence = 0.0
+        self._longest_sleep = min(1.0, self._config.engine_timeout / LOOKS_BEFORE_LOSS)
         self._drainers: dict[tuple[bytes, bytes], None] = {}  # client and request id, in order
         self._drain_requested = False  # set by begin_drain, which may run in a signal handler
         self._drain_deadline: float | None = None  # set while draining
         self._drain_sent = False
         self._outcome: str | None = None
-        self._started = self._last_engine = time.monotonic()
+        self._started = self._last_look = time.monotonic()
         self._next_probe = 0.0
         self._engine_stats: dict[str, Any] = {}
-        self._num_received = self._num_rejected = 0
         self._handlers = {
             protocol.Hello: self._hello,
             protocol.Generate: self._generate,
@@ -67,10 +74,16 @@ class FrontEnd:
     def run(self) -> str:
         """Serves until drained or until the engine is gone; returns "drained" or "group_lost", all sockets closed."""
         poller = zmq.Poller()
-        for source in (self._port.socket, self._port.monitor, self._link.socket, self._link.monitor):
+        for source in (
+            self._port.socket,
+            self._port.monitor,
+            self._link.socket,
+            self._link.monitor,
+            self._intake.wakeup,
+        ):
             poller.register(source, zmq.POLLIN)
         try:
-            self._started = self._last_engine = time.monotonic()
+            self._started = self._last_look = time.monotonic()
             self._link.send(engine.Attach(endpoint=self.endpoint))
             while self._outcome is None:
                 poller.poll(self._sleep_ms())
@@ -85,6 +98,7 @@ class FrontEnd:
 
     def close(self) -> None:
         """Closes the sockets after the last messages have left, or a second later. May be called twice."""
+        self._intake.close()
         self._port.close(FINAL_LINGER_MS)
         self._link.close(FINAL_LINGER_MS)
 
@@ -93,55 +107,71 @@ class FrontEnd:
     def _sleep_ms(self) -> int:
         if self._port.has_backlog:
             return int(1000 * BACKLOG_INTERVAL)
-        return max(0, min(1000, int(1000 * (self._next_probe - time.monotonic())) + 1))
+        seconds = min(self._longest_sleep, self._next_probe - time.monotonic(), self._port.watch_delay)
+        return max(0, int(1000 * seconds) + 1)
 
     def _turn(self) -> None:
         if self._port.read_monitor():
             self._next_probe = min(self._next_probe, time.monotonic() + PROBE_DELAY)
-        for message in self._link.receive():
-            self._from_engine(message)
+        self._hear_engine()
         self._requests.flush()
+        self._intake.advance()
         if self._limits is not None:  # until the engine has introduced itself clients have to wait
+            started = time.monotonic()
             for client, *frames in self._port.receive(MAX_TURN_MESSAGES):
                 self._from_client(client, frames)
+                if time.monotonic() - started > MAX_TURN_SECONDS:
+                    break
         self._look_after(time.monotonic())
+
+    def _hear_engine(self) -> None:
+        messages = self._link.receive()
+        now = time.monotonic()
+        self._silence = 0.0 if messages else self._silence + min(now - self._last_look, self._longest_sleep)
+        self._last_look = now
+        for message in messages:
+            self._from_engine(message)
 
     def _look_after(self, now: float) -> None:
         """What has to happen without any message: probes, clients that left, the drain, an engine that fell silent."""
         self._port.retry()
+        self._port.watch(now)
         if now >= self._next_probe:
             self._next_probe = now + PROBE_INTERVAL
-            for client in self._requests.clients | {client for client, _ in self._drainers}:
+            for client in self._requests.clients | self._intake.clients | {client for client, _ in self._drainers}:
                 self._port.send(client, b"", protocol.Alive())
         for client in self._port.take_gone():
             self._requests.forget(client)
+            self._intake.forget(client)
             self._drainers = {drainer: None for drainer in self._drainers if drainer[0] != client}
         if self._drain_requested:
             self._advance_drain(now)
-        silence = now - self._last_engine
-        if self._outcome is None and (self._link.lost or silence > self._config.engine_timeout):
-            self._lose_group("they are gone" if self._link.lost else f"silent for {silence:.0f} seconds")
+        if self._outcome is None and (self._link.lost or self._silence > self._config.engine_timeout):
+            self._lose_group("they are gone" if self._link.lost else f"silent for {self._silence:.0f} seconds")
 
     def _advance_drain(self, now: float) -> None:
         if self._drain_deadline is None:
             self._drain_deadline = now + self._config.drain_timeout
         elif now > self._drain_deadline:
+            self._intake.cancel_all()
             self._requests.cancel_all()
         has_unread = self._port.has_backlog and now <= self._drain_deadline  # final messages among them
-        if not self._requests and not has_unread and not self._drain_sent and not self._link.lost:
+        has_work = self._requests or self._intake.clients
+        if not has_work and not has_unread and not self._drain_sent and not self._link.lost:
             self._drain_sent = True
             self._link.send(engine.Drain())
 
     def _lose_group(self, reason: str) -> None:
-        logger.error("the model's processes are lost (%s), and %d requests with them", reason, len(self._requests))
+        num_lost = len(self._requests) + len(self._intake)
+        logger.error("the model's processes are lost (%s), and %d requests with them", reason, num_lost)
         error = protocol.Error(code="group_lost", message=f"the model's processes are lost: {reason}")
         self._requests.lose(error)
+        self._intake.lose(error)
         for client, request_id in self._drainers:
             self._port.send(client, request_id, error)
         self._outcome = "group_lost"
 
     def _from_engine(self, message: Any) -> None:
-        self._last_engine = time.monotonic()
         match message:
             case engine.StepOutput():
                 for output in message.outputs:
@@ -153,10 +183,10 @@ class FrontEnd:
             case engine.Welcome():
                 self._info = message.info
                 max_model_len = message.info["max_model_len"]
-                self._limits = RequestLimits(
+                self._intake.fingerprint = message.info["fingerprint"]
+                self._limits = self._intake.limits = RequestLimits(
                     max_tokens=min(max_model_len, message.info.get("max_request_tokens", max_model_len)),
                     vocab_size=message.info["vocab_size"],
-                    max_characters_per_token=self._config.max_characters_per_token,
                     defaults=message.info["defaults"],
                 )
             case engine.BeginDrain():
@@ -171,25 +201,19 @@ class FrontEnd:
     def _from_client(self, client: bytes, frames: list[bytes]) -> None:
         request_id = frames[0] if frames and 0 < len(frames[0]) <= protocol.MAX_REQUEST_ID_BYTES else b""
         try:
-            if self._requests.find(client, request_id) or (client, request_id) in self._drainers:
+            is_open = self._requests.find(client, request_id) or self._intake.find(client, request_id)
+            if is_open or (client, request_id) in self._drainers:
                 self._refuse_duplicate(client, request_id)
                 return
             message = self._read(request_id, frames)
             self._handlers[type(message)](client, request_id, message)
-            return
-        except RequestError as error:
-            reply = error.reply
-        except wire.WireError as error:
-            reply = protocol.Error(code=error.code, message=str(error))
-        except Exception:
-            logger.exception("a request could not be handled")
-            reply = protocol.Error(code="internal", message="the server failed on this request; its log says why")
-        self._num_rejected += 1
-        self._port.send(client, request_id, reply)
+        except Exception as error:
+            self._requests.counts["requests_rejected"] += 1
+            self._port.send(client, request_id, error_reply(error))
 
     def _refuse_duplicate(self, client: bytes, request_id: bytes) -> None:
         """Under its own id the error would end the request that is in flight, so it goes to the connection."""
-        self._num_rejected += 1
+        self._requests.counts["requests_rejected"] += 1
         text = "this request id is in flight already; the request in flight goes on, this one is dropped"
         error = protocol.Error(code="duplicate_request_id", message=text, request_id=request_id)
         self._port.send(client, b"", error)
@@ -199,7 +223,8 @@ class FrontEnd:
             most = protocol.MAX_REQUEST_ID_BYTES
             raise RequestError("malformed", f"the first frame must be a request id of 1 to {most} bytes")
         if len(frames) != 2:
-            raise RequestError("malformed", f"a message has two frames, request id and body, not {len(frames)}")
+            count = str(len(frames)) if len(frames) < 3 else "more"
+            raise RequestError("malformed", f"a message has two frames, request id and body, not {count}")
         size, most = len(frames[1]), self._config.max_message_bytes
         if size > most:
             raise RequestError("too_large", f"the message has {size} bytes; this server takes {most}")
@@ -221,47 +246,31 @@ class FrontEnd:
         self._port.send(client, request_id, reply)
 
     def _generate(self, client: bytes, request_id: bytes, message: protocol.Generate) -> None:
-        self._num_received += 1
+        self._requests.counts["requests_received"] += 1
         if self._drain_requested:
             raise RequestError("draining", "the server is stopping and takes no new requests")
-        self._check_room(1)  # before anything is spent on it
-        prompt = read_prompt(message, self._tokenizer, self._limits)
-        params = read_params(message.params, len(prompt), self._limits)
-        if params.n > self._config.max_queue:
-            most = self._config.max_queue
-            raise RequestError(
-                "invalid_request", f"n {params.n} is more than this server works on: ask for {most} or less"
-            )
-        self._check_room(params.n)
-        queued = protocol.Queued(prompt_tokens=prompt, seed=params.seed, fingerprint=self._info["fingerprint"])
-        self._port.send(client, request_id, queued)
-        self._requests.add(client, request_id, prompt, params)
-
-    def _check_room(self, num_samples: int) -> None:
-        num_held = len(self._requests)
-        if num_held + num_samples > self._config.max_queue:
-            text = f"the server has {num_held} requests in flight, as many as it may"
-            if num_held < self._config.max_queue:
-                text = f"the server has {num_held} requests in flight and no room for {num_samples} samples more"
-            raise RequestError("overloaded", text, retry_after=self._requests.retry_after())
+        self._intake.take(client, request_id, message)
 
     def _cancel(self, client: bytes, request_id: bytes, message: protocol.Cancel) -> None:
         request = self._requests.find(client, message.target)
+        pending = self._intake.find(client, message.target)
         if request is not None:
             self._requests.cancel(request)
-        self._port.send(client, request_id, protocol.CancelReply(found=request is not None))
+        elif pending is not None:
+            self._intake.cancel(pending)
+        found = request is not None or pending is not None
+        self._port.send(client, request_id, protocol.CancelReply(found=found))
 
     def _stats(self, client: bytes, request_id: bytes, _: protocol.Stats) -> None:
-        counts = {"requests_received": self._num_received, "requests_rejected": self._num_rejected}
-        gauges = {"requests_in_flight": len(self._requests), "clients": self._port.num_clients}
-        values = {**self._engine_stats, **counts, **self._requests.counts, **gauges}
+        num_held = len(self._requests) + len(self._intake)
+        gauges = {"requests_in_flight": num_held, "clients": self._port.num_clients}
+        values = {**self._engine_stats, **self._requests.counts, **gauges}
         self._port.send(client, request_id, protocol.StatsReply(values=values))
 
     def _health(self, client: bytes, request_id: bytes, _: protocol.Health) -> None:
-        now = time.monotonic()
-        age = now - self._last_engine
-        status = "draining" if self._drain_requested else "stalled" if age > STALLED_AFTER else "ok"
-        reply = protocol.HealthReply(status=status, engine_age=age, uptime=now - self._started)
+        status = "draining" if self._drain_requested else "stalled" if self._silence > STALLED_AFTER else "ok"
+        uptime = time.monotonic() - self._started
+        reply = protocol.HealthReply(status=status, engine_age=self._silence, uptime=uptime)
         self._port.send(client, request_id, reply)
 
     def _drain(self, client: bytes, request_id: bytes, _: protocol.Drain) -> None:

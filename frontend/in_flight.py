@@ -3,8 +3,9 @@
 import contextlib
 import time
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from euryale.client import protocol
 from euryale.frontend import engine_link as engine
@@ -31,7 +32,7 @@ class InFlight:
         self._unsent: dict[int, tuple[OpenRequest, OpenSample]] = {}  # samples with tokens since their last delta
         self._num_keys = 0
         self._finish_times: deque[float] = deque(maxlen=32)
-        names = ("finished", "cancelled", "failed")
+        names = ("received", "rejected", "finished", "cancelled", "failed")
         self.counts = {f"requests_{name}": 0 for name in names} | {"prompt_tokens": 0, "output_tokens": 0}
 
     def __len__(self) -> int:
@@ -46,8 +47,8 @@ class InFlight:
         """The request that this client knows by this id and still waits for."""
         return self._awaited.get(client, {}).get(request_id)
 
-    def add(self, client: bytes, request_id: bytes, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Hands a request to the engine."""
+    def add(self, client: bytes, request_id: bytes, prompt: np.ndarray, params: SamplingParams) -> None:
+        """Hands a request to the engine. ``prompt`` int32 [length]."""
         keys = range(self._num_keys + 1, self._num_keys + params.n + 1)
         self._num_keys += params.n
         request = OpenRequest(
@@ -60,11 +61,8 @@ class InFlight:
         )
         self._awaited.setdefault(client, {})[request_id] = request
         self.counts["prompt_tokens"] += len(prompt)
-        for sample in request.samples:
-            self._held[sample.key] = request, sample
-            self._tell_engine(
-                engine.AddRequest(key=sample.key, prompt=prompt, params=sample.params, sample_index=sample.index)
-            )
+        self._held.update((sample.key, (request, sample)) for sample in request.samples)
+        self._tell_engine(engine.AddRequest(keys=tuple(keys), prompt=prompt.tobytes(), params=params))
 
     def take(self, output: RequestOutput) -> None:
         """Notes what a step gave a sample, and ends its request if that was all."""

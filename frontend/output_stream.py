@@ -1,7 +1,8 @@
 """What is made of a request's tokens: the deltas of each of its samples, their ends, and the final message."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+
+import numpy as np
 
 from euryale.client import protocol
 from euryale.client.logprobs import Logprobs
@@ -9,6 +10,8 @@ from euryale.frontend.detokenizer import Detokenizer, StopMatcher, TokenBytes
 from euryale.frontend.engine_link import pack_logprobs
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.step_result import RequestOutput, TokenLogprobs
+
+CONTEXT_TOKENS = 64  # of the prompt's end that the detokenizer sees, whatever the prompt's length
 
 
 class OpenSample:
@@ -19,16 +22,15 @@ class OpenSample:
     """
 
     def __init__(
-        self, *, key: int, index: int, prompt: Sequence[int], params: SamplingParams, token_bytes: TokenBytes
+        self, *, key: int, index: int, context: list[int], params: SamplingParams, token_bytes: TokenBytes
     ) -> None:
         self.key = key
         self.index = index
-        # The prompt's log-probabilities are the same for all samples.
-        self.params = params if index == 0 else replace(params, prompt_logprobs=None)
+        self.params = params
         self.end: protocol.SampleEnd | None = None
         self.tail = ""
         self.num_tokens = self.num_steps = 0
-        self._detokenizer = Detokenizer(token_bytes, context=prompt)
+        self._detokenizer = Detokenizer(token_bytes, context=context)
         self._matcher = StopMatcher(params.stop)
         self._new_tokens: list[int] = []
         self._new_steps: list[int] = []
@@ -107,7 +109,8 @@ class OpenSample:
 
 
 class OpenRequest:
-    """A request with one sample for each of ``keys``. ``closed`` is set with the client's final message."""
+    """A request with one sample for each of ``keys``; ``prompt`` int32 [length]. ``closed`` is set with the client's
+    final message."""
 
     def __init__(
         self,
@@ -115,15 +118,16 @@ class OpenRequest:
         keys: Sequence[int],
         client: bytes,
         request_id: bytes,
-        prompt: Sequence[int],
+        prompt: np.ndarray,
         params: SamplingParams,
         token_bytes: TokenBytes,
     ) -> None:
         self.client = client
         self.request_id = request_id
         self.closed = False
+        context = prompt[-CONTEXT_TOKENS:].tolist()
         self.samples = [
-            OpenSample(key=key, index=index, prompt=prompt, params=params, token_bytes=token_bytes)
+            OpenSample(key=key, index=index, context=context, params=params, token_bytes=token_bytes)
             for index, key in enumerate(keys)
         ]
         self._prompt_length = len(prompt)

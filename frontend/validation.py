@@ -5,10 +5,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from euryale.client import protocol
 from euryale.scheduler.sampling_params import PARAMETER_NAMES, SamplingParams
 
 MAX_STOP_TOKENS = 256
+# A longer text is first counted in pieces, until it is known to have too many tokens or all pieces are counted.
+MAX_UNCOUNTED_BYTES = 1 << 19
+MAX_UNCOUNTED_BYTES_PER_TOKEN = 8  # of the tokens that a request may have
+PIECE_CHARACTERS = 1 << 16
+CUT_TOKENS = 64  # how many more tokens the two sides of a cut may have than the uncut text
+CHAT_MESSAGE_CHARACTERS = 128  # of text take about as long as the template takes for a message
 
 
 class RequestError(Exception):
@@ -29,50 +37,76 @@ class RequestLimits:
 
     max_tokens: int  # prompt and answer together
     vocab_size: int
-    max_characters_per_token: int
     defaults: dict[str, Any]
 
 
-def read_prompt(request: protocol.Generate, tokenizer: Any, limits: RequestLimits) -> Sequence[int]:
-    """The prompt's token ids. Raises RequestError if the request has none that this model can take."""
+def check_prompt(request: protocol.Generate) -> int:
+    """How much text there is to tokenize: characters, and something for each chat message. Raises RequestError if the
+    request has not exactly one prompt."""
     given = [name for name in ("prompt", "prompt_tokens", "messages") if getattr(request, name) is not None]
     if len(given) != 1:
         raise _refuse(f"give exactly one of prompt, prompt_tokens and messages, not {len(given)} of them")
-    characters = len(request.prompt or "") + sum(len(item["content"]) for item in request.messages or ())
-    if characters > limits.max_tokens * limits.max_characters_per_token:
-        raise _refuse(f"a prompt of {characters} characters cannot fit into the model's {limits.max_tokens} tokens")
+    characters = sum(len(item["role"]) + len(item["content"]) for item in request.messages or ())
+    return len(request.prompt or "") + characters + CHAT_MESSAGE_CHARACTERS * len(request.messages or ())
+
+
+def read_prompt(request: protocol.Generate, tokenizer: Any, limits: RequestLimits) -> np.ndarray:
+    """The prompt's token ids, int32 [length]. Raises RequestError if this model cannot take them.
+
+    May be called from any thread. While a text is tokenized other threads run.
+    """
     if request.messages is not None:
-        tokens = _read_chat(request.messages, tokenizer)
+        tokens = _tokenize(_render_chat(request.messages, tokenizer), tokenizer, limits, add_special_tokens=False)
     elif request.prompt is not None:
-        tokens = tokenizer.encode(request.prompt) if request.prompt else ()
+        tokens = _tokenize(request.prompt, tokenizer, limits, add_special_tokens=True) if request.prompt else ()
     else:
-        tokens = request.prompt_tokens
+        tokens = np.frombuffer(request.prompt_tokens or b"", dtype="<i4")
     if not len(tokens):
         raise _refuse("the prompt is empty; a model needs at least one token to continue")
-    _check_tokens("prompt", tokens, limits)
     if len(tokens) >= limits.max_tokens:
-        raise _refuse(
-            f"the prompt has {len(tokens)} tokens and leaves no room for an answer; prompt and answer together may "
-            f"have {limits.max_tokens}: shorten the prompt to {limits.max_tokens - 1} or fewer"
-        )
-    return tokens
+        raise _no_room(f"{len(tokens)}", limits)
+    prompt = np.asarray(tokens, dtype=np.int32)
+    _check_tokens("prompt", prompt, limits)
+    return prompt
 
 
-def _read_chat(messages: Sequence[dict[str, str]], tokenizer: Any) -> Sequence[int]:
+def _no_room(count: str, limits: RequestLimits) -> RequestError:
+    return _refuse(
+        f"the prompt has {count} tokens and leaves no room for an answer; prompt and answer together may "
+        f"have {limits.max_tokens}: shorten the prompt to {limits.max_tokens - 1} or fewer"
+    )
+
+
+def _tokenize(text: str, tokenizer: Any, limits: RequestLimits, *, add_special_tokens: bool) -> list[int]:
+    """The text's token ids. Raises RequestError for a text that has too many, mostly without tokenizing all of it.
+
+    Only the count of a text is taken from its pieces, since a cut may divide a token.
+    """
+    most = min(MAX_UNCOUNTED_BYTES, MAX_UNCOUNTED_BYTES_PER_TOKEN * limits.max_tokens)
+    if len(text) > most or len(text.encode()) > most:
+        count = 0
+        for start in range(0, len(text), PIECE_CHARACTERS):
+            piece = text[start : start + PIECE_CHARACTERS]
+            count += len(tokenizer.encode(piece, add_special_tokens=False)) - CUT_TOKENS
+            if count >= limits.max_tokens:
+                raise _no_room(f"more than {count}", limits)
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+def _render_chat(messages: Sequence[dict[str, str]], tokenizer: Any) -> str:
     if not tokenizer.chat_template:
         raise _refuse("this model's tokenizer has no chat template: send the whole text as prompt")
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     except Exception as error:  # templates raise whatever they like, for example about the order of roles
         raise _refuse(f"the model's chat template refuses these messages: {error}") from None
 
 
-def _check_tokens(what: str, tokens: Sequence[int], limits: RequestLimits) -> None:
-    wrong = next((token for token in tokens if not 0 <= token < limits.vocab_size), None)
-    if wrong is not None:
-        raise _refuse(f"{what} contains token id {wrong}; this model's ids are 0 to {limits.vocab_size - 1}")
+def _check_tokens(what: str, tokens: Sequence[int] | np.ndarray, limits: RequestLimits) -> None:
+    ids = np.asarray(tokens, dtype=np.int64)
+    wrong = ids[(ids < 0) | (ids >= limits.vocab_size)]
+    if len(wrong):
+        raise _refuse(f"{what} contains token id {wrong[0]}; this model's ids are 0 to {limits.vocab_size - 1}")
 
 
 def read_params(given: dict[str, Any], prompt_length: int, limits: RequestLimits) -> SamplingParams:

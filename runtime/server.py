@@ -150,13 +150,15 @@ class Server:
             self._outputs = []
 
     def _add(self, message: links.AddRequest) -> None:
-        prompt = np.asarray(message.prompt, dtype=np.int32)
-        try:
-            self.scheduler.add(
-                Request(key=message.key, prompt=prompt, params=message.params, sample_index=message.sample_index)
-            )
-        except ValueError as error:
-            self.link.send(links.Rejected(key=message.key, code="invalid_request", message=str(error)))
+        prompt = np.frombuffer(message.prompt, dtype="<i4")
+        hashes: list[bytes] = []  # the same for all samples
+        for key, index, params in message.samples():
+            request = Request(key=key, prompt=prompt, params=params, sample_index=index, page_hashes=list(hashes))
+            try:
+                self.scheduler.add(request)
+                hashes = request.page_hashes
+            except ValueError as error:
+                self.link.send(links.Rejected(key=key, code="invalid_request", message=str(error)))
 
     def _handle(self, message) -> None:
         if isinstance(message, links.CancelRequest):

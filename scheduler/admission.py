@@ -46,8 +46,10 @@ class Admission:
         self._preempted_now: set[int] = set()  # keys; they wait for a step at least
 
     def add(self, request: Request) -> None:
-        """Queue a request; ValueError as ``SchedulerLimits.check``."""
+        """Queue a request; ValueError as ``SchedulerLimits.check``. Its prompt is hashed now, so that a step that
+        begins with many does not wait for it."""
         self.limits.check(request)
+        self._hash_known(request)
         self.waiting.enter(request, self._step)
 
     def cancel(self, key: int) -> Request | None:

@@ -103,10 +103,13 @@ class PageHasher:
     def extend(self, hashes: list[bytes], tokens: np.ndarray, salt: str = "") -> None:
         """Add to ``hashes``, those of a sequence's first pages, the hashes of the pages that ``tokens`` int32, which
         come next, fill. Sequences with different salts have no page_hash in common."""
-        for start in range(0, len(tokens) - self._page_size + 1, self._page_size):
-            page = np.ascontiguousarray(tokens[start : start + self._page_size], dtype=np.int32)
-            before = hashes[-1] if hashes else self._hash(salt.encode()) if salt else b""
-            hashes.append(self._hash(before + page.tobytes()))
+        data, size = np.ascontiguousarray(tokens, dtype=np.int32).tobytes(), 4 * self._page_size
+        # The key is in the first hash, and that one in all others.
+        before = hashes[-1] if hashes else _hash(self._key + salt.encode())
+        for start in range(0, len(data) - size + 1, size):
+            before = _hash(before + data[start : start + size])
+            hashes.append(before)
 
-    def _hash(self, content: bytes) -> bytes:
-        return hashlib.blake2b(content, key=self._key, digest_size=_BYTES).digest()
+
+def _hash(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_BYTES).digest()

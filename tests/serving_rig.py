@@ -47,8 +47,8 @@ class ByteTokenizer:
         self.vocab_size = self._tokenizer.get_vocab_size()
         self.chat_template: str | None = "role: content"
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text).ids
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids  # without the GIL
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -59,11 +59,11 @@ class ByteTokenizer:
     def convert_ids_to_tokens(self, ids: int) -> str | None:
         return self._tokenizer.id_to_token(ids)
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
-        assert options == {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> str:
+        assert options == {"add_generation_prompt": True, "tokenize": False}
         if messages[-1]["role"] != "user":
             raise RuntimeError("the last role must be user")
-        return self.encode("".join(f"{item['role']}: {item['content']}\n" for item in messages) + "assistant:")
+        return "".join(f"{item['role']}: {item['content']}\n" for item in messages) + "assistant:"
 
 
 TOKENIZER = ByteTokenizer()
@@ -79,13 +79,23 @@ INFO = {
 Script = list[list[int]]
 
 
-def echo(request: engine.AddRequest) -> Script:
+@dataclass(frozen=True)
+class Asked:
+    """One sample of a request, as the engine sees it."""
+
+    key: int
+    prompt: tuple[int, ...]
+    params: engine.SamplingParams
+    sample_index: int
+
+
+def echo(request: Asked) -> Script:
     """Answers with the prompt over and over, three tokens a step."""
     answer = [request.prompt[i % len(request.prompt)] for i in range(request.params.max_tokens)]
     return [answer[i : i + 3] for i in range(0, len(answer), 3)]
 
 
-def saying(text: str, size: int = 1) -> Callable[[engine.AddRequest], Script]:
+def saying(text: str, size: int = 1) -> Callable[[Asked], Script]:
     """Answers with this text, ``size`` tokens a step, and the end-of-sequence token."""
     tokens = [*TOKENIZER.encode(text), EOS]
     return lambda request: [tokens[i : i + size] for i in range(0, len(tokens), size)]
@@ -110,8 +120,8 @@ class ScriptedEngine:
     """Plays the engine on its end of the link: one step per request in turn, as ``script`` says."""
 
     link: engine.EngineLink
-    script: Callable[[engine.AddRequest], Script] = echo
-    adds: list[engine.AddRequest] = field(default_factory=list)
+    script: Callable[[Asked], Script] = echo
+    adds: list[Asked] = field(default_factory=list)
     cancels: list[int] = field(default_factory=list)
     running: dict[int, deque[list[int]]] = field(default_factory=dict)
     answered: frozenset[int] = frozenset()
@@ -143,8 +153,11 @@ class ScriptedEngine:
                 self.endpoint = message.endpoint
                 self.link.send(engine.Welcome(info=INFO))
             case engine.AddRequest():
-                self.adds.append(message)
-                self.running[message.key] = deque(self.script(message))
+                prompt = wire.unpack_tokens(message.prompt)
+                for key, index, params in message.samples():
+                    asked = Asked(key, prompt, params, index)
+                    self.adds.append(asked)
+                    self.running[key] = deque(self.script(asked))
             case engine.CancelRequest():
                 self.cancels.append(message.key)
                 if self.running.pop(message.key, None) is not None:
@@ -187,7 +200,7 @@ class Rig:
 
 @contextlib.contextmanager
 def serving(
-    script: Callable[[engine.AddRequest], Script] = echo,
+    script: Callable[[Asked], Script] = echo,
     *,
     hold: bool = False,
     tokenizer: Any = TOKENIZER,

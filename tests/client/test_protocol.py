@@ -39,7 +39,7 @@ messages = st.one_of(
     st.builds(
         protocol.Generate,
         prompt=st.none() | st.text(),
-        prompt_tokens=st.none() | tokens,
+        prompt_tokens=st.none() | tokens.map(wire.pack_tokens),
         messages=st.none()
         | st.lists(st.fixed_dictionaries({"role": st.text(), "content": st.text()}), min_size=1, max_size=3).map(tuple),
         params=mapping,

@@ -71,7 +71,7 @@ def test_the_last_message_brings_the_unfinished_character():
 
 def answer_of(tokens, sizes, params):
     """Text, tokens, log-probabilities and end of a sample that gets these tokens in steps of these sizes."""
-    sample = OpenSample(key=1, index=0, prompt=[1], params=params, token_bytes=TokenBytes(TOKENIZER))
+    sample = OpenSample(key=1, index=0, context=[1], params=params, token_bytes=TokenBytes(TOKENIZER))
     text, taken, logprobs = "", [], []
     steps = steps_of(tokens, sizes)
     for number, step in enumerate(steps, 1):

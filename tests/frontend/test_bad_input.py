@@ -32,7 +32,7 @@ GENERATE = {"type": "generate", "v": 2}
         ({"prompt_tokens": wire.pack_tokens([5, 100_000])}, "token id 100000; this model's ids are 0 to"),
         ({"prompt_tokens": wire.pack_tokens([-1])}, "token id -1"),
         ({"prompt_tokens": wire.pack_tokens([5] * 200)}, "shorten the prompt to 199 or fewer"),
-        ({"prompt": "ab " * 100_000}, "cannot fit into the model's 200 tokens"),
+        ({"prompt": "ab " * 100_000}, "and leaves no room for an answer"),
         ({"prompt_tokens": wire.pack_tokens([5] * 190), "params": {"max_tokens": 11}}, "use max_tokens 10 or less"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "the last role must be user"),
         ({"prompt": "a", "continue_from": b""}, "unknown field 'continue_from'"),
@@ -97,7 +97,7 @@ def test_a_model_without_a_chat_template(rig, monkeypatch):
 
 
 def test_a_tokenizer_that_fails(rig, monkeypatch):
-    def fail(text):
+    def fail(text, add_special_tokens):
         raise RuntimeError("secret")
 
     monkeypatch.setattr(TOKENIZER, "encode", fail)

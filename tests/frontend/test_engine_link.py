@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from euryale.client import wire
 from euryale.frontend import engine_link as link
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.step_result import RequestOutput
@@ -24,8 +25,8 @@ PARAMS = SamplingParams(
 TO_ENGINE = [
     link.Attach(endpoint="tcp://127.0.0.1:1"),
     link.Failed(reason="the address is in use"),
-    link.AddRequest(key=2**40, prompt=(1, 2, 2**31 - 1), params=PARAMS),
-    link.AddRequest(key=1, prompt=(5,), params=SamplingParams()),
+    link.AddRequest(keys=(2**40, 2**40 + 1), prompt=wire.pack_tokens((1, 2, 2**31 - 1)), params=PARAMS),
+    link.AddRequest(keys=(1,), prompt=b"\5\0\0\0", params=SamplingParams()),
     link.CancelRequest(key=3),
     link.Drain(),
 ]

@@ -1,5 +1,6 @@
 """What is made of a request's tokens, without sockets; the checks before are tested over sockets with the client."""
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,8 +30,8 @@ class Letters:
 
 def opened(keys=(1,), **params) -> OpenRequest:
     params = SamplingParams(n=len(keys), **params)
-    token_bytes = TokenBytes(Letters())
-    return OpenRequest(keys=keys, client=b"c", request_id=b"r", prompt=(97,), params=params, token_bytes=token_bytes)
+    prompt, token_bytes = np.array([97], dtype=np.int32), TokenBytes(Letters())
+    return OpenRequest(keys=keys, client=b"c", request_id=b"r", prompt=prompt, params=params, token_bytes=token_bytes)
 
 
 def run(steps, finish_reason, **params):
@@ -92,7 +93,7 @@ def test_several_steps_make_one_delta():
 
 
 def limits(**defaults):
-    return RequestLimits(max_tokens=100, vocab_size=50, max_characters_per_token=8, defaults=defaults)
+    return RequestLimits(max_tokens=100, vocab_size=50, defaults=defaults)
 
 
 def test_defaults():
