@@ -9,8 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from euryale.parallel.group import Group
-from euryale.parallel.layout import Layout
-from euryale.parallel.shard import Shard
+from euryale.parallel.sharding import Layout, Shard
 from euryale.runtime.config import EngineConfig, ModelConfig
 from euryale.runtime.engine import Engine
 from euryale.runtime.kv_cache import KVCache

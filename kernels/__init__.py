@@ -1,1 +1,1 @@
-"""One sub-package per operation; callers use its one public function and never branch on hardware."""
+"""One sub-package per operation. Callers use its public functions and never branch on hardware."""

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: ``reference`` (plain PyTorch, the oracle), ``cpu`` (C++) or ``triton``."""
+"""Picks an operation's implementation: ``reference`` (plain PyTorch, the oracle), ``cpu`` (C++) or ``triton``."""
 
 import importlib
 import importlib.util
@@ -15,18 +15,18 @@ _forced: str | None = None
 
 
 def implementation(operation: str, device: torch.device) -> ModuleType:
-    """The module of ``euryale.kernels.<operation>`` that runs on this device."""
+    """The module of ``euryale.kernels.<operation>`` that runs on ``device``."""
     return _module(operation, _forced or _best(device.type))
 
 
 def is_compiled(device: torch.device) -> bool:
-    """Whether compiled kernels run on this device rather than PyTorch's."""
+    """Whether compiled kernels run on ``device``, rather than PyTorch's."""
     return (_forced or _best(device.type)) != "reference"
 
 
 @contextmanager
 def forced(name: str) -> Iterator[None]:
-    """Run one implementation everywhere: for tests and benchmarks."""
+    """Runs the implementation ``name`` on every device, for tests and benchmarks."""
     global _forced
     before, _forced = _forced, name
     try:
@@ -37,7 +37,7 @@ def forced(name: str) -> Iterator[None]:
 
 @cache
 def _best(device_type: str) -> str:
-    if device_type == "cpu" and cpu.library() is not None:
+    if device_type == "cpu" and cpu.load() is not None:
         return "cpu"
     return "triton" if device_type == "cuda" and importlib.util.find_spec("triton") else "reference"
 

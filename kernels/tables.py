@@ -1,4 +1,4 @@
-"""Numbers that the host makes for every step: one block of memory, so that one copy takes them to the device."""
+"""Arrays that the host computes for every step, in one block of memory that one copy moves to the device."""
 
 import numpy as np
 import torch
@@ -13,12 +13,13 @@ _DTYPES = {
 
 
 class Tables:
-    """Arrays by name, and as ``tensors`` on ``device``; on a CPU both are the same memory."""
+    """Named arrays on the host and, as ``tensors``, on ``device``; on a CPU both are the same memory."""
 
     def __init__(self, arrays: dict[str, np.ndarray], device: torch.device, room: dict[str, int] | None = None) -> None:
-        """Holds ``arrays``. ``room``: how many entries arrays of varying length may have when they are filled again."""
-        self._views, self._rest, offset = {}, {}, 0
-        places = {}
+        """Hold ``arrays`` of int64, int32, int8 or float32. ``room``: the most entries that an array of varying length
+        may have in a later ``fill``; its tensor is one-dimensional."""
+        self._views: dict[str, np.ndarray] = {}
+        offset, places = 0, {}
         for name, array in arrays.items():
             count = max((room or {}).get(name, 0), array.size)
             places[name] = (offset, count if room and name in room else None)
@@ -26,9 +27,9 @@ class Tables:
         on_gpu = device.type == "cuda"
         self._host = torch.zeros(max(offset, 1), dtype=torch.uint8, pin_memory=on_gpu)
         self._block = torch.zeros_like(self._host, device=device) if on_gpu else self._host
-        self.tensors = {}
-        for name, (start, count) in places.items():
-            shape = arrays[name].shape if count is None else (count,)
+        self.tensors: dict[str, torch.Tensor] = {}
+        for name, (start, capacity) in places.items():
+            shape = arrays[name].shape if capacity is None else (capacity,)
             size = int(np.prod(shape)) * arrays[name].itemsize
             raw = self._host.numpy()[start : start + size]
             self._views[name] = raw.view(arrays[name].dtype).reshape(shape)
@@ -38,9 +39,11 @@ class Tables:
         self.fill(arrays)
 
     def fill(self, arrays: dict[str, np.ndarray]) -> None:
-        """Other contents, of the same shapes except where there is room. The device's earlier contents must have been
-        used up, and the last copy to it have ended. An array that is the very object of last time is there already:
-        nobody may write to it."""
+        """Replace the contents. Shapes must be the same, except for arrays with ``room``.
+
+        The device must no longer need the earlier contents, and the last copy must have ended. An array that is the
+        same object as in the last call is not copied again, so callers must not modify it.
+        """
         for name, array in arrays.items():
             if self._filled.get(name) is not array:
                 view = self._views[name]

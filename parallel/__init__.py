@@ -1,1 +1,1 @@
-"""The only package that knows ranks: the group, sharded layers and sharded vocabulary reductions."""
+"""The only package that knows ranks: the group, its collectives, sharded layers and reductions over the vocabulary."""

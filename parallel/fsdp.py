@@ -1,6 +1,6 @@
-"""Training on several ranks: FSDP2 shards, and checkpoints that any number of ranks can go on from.
+"""Training on several ranks: FSDP2 sharding, and checkpoints from which any number of ranks can resume.
 
-This file knows how a module's parameters are shared out and stored; it knows no loss and no data.
+This file knows how a module's parameters are sharded and stored. It knows no loss and no data.
 """
 
 import contextlib
@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -31,38 +32,41 @@ _TRAINED = StateDictOptions(ignore_frozen_params=True)
 def shard_parameters(
     model: nn.Module, blocks: Iterable[nn.Module], whole: Iterable[nn.Module], low_precision: bool, group: Group
 ) -> None:
-    """Move ``model`` to the group's device and share out its parameters in place: those of each of ``blocks`` are
-    gathered when the block runs, the rest when the model does, in bfloat16 with ``low_precision`` (gradients are always
-    summed in float32). Modules in ``whole`` stay whole on every rank. A group of one keeps all as it is."""
+    """Moves ``model`` to the group's device and shards its parameters in place.
+
+    The parameters of each of ``blocks`` are gathered when the block runs, all others when the model runs, in bfloat16
+    with ``low_precision``. Gradients are summed in float32. Modules in ``whole`` are replicated on every rank. A group
+    of one shards nothing.
+    """
     for module in [model] if group.size == 1 else whole:
         module.to(group.device)
     if group.size == 1:
         return
     mesh = init_device_mesh(group.device.type, (group.size,))
-    kept = {p for module in whole for p in module.parameters()}
+    replicated = {p for module in whole for p in module.parameters()}
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if low_precision else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=kept)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=replicated)
 
 
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What is trained by name, gathered on the leader's CPU; the other ranks get an empty dictionary."""
+    """The trained parameters by name, gathered on the leader's CPU. Other ranks get an empty dictionary."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    return get_model_state_dict(model, options=options)
+    return cast("dict[str, torch.Tensor]", get_model_state_dict(model, options=options))
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint that ``save_checkpoint`` wrote."""
+    """The newest complete checkpoint that ``save_checkpoint`` wrote to ``directory``, or None."""
     found = [p for p in directory.glob("step-*") if p.name.removeprefix("step-").isdecimal()]
     return max(found, key=lambda p: int(p.name.removeprefix("step-")), default=None)
 
 
 def save_checkpoint(directory: Path, model: nn.Module, optimizer: Optimizers, step: int, group: Group) -> None:
-    """Write what is trained and the optimizer's state as ``directory/step-N``, complete or not at all, and remove
-    older ones. ValueError, on every rank, if the disk is full: the older checkpoint is then still there."""
+    """Writes the trained parameters and the optimizer's state to ``directory/step-N`` atomically and removes older
+    checkpoints. ValueError on every rank if writing fails, for instance on a full disk; older checkpoints remain."""
     weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
     target = directory / f"step-{step}"
     unfinished = directory / f"unfinished-{step}"
@@ -81,20 +85,23 @@ def save_checkpoint(directory: Path, model: nn.Module, optimizer: Optimizers, st
 
 
 def load_checkpoint(directory: Path, model: nn.Module, optimizer: Optimizers, group: Group) -> int:
-    """Restore the newest checkpoint in place, if there is one, on any number of ranks; the steps it has behind it."""
+    """Restores the newest checkpoint in place on any number of ranks and returns its number of steps, 0 if there is no
+    checkpoint. ValueError if it cannot be read or the ranks see different checkpoints."""
     found = latest_checkpoint(directory)
     step = int(found.name.removeprefix("step-")) if found else 0
     if group.minimum(step) != -group.minimum(-step):
-        raise ValueError(f"not all ranks see the same checkpoint in {directory}: nodes must share this directory")
+        raise ValueError(f"the ranks see different checkpoints in {directory}: all nodes must share this directory")
     if found is None:
         return 0
     weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
-    state = {"weights": weights, "moments": moments}
+    state: dict[str, Any] = {"weights": weights, "moments": moments}
     try:
         with _quiet():
             dcp.load(state, checkpoint_id=found, no_dist=group.size == 1)
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"the checkpoint {found} cannot be read: remove it to begin again ({error})") from error
+        raise ValueError(
+            f"the checkpoint {found} cannot be read: remove it to start from the beginning ({error})"
+        ) from error
     set_state_dict(
         model,
         optimizer,
@@ -107,7 +114,7 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: Optimizers, gr
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that a group of one is a group of one."""
+    """Suppresses the warning that torch.distributed is disabled, which is expected in a group of one."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -115,15 +122,16 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _named(group: Group, directory: Path) -> Iterator[None]:
-    """Run a piece of saving on every rank; ValueError on all of them, saying what to do, if it failed on any."""
+    """Runs a part of saving on every rank. ValueError on all of them, which says what to do, if it failed on any."""
     with group.agreed():
         try:
             yield
         except (OSError, CheckpointException) as problem:
-            if isinstance(problem, CheckpointException):  # it wraps what happened on each rank
-                problem = next(iter(problem.failures.values()))[0]
+            cause: BaseException = problem
+            if isinstance(problem, CheckpointException):  # it wraps the exceptions of all ranks
+                cause = next(iter(problem.failures.values()))[0]
             free = shutil.disk_usage(directory).free / 1e6
             raise ValueError(
-                f"cannot write a checkpoint to {directory} ({free:.0f} MB free): {problem!r}. Make room and give the "
-                "same command again: it goes on from the checkpoint before"
-            ) from problem
+                f"cannot write a checkpoint to {directory} ({free:.0f} MB free): {cause!r}. Free some space and run "
+                "the same command again: it resumes from the previous checkpoint"
+            ) from cause

@@ -22,7 +22,7 @@
 #include <vector>
 
 #include "../kernels/cpu/dispatch.h"
-#include "../kernels/cpu/interface.h"
+#include "collectives.h"
 
 namespace {
 
@@ -191,10 +191,11 @@ struct EuryaleGroup {
 
 extern "C" {
 
-// Bytes of the mapping that a group needs.
+// Bytes of a group's mapping.
 int64_t euryale_shared_bytes(int64_t size, int64_t capacity) { return size * (sizeof(Flag) + 2 * capacity); }
 
-// Map `fd` (zeros at the start) and hold this rank's lock; null if that fails. `memory`: use this mapping, no file.
+// Maps `fd`, which is zero at the start, and holds this rank's lock; null if that fails. If `fd` is negative, `memory`
+// is the mapping.
 EuryaleGroup* euryale_shared_attach(int fd, void* memory, int64_t rank, int64_t size, int64_t capacity,
                                     int64_t timeout_ns, int64_t may_spin) {
     if (fd >= 0) {
@@ -224,14 +225,15 @@ int euryale_shared_all_reduce(EuryaleGroup* group, int64_t is_bfloat16, int64_t 
     return group->all_reduce(is_bfloat16, count, (char*)data);
 }
 
-// `share` becomes the sum over the ranks plus the residual, `normed` its RMSNorm.
+// `partial_sum` becomes the sum over the ranks plus the residual, `normed` its RMSNorm.
 int euryale_shared_all_reduce_add_rms_norm(EuryaleGroup* group, int64_t is_bfloat16, int64_t rows, int64_t width,
-                                           void* share, const void* residual, const void* weight, float eps,
+                                           void* partial_sum, const void* residual, const void* weight, float eps,
                                            void* normed) {
     if (!group) return CLOSED;
     group->deadline = 0;
-    if (const int problem = group->all_reduce(is_bfloat16, rows * width, (char*)share)) return problem;
-    euryale::kernels()->add_rms_norm(is_bfloat16, rows, width, share, residual, weight, eps, normed, share);
+    if (const int problem = group->all_reduce(is_bfloat16, rows * width, (char*)partial_sum)) return problem;
+    euryale::kernels()->add_rms_norm(is_bfloat16, rows, width, partial_sum, residual, weight, eps, normed,
+                                      partial_sum);
     return OK;
 }
 

@@ -7,11 +7,11 @@ the cache as it was.
 import torch
 
 from euryale.kernels.commit import commit
-from euryale.kernels.geometry import StepGeometry
 from euryale.kernels.rope_qk import rope_qk
+from euryale.kernels.step_metadata import StepMetadata
 from euryale.kernels.tree_attention import tree_attention
 from euryale.parallel.group import Group
-from euryale.parallel.layout import Layout
+from euryale.parallel.sharding import Layout
 from euryale.runtime.config import EngineConfig, ModelConfig
 
 GIB = 1 << 30
@@ -34,13 +34,13 @@ class KVCache:
         self._scale = config.head_dim**-0.5
         self._windows = config.windows
 
-    def attend(self, layer: int, qkv: torch.Tensor, rotary, norms, geometry: StepGeometry) -> torch.Tensor:
+    def attend(self, layer: int, qkv: torch.Tensor, rotary, norms, metadata: StepMetadata) -> torch.Tensor:
         """Attention of the rows' ``qkv`` [R, (heads + 2 kv_heads) * head_dim], which is consumed: [R, heads *
         head_dim]. Their keys and values stay in the scratch. ``rotary``: cosines and sines by position; ``norms``:
         weights of the q/k norm, or None twice, and its epsilon."""
         scratch, pages = self._layers[layer]
-        q = rope_qk(qkv, geometry.positions, *rotary, scratch, *norms)
-        return tree_attention(q, scratch, pages, geometry, self._scale, self._windows[layer])
+        q = rope_qk(qkv, metadata.positions, *rotary, scratch, *norms)
+        return tree_attention(q, scratch, pages, metadata, self._scale, self._windows[layer])
 
     def commit(self, slots: torch.Tensor) -> None:
         """Make the rows of the last step that have a slot, int64 [R], permanent, in all layers at once."""

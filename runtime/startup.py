@@ -9,7 +9,7 @@ from pathlib import Path
 
 from euryale.kernels.linear import quantize
 from euryale.parallel.group import Group
-from euryale.parallel.layout import Layout
+from euryale.parallel.sharding import Layout
 from euryale.runtime.config import EngineConfig, ModelConfig, load_model_config
 from euryale.runtime.kv_cache import KVCache, count_pages
 from euryale.runtime.model import generation_config, medusa_checkpoint, rope

@@ -83,7 +83,7 @@ class StepRunner:
         return self.finish(self.start(plan))
 
     def _hidden_states(self, batch: StepBatch) -> torch.Tensor:
-        return self.decoder.transform(self.decoder.embed_tokens(batch.tokens), self.cache, batch.geometry)
+        return self.decoder.transform(self.decoder.embed_tokens(batch.tokens), self.cache, batch.metadata)
 
     def _decode(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """A whole decoding step, without a look at what it finds."""
@@ -93,7 +93,7 @@ class StepRunner:
     def _conclude(self, batch: StepBatch, hidden_RD: torch.Tensor) -> Outcome | None:
         """What follows the last layer; None if nothing is asked for but its K/V."""
         if not batch.host.emitting:
-            self.cache.commit(batch.geometry.slots)
+            self.cache.commit(batch.metadata.slots)
             logprobs = (
                 StepLogprobs.prepare(self.decoder, hidden_RD, None, batch)
                 if batch.host.kind.has_logits_inputs
@@ -118,7 +118,7 @@ class StepRunner:
         tokens, parents, starts = (
             batch.host.arrays["tokens"],
             batch.host.arrays["parent_rows"],
-            batch.geometry.row_starts,
+            batch.metadata.row_starts,
         )
         results, place = [], 0
         for i in batch.host.emitting:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from euryale.kernels.geometry import SegmentShape, StepGeometry, geometry_arrays
+from euryale.kernels.step_metadata import SegmentShape, StepMetadata, metadata_arrays
 from euryale.kernels.tables import Tables
 from euryale.runtime.sampling.sampler import RowParams, row_arrays
 from euryale.scheduler.sampling_params import SamplingParams
@@ -81,7 +81,7 @@ class StepArrays:
             for s in segments
         ]
         shapes += [SegmentShape(num_new_tokens=count, context=0, parents=_NONE, pages=_NONE) for count in counts]
-        arrays = geometry_arrays(shapes, page_size)
+        arrays = metadata_arrays(shapes, page_size)
         tokens = [s.tokens for s in segments] + [np.zeros(count, dtype=np.int32) for count in counts]
         arrays["tokens"] = np.concatenate(tokens).astype(np.int32, copy=False)
         emitting = [i for i, segment in enumerate(segments) if segment.emits_tokens]
@@ -137,7 +137,7 @@ class StepBatch:
     """
 
     host: StepArrays
-    geometry: StepGeometry
+    metadata: StepMetadata
     tokens: torch.Tensor
     decided: torch.Tensor | None
     decided_at: torch.Tensor | None
@@ -157,14 +157,14 @@ class StepMemory:
         """Holds ``host``'s arrays. ``num_pages``: room for so many page ids, for memory that is filled again."""
         self._tables = Tables(host.arrays, device, {"pages": num_pages} if num_pages else None)
         tensors = self._tables.tensors
-        geometry = StepGeometry.of(host.shapes, page_size, host.arrays, tensors, is_refilled=num_pages > 0)
+        metadata = StepMetadata.of(host.shapes, page_size, host.arrays, tensors, is_refilled=num_pages > 0)
         rules = None
         if host.kind.is_sampled:
             columns = {name: tensors[name] for name in RowParams.ARRAYS}
             rules = RowParams(is_plain=not host.kind.is_filtered, **columns)
         self.batch = StepBatch(
             host=host,
-            geometry=geometry,
+            metadata=metadata,
             tokens=tensors["tokens"],
             decided=tensors.get("decided"),
             decided_at=tensors.get("decided_at"),
@@ -176,7 +176,7 @@ class StepMemory:
         """Return the batch of another step in the same memory, after which the one before must not be used any more;
         None if the step does not fit."""
         self._tables.fill(host.arrays)
-        if not self.batch.geometry.refill(host.shapes, host.arrays):
+        if not self.batch.metadata.refill(host.shapes, host.arrays):
             return None
         self.batch = replace(self.batch, host=host)
         return self.batch

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -25,7 +26,7 @@ MAY_IMPORT = {
 MAX_FILE, MAX_FUNCTION, MAX_TEST_FILE = 300, 60, 400
 
 SOURCES = [p for name in PACKAGES for p in sorted((ROOT / name).rglob("*.py"))]
-NATIVE = [p for name in PACKAGES for ending in ("cpp", "h") for p in sorted((ROOT / name).rglob(f"*.{ending}"))]
+NATIVE = [p for name in PACKAGES for ending in ("cpp", "h", "def") for p in sorted((ROOT / name).rglob(f"*.{ending}"))]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
@@ -80,6 +81,52 @@ def test_native_files_stay_small_and_are_built(path):
     extensions = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
     built = {name for extension in extensions for name in extension["sources"] + extension["depends"]}
     assert name_of(path) in built, "a forgotten file would not be in the package"
+
+
+LISTS = (ROOT / "kernels" / "cpu" / "operations.def", ROOT / "parallel" / "collectives.def")
+LISTED = re.compile(r"EURYALE_(?:VECTORISED|PLAIN)\(\w+, [^,]+, (\w+), \(([^()]*)\)\)")
+
+
+def plain(path) -> str:
+    """The text of a C++ file without comments, line breaks and our namespace."""
+    return " ".join(re.sub(r"//.*|\beuryale::", "", path.read_text()).split())
+
+
+def types(parameters: str) -> list[str]:
+    """The types of declared parameters, without their names; of a call's arguments, something else."""
+    return [re.sub(r" ?\b\w+$", "", parameter.strip()) for parameter in parameters.split(",")]
+
+
+@pytest.mark.parametrize(("source", "name", "parameters"), [(p, *f) for p in LISTS for f in LISTED.findall(plain(p))])
+def test_the_signature_of_a_native_function_is_written_once(source, name, parameters):
+    """Once in its list; the only other place is its definition, which a compiler holds against the list."""
+    texts = {name_of(p): plain(p) for p in NATIVE}
+    found = [
+        where
+        for where, text in texts.items()
+        for others in re.findall(rf"\b(?:euryale_)?{name}(?:, )?\(([^()]*)\)", text)
+        if types(others) == types(parameters)
+    ]
+    definition = [where for where in found if where != name_of(source)]
+    assert len(found) == 2, f"{name} is declared in {found}"
+    assert len(definition) == 1
+
+
+def test_only_one_python_file_turns_declarations_into_ctypes():
+    users = {name_of(p) for p in SOURCES if re.search(r"argtypes|CFUNCTYPE", p.read_text())}
+    assert users == {"kernels/cpu/native.py", "scheduler/speculation/tree_builder.py"}
+
+
+@pytest.mark.parametrize("folder", sorted({p.parent for p in SOURCES if p.name == "cpu.py"}), ids=name_of)
+def test_a_cpu_operation_is_known_to_its_folder_and_two_files(folder):
+    """So that a new one touches eight at most: five in its folder, these two, and its test (CONTRIBUTING.md)."""
+    shared = [*(ROOT / "kernels" / "cpu").iterdir(), *(ROOT / "kernels").glob("*.py"), ROOT / "pyproject.toml"]
+    known_to = {
+        name_of(p)
+        for p in shared
+        if p.suffix in (".py", ".cpp", ".h", ".def", ".toml") and re.search(rf"\b{folder.name}\b", p.read_text())
+    }
+    assert known_to == {"kernels/cpu/operations.def", "pyproject.toml"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

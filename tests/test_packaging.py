@@ -14,7 +14,7 @@ def test_a_wheel_imports_away_from_the_checkout(tmp_path):
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     for name in files.stdout.split():
-        is_code = name.endswith((".py", ".toml", ".md", ".cpp", ".h", "LICENSE"))
+        is_code = name.endswith((".py", ".toml", ".md", ".cpp", ".h", ".def", "LICENSE"))
         if name.startswith("src/") or (is_code and not name.startswith(("tests/", "demo/"))):
             target = source / name
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -87,7 +87,7 @@ def rank_windows(model: Ranker, windows: Windows, group: Group) -> list[np.ndarr
     """What the Ranker says along every window: [W, L, K] and twice [W, L, K, R], worked out by all ranks together."""
     count = -(-len(windows) // group.size) * group.size  # FSDP wants every rank to run the model equally often
     found: tuple[list, list, list] = ([], [], [])
-    for number in range(count)[group.share(count)]:
+    for number in range(count)[group.own_items(count)]:
         batch = windows.batch(np.asarray([number % len(windows)])).to(group.device)
         for parts, part in zip(found, model(batch), strict=True):
             parts.append(part[0])

@@ -69,7 +69,7 @@ class StoredHiddenStates:
         """Every rank computes its share; FSDP wants all of them to run the model equally often."""
         step = training.options.batch * self._group.size
         rounded = np.arange(-(-len(training.windows) // step) * step) % len(training.windows)
-        mine = rounded[self._group.share(len(rounded))].reshape(-1, training.options.batch)
+        mine = rounded[self._group.own_items(len(rounded))].reshape(-1, training.options.batch)
         for indices in tqdm(mine, desc="hidden states", unit="batch", disable=not self._group.is_leader):
             batch = training.windows.batch(indices).to(self._group.device)
             with training.autocast():

@@ -75,7 +75,7 @@ def batches(training: Training, step: int) -> list[Batch]:
     options, group = training.options, training.group
     count = options.windows_per_step(group.size)
     indices = order(len(training.windows), step * count, count, options.seed)
-    mine = indices[group.share(count)]
+    mine = indices[group.own_items(count)]
     parts = mine.reshape(options.accumulate, options.batch)
     return [training.windows.batch(part).to(group.device) for part in parts]
 
@@ -113,7 +113,7 @@ def measure(training: Training) -> dict:
     # Every rank runs the model equally often; a window measured twice at the end is the price.
     chosen = np.resize(chosen, math.ceil(len(chosen) / group.size) * group.size)
     found, counts = None, 0
-    for index in chosen[group.share(len(chosen))]:
+    for index in chosen[group.own_items(len(chosen))]:
         batch = windows.batch(np.asarray([index])).to(group.device)
         with training.autocast():
             sums = training.model(batch, task="measure")

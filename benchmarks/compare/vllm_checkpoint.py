@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from euryale.parallel.shard import WHOLE
+from euryale.parallel.sharding import WHOLE
 from euryale.runtime.model.checkpoint import Checkpoint
 from euryale.runtime.model.medusa_checkpoint import MERGED_PREFIX, HeadTensors, load_heads
 

@@ -13,7 +13,7 @@ import torch
 
 from euryale.benchmarks.machine import describe
 from euryale.parallel.group import join
-from euryale.parallel.process_group import ProcessGroup
+from euryale.parallel.torch_collectives import TorchCollectives
 
 SIZES = {"2 KiB": 512, "32 KiB": 8192, "1 MiB": 1 << 18}
 
@@ -34,9 +34,9 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=100)
     args = parser.parse_args()
     group = join(device="cpu")
-    if group.size == 1 or isinstance(group.collectives, ProcessGroup):
+    if group.size == 1 or isinstance(group.collectives, TorchCollectives):
         raise SystemExit("start this with torchrun and several ranks on one host, the CPU kernels built")
-    shared, gloo = group.collectives, ProcessGroup(group.size, group.device)
+    shared, gloo = group.collectives, TorchCollectives(group.size, group.device)
     report = {"machine": describe(), "ranks": group.size, "all_reduce": {}}
     for name, count in SIZES.items():
         x = torch.ones(count)

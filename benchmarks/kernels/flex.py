@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from euryale.kernels.geometry import WORD, SegmentShape, tree_tables
+from euryale.kernels.step_metadata import WORD, SegmentShape, tree_tables
 
 
 def compiled(

@@ -26,11 +26,11 @@ from euryale.benchmarks.machine import best, describe, read_bandwidth
 from euryale.kernels import backend
 from euryale.kernels.add_rms_norm import add_rms_norm
 from euryale.kernels.commit import commit
-from euryale.kernels.geometry import SegmentShape, StepGeometry
 from euryale.kernels.linear import FrozenLinear
 from euryale.kernels.linear.quantize import quantize
 from euryale.kernels.sample import sample
 from euryale.kernels.silu_mul import silu_mul
+from euryale.kernels.step_metadata import SegmentShape, StepMetadata
 from euryale.kernels.top_k import top_k
 from euryale.kernels.tree_attention import tree_attention
 from euryale.runtime.config import DTYPES
@@ -66,7 +66,7 @@ def attention_case(
     num_bytes = 2 * context * kv_heads * dim * dtype.itemsize
     caches = [torch.randn(2, pages, kv_heads, PAGE, dim, **kind) for _ in range(copies_of(num_bytes))]
     q, scratch = torch.randn(nodes, heads, dim, **kind), torch.randn(2, nodes, kv_heads, dim, **kind)
-    ours, theirs = (StepGeometry.build([segment], PAGE, device) for _ in range(2))
+    ours, theirs = (StepMetadata.build([segment], PAGE, device) for _ in range(2))
 
     def reference(copy: int) -> torch.Tensor:
         with backend.forced("reference"):

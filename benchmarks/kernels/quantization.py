@@ -42,7 +42,7 @@ def logits_of(engine: Engine, tokens: torch.Tensor) -> torch.Tensor:
         params=SamplingParams(),
     )
     batch = StepBatch.of(StepPlan(segments=[segment]), size, tokens.device)
-    hidden = decoder.transform(decoder.embed_tokens(batch.tokens), runner.cache, batch.geometry)
+    hidden = decoder.transform(decoder.embed_tokens(batch.tokens), runner.cache, batch.metadata)
     return decoder.logits(hidden)[:, : decoder.shard.vocab_size].float()
 
 

@@ -1,24 +1,25 @@
-"""The walk down every candidate tree: which draft rows are accepted."""
+"""Finds the accepted path in every draft tree."""
 
 import torch
 
 from euryale.kernels.backend import implementation
-from euryale.kernels.geometry import StepGeometry
+from euryale.kernels.step_metadata import StepMetadata
 
 
 def accept(
-    geometry: StepGeometry,
+    metadata: StepMetadata,
     tokens: torch.Tensor,
     next_tokens: torch.Tensor,
     good: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The deepest path of fitting rows of every tree; of equally deep ones the one whose end scores highest,
-    then the first.
+    """Finds the deepest path of matching draft rows in every tree.
 
-    A draft row fits if its token, of ``tokens`` int32 [R], is the one in its parent's place of ``next_tokens`` int32
-    [R]; where ``good`` int8 [R] is not negative, it says instead whether the row fits. ``scores`` float32 [R] (None:
-    all the same). Returns ``last`` int32 [B], the row where each walk ends (the root if nothing is accepted), and
-    ``kept`` int64 [R], the slots of the rows of known tokens and of the drafts on the paths, -1 elsewhere.
+    A draft row matches if its token in ``tokens`` int32 [R] equals its parent's entry in ``next_tokens`` int32 [R].
+    Where ``good`` int8 [R] is not negative, it decides instead: 1 matches, 0 does not. Of equally deep paths the one
+    whose last row has the highest of ``scores`` float32 [R] wins, then the first; None: all scores are equal.
+
+    Returns ``last_rows`` int32 [B], the last row of each path (the root if no draft is accepted), and ``commit_slots``
+    int64 [R]: the slots of rows of known tokens and of accepted drafts, -1 for all other rows.
     """
-    return implementation("accept", tokens.device).accept(geometry, tokens, next_tokens, good, scores)
+    return implementation("accept", tokens.device).accept(metadata, tokens, next_tokens, good, scores)

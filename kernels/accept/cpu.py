@@ -1,26 +1,31 @@
-"""The walk by the compiled kernel (cpu.cpp beside this file)."""
-
-import ctypes
+"""Calls the compiled kernel (cpu.cpp beside this file)."""
 
 import torch
 
 from euryale.kernels import cpu
-from euryale.kernels.geometry import StepGeometry
+from euryale.kernels.step_metadata import StepMetadata
 
 
-def accept(geometry: StepGeometry, tokens, next_tokens, good, scores) -> tuple[torch.Tensor, torch.Tensor]:
+def accept(
+    metadata: StepMetadata,
+    tokens: torch.Tensor,
+    next_tokens: torch.Tensor,
+    good: torch.Tensor | None,
+    scores: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See the package's public function."""
-    last, kept = cpu.empty_ids(len(geometry.num_new_tokens)), cpu.empty(geometry.slots, len(tokens))
+    last_rows = cpu.empty_ids(len(metadata.num_new_tokens))
+    commit_slots = cpu.empty(metadata.slots, len(tokens))
     cpu.library().accept(
-        ctypes.pointer(cpu.step_of(geometry)),
-        geometry.parent_rows.data_ptr(),
-        geometry.depths.data_ptr(),
-        geometry.slots.data_ptr(),
+        cpu.step_of(metadata),
+        metadata.parent_rows.data_ptr(),
+        metadata.depths.data_ptr(),
+        metadata.slots.data_ptr(),
         tokens.data_ptr(),
         next_tokens.data_ptr(),
         None if good is None else good.data_ptr(),
         None if scores is None else scores.data_ptr(),
-        last.data_ptr(),
-        kept.data_ptr(),
+        last_rows.data_ptr(),
+        commit_slots.data_ptr(),
     )
-    return last, kept
+    return last_rows, commit_slots

@@ -3,7 +3,7 @@ namespace euryale {
 namespace EURYALE_ISA {
 namespace norm {
 
-// `sum` = x + residual (x alone where residual is null), rounded to T; `normed` = its RMSNorm. x and sum may be one.
+// `sum` = x + residual, rounded to T (x if residual is null); `normed` = its RMSNorm. `sum` may be x or residual.
 template <class T>
 void row(const T* x, const T* residual, const T* weight, int64_t width, float eps, T* normed, T* sum) {
     const int64_t whole = width / W * W;

@@ -1,11 +1,13 @@
-"""Residual and RMSNorm by the compiled kernel (cpu.h beside this file)."""
+"""Calls the compiled kernel (cpu.h beside this file)."""
 
 import torch
 
 from euryale.kernels import cpu
 
 
-def add_rms_norm(x, residual, weight, eps) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See the package's public function."""
     rows, width = x.shape
     normed = cpu.empty(x, rows, width)

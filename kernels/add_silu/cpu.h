@@ -16,7 +16,7 @@ void add(int64_t count, const T* y, T* x) {
     }
 }
 
-// `y` [parts][rows][part], `x` [rows][width]: the parts lie next to each other in x, the last may be cut off.
+// `y` [parts][rows][part], `x` [rows][width]: the parts are adjacent in x, which may cut off the last one.
 template <class T>
 void run(int64_t parts, int64_t rows, int64_t part, int64_t width, const T* y, T* x) {
     for (int64_t s = 0; s < parts; ++s)

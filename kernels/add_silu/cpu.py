@@ -1,4 +1,4 @@
-"""The residual connection of Medusa heads by the compiled kernel (cpu.h beside this file)."""
+"""Calls the compiled kernel (cpu.h beside this file)."""
 
 import torch
 

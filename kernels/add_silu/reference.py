@@ -1,4 +1,4 @@
-"""The residual connection of Medusa heads in plain PyTorch."""
+"""x + SiLU(y) in plain PyTorch."""
 
 import torch
 import torch.nn.functional as F

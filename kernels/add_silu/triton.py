@@ -1,3 +1,3 @@
-"""The residual connection of Medusa heads on a GPU: a few rows once a step, where PyTorch's own kernels do."""
+"""Uses PyTorch's kernels on GPUs: this runs once per step on a few rows."""
 
 from euryale.kernels.add_silu.reference import add_silu  # noqa: F401

@@ -1,4 +1,4 @@
-"""KV compaction: the accepted rows' K/V of all layers go from the step's scratch to the tail of the pages."""
+"""Copies accepted rows' keys and values from the step's scratch to the KV pages."""
 
 import torch
 
@@ -6,10 +6,10 @@ from euryale.kernels.backend import implementation
 
 
 def commit(cache: torch.Tensor, scratch: torch.Tensor, slots: torch.Tensor) -> None:
-    """Copy scratch rows into the cache, in place and for all layers, K and V at once.
+    """Copies scratch rows into the cache, in place, for keys and values of all layers.
 
-    ``cache`` [layers, 2, pages, kv_heads, page_size, head_dim]; ``scratch`` [layers, 2, rows >= R, kv_heads, head_dim];
-    ``slots`` int64 [R], where each row goes: page * page_size + offset, distinct, or -1 if it goes nowhere. Source and
-    destination are different tensors, so the order of the copies does not matter.
+    ``cache`` [layers, 2, pages, kv_heads, page_size, head_dim] and ``scratch`` [layers, 2, rows >= R, kv_heads,
+    head_dim] have one dtype. ``slots`` int64 [R]: the destination page * page_size + offset of each row, or -1 to drop
+    the row. Slots are distinct, and source and destination never overlap, so the order of the copies does not matter.
     """
     implementation("commit", cache.device).commit(cache, scratch, slots)

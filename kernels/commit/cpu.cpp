@@ -1,10 +1,10 @@
-// KV compaction on a CPU.
+// The copy of accepted rows into the KV pages on a CPU.
 #include <cstring>
 
-#include "../cpu/interface.h"
+#include "../cpu/operations.h"
 
-// Rows of the step's scratch [layers, 2, scratch_rows, heads, dim] into the cache [layers, 2, pages, heads, page,
-// dim], where their slot is not negative; `size` bytes of one head's row.
+// Copies rows of `scratch` [layers, 2, scratch_rows, heads, dim] whose slot is not negative to `cache` [layers, 2,
+// pages, heads, page, dim]. `size`: bytes of one head's row.
 extern "C" void euryale_commit(int64_t layers, int64_t pages, int64_t heads, int64_t page, int64_t scratch_rows,
                                int64_t size, char* cache, const char* scratch, int64_t rows, const int64_t* slots) {
     for (int64_t plane = 0; plane < 2 * layers; ++plane) {

@@ -1,4 +1,4 @@
-"""KV compaction by the compiled kernel, one call for all layers (cpu.cpp beside this file)."""
+"""Calls the compiled kernel once for all layers (cpu.cpp beside this file)."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""KV compaction in Triton: one launch for all rows and heads of all layers, K and V."""
+"""The copy in Triton: one launch for all rows, heads and layers, keys and values."""
 
 import torch
 import triton
@@ -26,16 +26,16 @@ def commit(cache: torch.Tensor, scratch: torch.Tensor, slots: torch.Tensor) -> N
 
 @triton.jit
 def _copy_rows(
-    cache,
-    scratch,
-    slots,
-    num_pages,
-    num_rows,
-    heads,
+    cache: tl.tensor,
+    scratch: tl.tensor,
+    slots: tl.tensor,
+    num_pages: tl.tensor,
+    num_rows: tl.tensor,
+    heads: tl.tensor,
     PAGE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
     if slot < 0:

@@ -1,6 +1,6 @@
-// The C interface that kernels/cpu/__init__.py calls: it picks the widest instruction set that the CPU has, once.
+// Picks the widest instruction set that the CPU has, once, and makes the table of functions that Python reads.
 #include "dispatch.h"
-#include "interface.h"
+#include "function_table.h"
 #include "std.h"
 
 namespace {
@@ -38,6 +38,15 @@ const InstructionSet* best() {
 
 const InstructionSet* chosen = best();
 
+// A kernel as one function, which calls that of the instruction set in use.
+template <auto KERNEL>
+struct Dispatched;
+
+template <class R, class... A, R (*euryale::Ops::*KERNEL)(A...)>
+struct Dispatched<KERNEL> {
+    static R call(A... arguments) { return (chosen->ops->*KERNEL)(arguments...); }
+};
+
 }  // namespace
 
 const euryale::Ops* euryale::kernels() { return chosen->ops; }
@@ -46,7 +55,8 @@ extern "C" {
 
 const char* euryale_instruction_set() { return chosen->name; }
 
-// For tests: use a narrower set than the best. 0 if this CPU has none of that name. Packed weights stay behind.
+// For tests: uses a narrower set than the best. Returns 0 if this CPU has none of that name. Weights that were packed
+// before are of no use to the new set.
 int euryale_use(const char* name) {
     for (const InstructionSet& set : instruction_sets())
         if (set.is_here && !std::strcmp(set.name, name)) {
@@ -56,66 +66,16 @@ int euryale_use(const char* name) {
     return 0;
 }
 
-void euryale_tree_attention(const euryale::Step* step, const euryale::Attention* shape, const void* q,
-                            const void* step_k, const void* step_v, const void* cache_k, const void* cache_v,
-                            void* out) {
-    euryale::kernels()->tree_attention(step, shape, q, step_k, step_v, cache_k, cache_v, out);
-}
-
-void euryale_rope_qk(int64_t is_bfloat16, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, void* qkv,
-                     const int64_t* positions, const void* cos, const void* sin, void* step_k, void* step_v,
-                     const void* q_norm, const void* k_norm, float eps) {
-    euryale::kernels()->rope_qk(is_bfloat16, rows, heads, kv_heads, head_dim, qkv, positions, cos, sin, step_k,
-                                step_v, q_norm, k_norm, eps);
-}
-
-void euryale_add_rms_norm(int64_t is_bfloat16, int64_t rows, int64_t width, const void* x, const void* residual,
-                          const void* weight, float eps, void* normed, void* sum) {
-    euryale::kernels()->add_rms_norm(is_bfloat16, rows, width, x, residual, weight, eps, normed, sum);
-}
-
-void euryale_silu_mul(int64_t is_bfloat16, int64_t rows, int64_t width, const void* gate_up, void* out) {
-    euryale::kernels()->silu_mul(is_bfloat16, rows, width, gate_up, out);
-}
-
-void euryale_add_silu(int64_t is_bfloat16, int64_t parts, int64_t rows, int64_t part, int64_t width, const void* y,
-                      void* x) {
-    euryale::kernels()->add_silu(is_bfloat16, parts, rows, part, width, y, x);
-}
-
-void euryale_top_k(int64_t is_bfloat16, int64_t threads, int64_t rows, int64_t width, int64_t valid, int64_t k,
-                   int64_t offset, const void* x, float* values, int32_t* ids) {
-    euryale::kernels()->top_k(is_bfloat16, threads, rows, width, valid, k, offset, x, values, ids);
-}
-
-void euryale_merge_top_k(int64_t num_parts, int64_t rows, int64_t k, const int32_t* parts, int32_t* out) {
-    euryale::kernels()->merge_top_k(num_parts, rows, k, parts, out);
-}
-
-void euryale_sample(int64_t is_bfloat16, int64_t threads, int64_t rows, int64_t width, int64_t valid, int64_t offset,
-                    const void* logits, const float* temperature, const int64_t* keys, float* values, int32_t* ids) {
-    euryale::kernels()->sample(is_bfloat16, threads, rows, width, valid, offset, logits, temperature, keys, values,
-                               ids);
-}
-
-// Elements that packed weights take.
-int64_t euryale_linear_size(int64_t is_bfloat16, int64_t in, int64_t out) {
-    const int64_t panel = euryale::kernels()->linear_panel();
-    return (out + panel - 1) / panel * panel * (is_bfloat16 ? (in + 1) / 2 * 2 : in);
-}
-
-void euryale_linear_pack(int64_t is_bfloat16, int64_t in, int64_t out, const void* weight, void* packed) {
-    euryale::kernels()->linear_pack(is_bfloat16, in, out, weight, packed);
-}
-
-void euryale_linear_run(int64_t is_bfloat16, int64_t threads, int64_t rows, int64_t in, int64_t out, const void* x,
-                        const void* packed, const void* bias, void* y) {
-    euryale::kernels()->linear_run(is_bfloat16, threads, rows, in, out, x, packed, bias, y);
-}
-
-void euryale_quantized_run(int64_t is_bfloat16, int64_t bits, int64_t group, int64_t threads, int64_t rows, int64_t in,
-                           int64_t out, const void* x, const void* packed, const void* bias, void* y) {
-    euryale::kernels()->quantized_run(is_bfloat16, bits, group, threads, rows, in, out, x, packed, bias, y);
+// The entries of operations.def. `entry_size` is the caller's sizeof(Entry); null if it differs.
+const euryale::Entry* euryale_operations(int64_t entry_size) {
+    static const euryale::Entry table[] = {
+#define EURYALE_STRUCTURE(name, ...) {"struct " #name " {" #__VA_ARGS__ "}", nullptr, nullptr},
+#define EURYALE_VECTORISED(recorded, result, name, parameters) \
+    euryale::entry<recorded, Dispatched<&euryale::Ops::name>::call>(#result " " #name #parameters),
+#define EURYALE_PLAIN EURYALE_PLAIN_ENTRY
+#include "operations.def"
+        {}};
+    return entry_size == sizeof *table ? table : nullptr;
 }
 
 }  // extern "C"

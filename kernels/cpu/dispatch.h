@@ -1,6 +1,6 @@
-// The kernels of the instruction set in use: the widest that this CPU has, unless a test chose another.
+// The kernels of the instruction set in use: the widest of this CPU, unless a test chose another.
 #pragma once
-#include "ops.h"
+#include "operations.h"
 
 namespace euryale {
 

@@ -1,4 +1,4 @@
-// Sums of equally long vectors, element by element in the order given, in float32.
+// Sums vectors of equal length element by element, in the order given, in float32.
 namespace euryale {
 namespace EURYALE_ISA {
 namespace reduction {

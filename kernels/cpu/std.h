@@ -1,4 +1,4 @@
-// The standard headers of all kernels; to be included before the instruction set changes.
+// The standard headers of all kernels, included before the instruction set changes.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -10,4 +10,4 @@
 #include <sys/mman.h>
 #endif
 
-#include "ops.h"
+#include "operations.h"

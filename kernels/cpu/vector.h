@@ -1,7 +1,7 @@
 // Vectors of floats in the compiler's own notation, so that one source serves every instruction set.
 //
-// A file that includes this has set LANES (floats of a vector) and EURYALE_ISA (a namespace of its own), and has
-// included the standard headers before any `#pragma GCC target`.
+// The includer has defined LANES (floats per vector) and EURYALE_ISA (a namespace of its own), and has included the
+// standard headers before any `#pragma GCC target`.
 #include <cstdint>
 
 namespace euryale {
@@ -73,7 +73,7 @@ inline float largest(vfloat x) {
     return x[0] > x[1] ? x[0] : x[1];
 }
 
-// e^x with a relative error below 2e-7; arguments below -87 give about 1e-38, above 88 are cut off there.
+// e^x with a relative error below 2e-7. Arguments below -87 give about 1e-38; arguments above 88 count as 88.
 inline vfloat exponential(vfloat x) {
     x = larger(x, broadcast(-87.0f));
     x = select(x < 88.0f, x, broadcast(88.0f));
@@ -110,7 +110,7 @@ inline vfloat logarithm(vfloat x) {
     return f + small + n * 0.693359375f;
 }
 
-// 2^x for x up to 127, with a relative error below 3e-7; nothing at all from -127.5 down.
+// 2^x for x up to 127, with a relative error below 3e-7; 0 for x of -127.5 and below.
 inline vfloat power_of_two(vfloat x) {
     x = larger(x, broadcast(-127.0f));
     const vfloat moved = x + 12583039.0f;  // 1.5 * 2^23 + 127: the lowest bits are the exponent of the result

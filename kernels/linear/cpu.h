@@ -1,7 +1,7 @@
-// y = x W^T + b for few rows on a CPU: W is read once, from memory laid out in the order of reading.
+// y = x W^T + b for few rows on a CPU: W is read once, in the order in which it is stored.
 //
-// W [out, in] is stored in panels of PANEL outputs; within a panel, input by input (bfloat16: two inputs by two), the
-// weights of all its outputs lie together. Outputs beyond `out` and an odd last input are filled up with zeros.
+// W [out, in] is stored in panels of PANEL outputs. A panel holds, for one input after the other (bfloat16: pairs of
+// inputs), the weights of all its outputs. Zeros pad outputs beyond `out` and an odd last input.
 namespace euryale {
 namespace EURYALE_ISA {
 namespace linear {
@@ -12,7 +12,7 @@ constexpr int MAX_TILE = W == 16 ? 6 : 3;  // rows that share one load of the we
 inline int64_t steps_of(int64_t in, float) { return in; }
 inline int64_t steps_of(int64_t in, bfloat16) { return (in + 1) / 2; }
 
-// The weights of one step, one input or in bfloat16 two, for a vector of outputs.
+// The weights of one step (one input, in bfloat16 two) for a vector of outputs.
 inline vfloat operand(const float* weights) { return load(weights); }
 inline vuint operand(const bfloat16* weights) {
     vuint pairs;
@@ -34,7 +34,7 @@ inline vfloat multiply(vfloat acc, vuint pairs, const bfloat16* x) {
 #endif
 }
 
-// Store the first `columns` lanes of a result, at most all.
+// Stores the first `columns` lanes of a result, at most all.
 template <class T>
 inline void put(T* to, vfloat result, int64_t columns) {
     if (columns >= W)
@@ -57,7 +57,7 @@ void tile(int64_t steps, int64_t stride, const T* weights, const T* x, const flo
             put(y + r * out + i * W, acc[r][i] + load(bias + i * W), columns - i * W);
 }
 
-// run(number of rows as a type, first row) for tiles of about equal height: 8 rows are 4 and 4.
+// Calls run(number of rows as a type, first row) for tiles of about equal height: 8 rows are 4 and 4.
 template <class Run>
 void in_tiles(int64_t rows, Run run) {
     for (int64_t row = 0; row < rows;) {
@@ -104,7 +104,7 @@ template <class T>
 void pack(int64_t in, int64_t out, const T* weight, T* packed) {
     const int64_t steps = steps_of(in, T{}), per_step = sizeof(T) == 2 ? 2 : 1, panels = (out + PANEL - 1) / PANEL;
 #ifdef MADV_HUGEPAGE
-    // Before the first touch: large pages spare a step of a large model most of its translation misses.
+    // Before the first write: huge pages avoid most TLB misses of a large model's step.
     const uintptr_t start = ((uintptr_t)packed + 4095) & ~(uintptr_t)4095;
     const uintptr_t end = (uintptr_t)(packed + panels * PANEL * steps * per_step);
     if (end > start) madvise((void*)start, end - start, MADV_HUGEPAGE);
@@ -121,7 +121,11 @@ void pack(int64_t in, int64_t out, const T* weight, T* packed) {
 
 }  // namespace linear
 
-int64_t linear_panel() { return linear::PANEL; }
+// Elements of packed weights: whole panels.
+int64_t linear_size(int64_t is_bfloat16, int64_t in, int64_t out) {
+    const int64_t panels = (out + linear::PANEL - 1) / linear::PANEL;
+    return panels * linear::PANEL * (is_bfloat16 ? 2 * linear::steps_of(in, bfloat16{}) : in);
+}
 
 void linear_pack(int64_t is_bfloat16, int64_t in, int64_t out, const void* weight, void* packed) {
     if (is_bfloat16)

@@ -1,5 +1,4 @@
-"""The compiled matrix products (cpu.h and quantized.h beside this file), whose weights lie in the order in which they
-are read."""
+"""Calls the compiled matrix products (cpu.h and quantized.h beside this file) with weights packed in reading order."""
 
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ _SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)  # of a block's inputs in a word
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantized weight as quantized.h reads it, its bits and the inputs of a group."""
+    """A quantized weight as quantized.h reads it: bits per weight, and ``group``, the inputs that share a scale."""
 
     data: torch.Tensor
     bits: int
@@ -24,7 +23,7 @@ class Packed:
 
 
 def pack(weight: Weight) -> torch.Tensor | Packed:
-    """``weight`` [out, in] in the kernel's order; opaque, and only for the instruction set in use."""
+    """Packs ``weight`` [out, in] for the instruction set in use; the layout is private to its kernels."""
     if isinstance(weight, QuantizedWeight):
         return _pack_quantized(weight)
     library, kind = cpu.library(), cpu.DTYPES[weight.dtype]
@@ -60,8 +59,14 @@ def _pack_quantized(weight: QuantizedWeight) -> Packed:
     return Packed(data, bits, group)
 
 
-def linear(x, packed: torch.Tensor | Packed, bias, out_features: int, out: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + b: [R, out_features]."""
+def linear(
+    x: torch.Tensor,
+    packed: torch.Tensor | Packed,
+    bias: torch.Tensor | None,
+    out_features: int,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Returns x W^T + b [R, out_features]."""
     x = x.contiguous()
     rows, in_features = x.shape
     y = cpu.empty(x, rows, out_features) if out is None else out

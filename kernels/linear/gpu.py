@@ -1,4 +1,4 @@
-"""Quantized weights as torchao's tensors, whose ``F.linear`` picks the GPU's kernels. The numbers are those of CPUs."""
+"""Quantized weights as torchao tensors, whose ``F.linear`` picks the GPU's kernels. CPUs use the same numbers."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from euryale.kernels.linear.quantize import QuantizedWeight, library
 
 
 def tensor(weight: QuantizedWeight) -> torch.Tensor:
-    """A tensor subclass [out, in] of ``weight.dtype``. ValueError for sizes that the kernels do not take."""
+    """A tensor subclass [out, in] of ``weight.dtype``. ValueError for sizes that the kernels do not support."""
     return {"int8": _int8, "int4": _int4, "fp8": _fp8}[weight.kind](weight)
 
 
@@ -17,8 +17,9 @@ def _int8(weight: QuantizedWeight) -> torch.Tensor:
 
 
 def _int4(weight: QuantizedWeight) -> torch.Tensor:
-    """The layout of ``aten::_weight_int4pack_mm``: outputs filled up to a multiple of 8, inputs to one of 1,024; scales
-    and zeros of what is filled up are 0, and so is the weight."""
+    """The layout of ``aten::_weight_int4pack_mm``: outputs padded to a multiple of 8, inputs to a multiple of 1,024.
+    Scales and zeros of the padding are 0, so its weights are 0 too."""
+    assert weight.zeros is not None, "int4 has zeros"
     out, width = weight.shape
     rows, columns = -out % 8, -width % 1024
     values = F.pad(weight.values.int() + 8, (0, columns, 0, rows))
@@ -33,8 +34,8 @@ def _int4(weight: QuantizedWeight) -> torch.Tensor:
 def _fp8(weight: QuantizedWeight) -> torch.Tensor:
     if weight.shape[0] % 16 or weight.shape[1] % 16:
         raise ValueError(
-            f"--quantization fp8 takes no matrix of {list(weight.shape)} on a rank, whose sizes must be multiples of "
-            "16: use another group size, or give int8"
+            f"--quantization fp8 cannot store a rank's matrix of {list(weight.shape)}: sizes must be multiples of 16; "
+            "use another number of ranks or --quantization int8"
         )
     kernel = library("quantize_.common").KernelPreference.TORCH
     float8 = library("quantize_.workflows")

@@ -1,9 +1,10 @@
-// y = x W^T + b with weights of 8 or 4 bits, made floats in registers; x is used as it is, sums are float32.
+// y = x W^T + b with weights of 8 or 4 bits, which become floats in registers. x is not quantized; sums are float32.
 //
-// W lies in panels as in cpu.h; a panel is made of groups of inputs, a group of blocks of 8 inputs. For every vector of
-// outputs a block holds, of 8 bits: 8 vectors of bytes, one an input; of 4 bits: a word an output, in whose low half
-// are the even inputs' weights plus 8, in whose high half the odd ones'. Behind its blocks a group has the panel's
-// scales: of 8 bits floats, of 4 bits bfloat16 scales, then bfloat16 zeros. A weight is its integer * scale + zero.
+// W is stored in panels as in cpu.h. A panel consists of groups of inputs, a group of blocks of 8 inputs. For every
+// vector of outputs a block holds: with 8 bits, 8 vectors of bytes, one per input; with 4 bits, one word per output,
+// whose low half has the even inputs' weights plus 8 and whose high half has the odd inputs'. The panel's scales follow
+// the blocks of a group: with 8 bits float32 scales; with 4 bits bfloat16 scales, then bfloat16 zeros. A weight is its
+// integer * scale + zero.
 namespace euryale {
 namespace EURYALE_ISA {
 namespace quantized {

@@ -1,3 +1,3 @@
-"""The matrix product on a GPU is PyTorch's own, which is cuBLAS."""
+"""Uses PyTorch's matrix product on GPUs, which is cuBLAS."""
 
 from euryale.kernels.linear.reference import empty, linear, pack  # noqa: F401

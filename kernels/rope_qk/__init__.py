@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys, with the optional q/k norm before it."""
+"""Applies rotary position embedding to queries and keys, with an optional RMSNorm per head before it."""
 
 import torch
 
@@ -15,11 +15,11 @@ def rope_qk(
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """Turn queries and keys by each row's position; keys and values go to the step's scratch.
+    """Rotates queries and keys by each row's position and writes keys and values to the step's scratch.
 
-    ``qkv`` [R, (heads + 2 kv_heads) * head_dim], queries, keys, values: consumed. ``positions`` int64 [R] (context +
-    depth, not the row's index); ``cos``, ``sin`` [positions, head_dim / 2] in the dtype of ``qkv``; ``scratch`` [2,
-    rows >= R, kv_heads, head_dim] of this layer, keys and values; ``q_norm``, ``k_norm`` [head_dim], RMSNorm weights
-    applied per head first (Qwen3). Returns the queries [R, heads, head_dim].
+    ``qkv`` [R, (heads + 2 kv_heads) * head_dim]: queries, keys and values, consumed. ``positions`` int64 [R]: context
+    plus depth in the tree, not the row's index. ``cos``, ``sin`` [positions, head_dim / 2], in the dtype of ``qkv``.
+    ``scratch`` [2, rows >= R, kv_heads, head_dim]: this layer's keys and values of the step. ``q_norm``, ``k_norm``
+    [head_dim]: RMSNorm weights with ``eps`` (Qwen3), or None. Returns the queries [R, heads, head_dim].
     """
     return implementation("rope_qk", qkv.device).rope_qk(qkv, positions, cos, sin, scratch, q_norm, k_norm, eps)

@@ -1,4 +1,4 @@
-// Rotary embedding on a CPU: queries turn in place; turned keys, and values, go to the step's scratch.
+// Rotary embedding on a CPU: rotates queries in place, writes rotated keys and values to the step's scratch.
 namespace euryale {
 namespace EURYALE_ISA {
 namespace rope {

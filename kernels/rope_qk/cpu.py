@@ -1,11 +1,20 @@
-"""Rotary embedding by the compiled kernel (cpu.h beside this file)."""
+"""Calls the compiled kernel (cpu.h beside this file)."""
 
 import torch
 
 from euryale.kernels import cpu
 
 
-def rope_qk(qkv, positions, cos, sin, scratch, q_norm, k_norm, eps) -> torch.Tensor:
+def rope_qk(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    scratch: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
     """See the package's public function."""
     rows, width = qkv.shape
     _, _, kv_heads, head_dim = scratch.shape

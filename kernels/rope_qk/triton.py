@@ -1,13 +1,22 @@
-"""Rotary embedding in Triton: queries turn in place; turned keys, and values, go to the step's scratch."""
+"""Rotary embedding in Triton: rotates queries in place, writes rotated keys and values to the step's scratch."""
 
 import torch
 import triton
 import triton.language as tl
 
-_HEADS = 8  # of one program
+_HEADS = 8  # per program
 
 
-def rope_qk(qkv, positions, cos, sin, scratch, q_norm, k_norm, eps) -> torch.Tensor:
+def rope_qk(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    scratch: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
     """See the package's public function."""
     rows, width = qkv.shape
     _, _, kv_heads, head_dim = scratch.shape
@@ -32,8 +41,16 @@ def rope_qk(qkv, positions, cos, sin, scratch, q_norm, k_norm, eps) -> torch.Ten
 
 
 @triton.jit
-def _normed(first, second, weight, exists, at, eps, HEAD_DIM: tl.constexpr):
-    """RMSNorm of heads given as two halves."""
+def _normed(
+    first: tl.tensor,
+    second: tl.tensor,
+    weight: tl.tensor,
+    exists: tl.tensor,
+    at: tl.tensor,
+    eps: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """RMSNorm of heads, each as its two halves."""
     squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
     scale = 1.0 / tl.sqrt(squares / HEAD_DIM + eps)
     low = tl.load(weight + at, mask=exists, other=0.0).to(tl.float32)
@@ -43,21 +60,21 @@ def _normed(first, second, weight, exists, at, eps, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _turn(
-    qkv,
-    positions,
-    cos,
-    sin,
-    step_k,
-    step_v,
-    q_norm,
-    k_norm,
-    eps,
-    heads,
-    kv_heads,
+    qkv: tl.tensor,
+    positions: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    step_k: tl.tensor,
+    step_v: tl.tensor,
+    q_norm: tl.tensor | None,
+    k_norm: tl.tensor,
+    eps: tl.tensor,
+    heads: tl.tensor,
+    kv_heads: tl.tensor,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
-):
+) -> None:
     half: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)

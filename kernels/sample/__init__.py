@@ -8,10 +8,10 @@ from euryale.kernels.backend import implementation
 def sample(
     logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor, num_valid: int, offset: int
 ) -> torch.Tensor:
-    """The largest of ``logits`` / temperature + Gumbel noise among the first ``num_valid`` columns of each row, and its
-    column plus ``offset``, as ``top_k`` gives them: int32 [2, N, 1].
+    """Finds each row's largest value of logit / temperature + Gumbel noise among its first ``num_valid`` columns.
 
-    ``logits`` [N, V]; ``temperature`` float32 [N], at 0 the largest logit itself; ``keys`` int64 [N]. The noise is that
-    of noise.py beside this file, a function of the row's key and the token's id alone.
+    ``logits`` [N, V] float32 or bfloat16. ``temperature`` float32 [N]; 0 takes the largest logit, without noise.
+    ``keys`` int64 [N]: the noise (noise.py beside this file) depends only on a row's key and a token's id, which is its
+    column plus ``offset``. Returns values and token ids packed as by ``top_k``: int32 [2, N, 1].
     """
     return implementation("sample", logits.device).sample(logits, temperature, keys, num_valid, offset)

@@ -1,4 +1,4 @@
-// Gumbel-max sampling on a CPU: the noise of noise.py beside this file, made where it is used.
+// Gumbel-max sampling on a CPU, with the noise of noise.py beside this file.
 namespace euryale {
 namespace EURYALE_ISA {
 namespace gumbel {

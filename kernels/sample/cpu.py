@@ -1,4 +1,4 @@
-"""Gumbel-max sampling by the compiled kernel (cpu.h beside this file)."""
+"""Calls the compiled kernel (cpu.h beside this file)."""
 
 import torch
 

@@ -1,7 +1,7 @@
-"""The noise of sampling: a pure function of (request seed, sample index, position in the answer, token id).
+"""Sampling noise: a pure function of request seed, sample index, output index and token id.
 
-Because nothing else enters, a request draws the same tokens whatever its batch, tree or group is, and a rank
-needs the noise of its own tokens only. The generator is SplitMix64 used as a counter-based one.
+It depends on nothing else, so a request draws the same tokens in every batch, tree and group, and a rank computes the
+noise of its own tokens only. The generator is SplitMix64, used as a counter-based generator.
 """
 
 import torch
@@ -13,14 +13,14 @@ def _signed(x: int) -> int:
     return x - (1 << 64) if x >> 63 else x
 
 
-# The generator's constants as int64 has them.
+# The generator's constants as signed 64-bit integers.
 GOLDEN, MIX_1, MIX_2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-def stream_key(seed: int, sample: int, position: int) -> int:
-    """The key of one position's noise, as a signed 64-bit integer. ``seed`` is unsigned 64-bit."""
+def stream_key(seed: int, sample_index: int, output_index: int) -> int:
+    """The key of the noise for one output token, as a signed 64-bit integer. ``seed`` is unsigned 64-bit."""
     key = 0
-    for value in (seed, sample, position):
+    for value in (seed, sample_index, output_index):
         key = _mix_int((key + value + GOLDEN) & _MASK)
     return _signed(key)
 
@@ -32,16 +32,19 @@ def _mix_int(z: int) -> int:
 
 
 def gumbel(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise, float32, for int64 ``keys`` and global token ``ids`` that broadcast together.
+    """Standard Gumbel noise, float32, for int64 ``keys`` and int64 token ``ids`` of the whole vocabulary; the two are
+    broadcast together.
 
-    u has 32 bits and lies strictly between 0 and 1; log1p keeps the far tail, which 24 bits would cut off at
+    u has 32 bits and lies strictly between 0 and 1. log1p keeps the far tail, which a 24-bit u would cut off at
     -log(2^-24) = 16.6.
     """
-    z = keys + (ids + 1) * GOLDEN  # int64 arithmetic wraps, as the generator wants
+    z = keys + (ids + 1) * GOLDEN  # relies on int64 arithmetic that wraps
     z = (z ^ _shift(z, 30)) * MIX_1
     z = (z ^ _shift(z, 27)) * MIX_2
     bits = _shift(z ^ _shift(z, 31), 32)
-    u = ((bits.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)  # float32 would round the last ones to 1
+    u = ((bits.to(torch.float32) + 0.5) * 2.0**-32).clamp(
+        max=1 - 2.0**-24
+    )  # float32 would round the largest values to 1
     return -torch.log(-torch.log1p(-u))
 
 

@@ -1,4 +1,4 @@
-"""Gumbel-max sampling in Triton: the noise of noise.py beside this file, made where it is used."""
+"""Gumbel-max sampling in Triton: the kernel computes the noise of noise.py beside this file itself."""
 
 import torch
 import triton
@@ -21,7 +21,7 @@ def sample(
 
 
 @triton.jit
-def _gumbel(key, ids):
+def _gumbel(key: tl.tensor, ids: tl.tensor) -> tl.tensor:
     z = key + (ids + 1) * _GOLDEN  # int64 wraps, and its shifts are arithmetic
     z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * _MIX_1
     z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * _MIX_2
@@ -35,7 +35,16 @@ def _gumbel(key, ids):
 
 
 @triton.jit
-def _best_of_blocks(logits, temperature, keys, parts, num_valid, offset, stride, BLOCK: tl.constexpr):
+def _best_of_blocks(
+    logits: tl.tensor,
+    temperature: tl.tensor,
+    keys: tl.tensor,
+    parts: tl.tensor,
+    num_valid: tl.tensor,
+    offset: tl.tensor,
+    stride: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     row, block, rows = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(0)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     exists = columns < num_valid

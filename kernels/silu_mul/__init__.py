@@ -1,4 +1,4 @@
-"""The gate of an MLP."""
+"""Applies the gate of an MLP."""
 
 import torch
 
@@ -6,5 +6,5 @@ from euryale.kernels.backend import implementation
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """SiLU(gate) * up of ``gate_up`` [R, 2 F], gate first: [R, F]."""
+    """Returns SiLU(gate) * up [R, F] for ``gate_up`` [R, 2 F], float32 or bfloat16; the gate comes first."""
     return implementation("silu_mul", gate_up.device).silu_mul(gate_up)

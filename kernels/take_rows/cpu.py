@@ -1,4 +1,4 @@
-"""Rows by their numbers by the compiled kernel (cpu.cpp beside this file)."""
+"""Calls the compiled kernel (cpu.cpp beside this file)."""
 
 import torch
 

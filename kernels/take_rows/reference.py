@@ -1,4 +1,4 @@
-"""Rows by their numbers in plain PyTorch."""
+"""Gathers rows in plain PyTorch."""
 
 import torch
 

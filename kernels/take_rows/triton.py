@@ -1,3 +1,3 @@
-"""Rows by their numbers on a GPU are PyTorch's own."""
+"""Uses PyTorch's kernels on GPUs."""
 
 from euryale.kernels.take_rows.reference import take_rows  # noqa: F401

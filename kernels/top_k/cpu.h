@@ -1,9 +1,9 @@
-// The k largest of every row on a CPU, largest first, of equals the first.
+// The k largest values of every row on a CPU in descending order; the first of equal values wins.
 namespace euryale {
 namespace EURYALE_ISA {
 namespace top {
 
-constexpr int64_t MANY = 1 << 17;  // values that are worth a second thread
+constexpr int64_t MANY = 1 << 17;  // values from which a second thread pays off
 
 // The k largest found so far.
 struct Best {

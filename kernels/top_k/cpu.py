@@ -1,4 +1,4 @@
-"""The largest values by the compiled kernel (cpu.h beside this file)."""
+"""Calls the compiled kernels (cpu.h beside this file)."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The largest values in plain PyTorch: a stable sort, since topk leaves the order of equals open."""
+"""The largest values in plain PyTorch: a stable sort, because topk does not define the order of equal values."""
 
 import torch
 

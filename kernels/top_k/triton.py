@@ -1,4 +1,4 @@
-"""The largest values in Triton: every program finds those of a block of columns, a second kernel merges the blocks."""
+"""The largest values in Triton: each program searches a block of columns, and a second kernel merges the blocks."""
 
 import torch
 import triton
@@ -24,15 +24,23 @@ def merge_top_k(parts: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def pick(x, alive):
-    """The largest of ``x`` where ``alive``, and its place, the first of equals: -inf and the length if nothing is."""
+def pick(x: tl.tensor, alive: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The largest of ``x`` where ``alive``, and its first index; -inf and the length if nothing is alive."""
     places = tl.arange(0, x.shape[0])
     value = tl.max(tl.where(alive, x, float("-inf")), axis=0)
     return value, tl.min(tl.where(alive & (x == value), places, x.shape[0]), axis=0)
 
 
 @triton.jit
-def _largest_of_blocks(x, parts, num_valid, offset, stride, k, BLOCK: tl.constexpr):
+def _largest_of_blocks(
+    x: tl.tensor,
+    parts: tl.tensor,
+    num_valid: tl.tensor,
+    offset: tl.tensor,
+    stride: tl.tensor,
+    k: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     alive = columns < num_valid
@@ -47,7 +55,7 @@ def _largest_of_blocks(x, parts, num_valid, offset, stride, k, BLOCK: tl.constex
 
 
 @triton.jit
-def _merge(parts, out, num_parts, k, BLOCK: tl.constexpr):
+def _merge(parts: tl.tensor, out: tl.tensor, num_parts: tl.tensor, k: tl.tensor, BLOCK: tl.constexpr) -> None:
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     entry = tl.arange(0, BLOCK)
     alive = entry < num_parts * k

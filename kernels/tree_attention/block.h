@@ -1,11 +1,12 @@
-// One block of keys against the query rows of an item: scores, softmax so far, weighted values.
+// One block of keys for the query rows of an item: scores, online softmax, weighted values.
 //
-// Products are taken in words of 32 bits, one float32 number or two of bfloat16 (vector.h). Scores run over words of a
-// key's components: for few rows as dot products, for many from transposed keys, so that a vector holds many keys and
-// no sums across lanes are left. Weighted values run over words of keys: values in bfloat16 are paired first. Weights
-// are rounded to the type of the values.
+// Products use words of 32 bits: one float32 or two bfloat16 numbers (vector.h). Scores sum over words of a key's
+// components: as dot products for few rows; from transposed keys for many rows, so that a vector holds many keys and
+// needs no sums across lanes. Weighted values sum over words of keys, for which bfloat16 values are paired first.
+// Weights are rounded to the type of the values.
 //
-// Loops over sums are unrolled by a pragma, and flat: the compiler keeps sums in registers only if it sees no index.
+// Loops over accumulators are flat and unrolled by a pragma: the compiler keeps accumulators in registers only if no
+// index remains.
 namespace euryale {
 namespace EURYALE_ISA {
 namespace attention {
@@ -15,17 +16,17 @@ constexpr int TILE = W == 16 ? 6 : 3;    // rows that share one load of a vector
 constexpr int QUERY_BLOCK = 64;          // query rows of an item
 constexpr int SLICE = 64;                // words of the keys that are transposed at a time
 constexpr int FEW = 8;                   // query rows up to which scores are dot products
-constexpr float NEVER = -3e38f;          // score of what is not seen
-constexpr float LOWEST = -1e30f;         // below all maxima of what is seen, far above what is not
+constexpr float NEVER = -3e38f;          // score of a masked key
+constexpr float LOWEST = -1e30f;         // below the scores of visible keys, far above NEVER
 
-// Rows of keys and values, wherever they lie.
+// Addresses of rows of keys and values.
 template <class T>
 struct Rows {
     const T *keys[KEYS], *values[KEYS];
     int count = 0, in_context = 0;
 };
 
-// Asks for the rows of the next block while this one is worked on, a few at a time: memory and arithmetic then overlap.
+// Prefetches the rows of the next block, a few at a time, so that memory and arithmetic overlap.
 template <class T>
 struct Ahead {
     const Rows<T>& rows;
@@ -46,7 +47,7 @@ struct Ahead {
 // Query rows, scores and running results of one item; `width` of Block.
 struct Workspace {
     std::vector<float> memory;
-    float *q, *k, *v, *p, *o, *m, *l, *decay;  // q, k, v and the weights in p are of the type of the values
+    float *q, *k, *v, *p, *o, *m, *l, *decay;  // q, k, v and the weights in p have the type of the values
     explicit Workspace(int64_t width) {
         const int64_t rows = QUERY_BLOCK;
         memory.resize(2 * rows * width + SLICE * KEYS + KEYS * width + rows * KEYS + 3 * rows + 16);

@@ -1,19 +1,19 @@
 // Tree attention on a CPU: online softmax over blocks of keys, committed pages first, then the step's own rows.
 //
-// Work is cut into items of (segment, kv head, block of query rows, split of the context). A query row is one head of
-// one step row; the heads of a kv group lie together, so that keys are read once for all of them. Where the context is
-// cut depends on the segment alone: a row's result does not depend on its neighbours or on the number of threads.
+// An item is a segment, a KV head, a block of query rows and a split of the context. A query row is one head of one row
+// of the step; the heads of a KV group are adjacent, so that a key is read once for all of them. Splits depend on the
+// segment alone, so a row's result does not depend on other requests or on the number of threads.
 namespace euryale {
 namespace EURYALE_ISA {
 namespace attention {
 
-constexpr int64_t SPLIT = 512;  // context of an item, where all rows of the segment are one block
+constexpr int64_t SPLIT = 512;  // tokens of an item's context, if one block holds all rows of the segment
 
 struct Item {
     int64_t segment, kv_head, first, count;   // query rows
     int64_t begin, end;                       // context
-    bool has_step;                            // the step's own rows too
-    int64_t partial;                          // where its partial results go, in query rows; -1: straight to the output
+    bool has_step;                            // includes the step's own rows
+    int64_t partial;                          // index of its partial results, in query rows; -1: writes to the output
 };
 
 struct Merge {
@@ -31,33 +31,33 @@ struct Kernel {
     const int64_t dim = shape.head_dim, width = block.width, group = shape.heads / shape.kv_heads;
 
     int64_t row_of(const Item& item, int64_t r) const {
-        return step.row_starts[item.segment] + (item.first + r) / group;
+        return step.starts[item.segment] + (item.first + r) / group;
     }
 
-    bool sees(int64_t certain, int64_t start, int64_t row, int64_t column) const {
-        if (column >= certain) {
-            const int64_t node = column - certain + 1;
-            if (row < certain || !(step.ancestors[(start + row) * 2 + node / 64] >> node % 64 & 1)) return false;
+    bool sees(int64_t num_new, int64_t start, int64_t row, int64_t column) const {
+        if (column >= num_new) {
+            const int64_t node = column - num_new + 1;
+            if (row < num_new || !(step.ancestors[(start + row) * 2 + node / 64] >> node % 64 & 1)) return false;
         } else if (column > row) {
             return false;
         }
         return !shape.window || step.positions[start + row] - step.positions[start + column] < shape.window;
     }
 
-    // The first context position that some row of the item sees.
+    // The first context position that any row of the item attends to.
     int64_t first_seen(const Item& item) const {
         if (!shape.window) return item.begin;
-        int64_t lowest = INT64_MAX;  // positions rise with depth, not with the row: look at all
+        int64_t lowest = INT64_MAX;  // positions rise with depth, not with the row
         for (int64_t r = 0; r < item.count; ++r) lowest = std::min(lowest, step.positions[row_of(item, r)]);
         return std::max(item.begin, std::min(item.end, lowest - shape.window + 1));
     }
 
-    // All keys of the item, block by block: of the context, then of the step. Both may share a block.
+    // Visits all keys of the item, block by block: context first, then the step. A block may hold keys of both.
     void attend(Workspace& w, const Item& item) const {
-        const int64_t start = step.row_starts[item.segment], certain = step.num_new_tokens[item.segment];
+        const int64_t start = step.starts[item.segment], num_new = step.num_new_tokens[item.segment];
         const int64_t page = step.page_size, head_size = page * dim;
         const int32_t* pages = step.pages + step.page_starts[item.segment];
-        // Rows beyond the last of the item are seen by none of it: parents come before children.
+        // No row of the item attends to rows after its last one: parents come before children.
         const int64_t end = item.end + (item.has_step ? (item.first + item.count - 1) / group + 1 : 0);
         const auto collect = [&](int64_t begin, Rows<T>& rows) {
             rows.count = (int)std::max<int64_t>(0, std::min<int64_t>(KEYS, end - begin));
@@ -91,11 +91,11 @@ struct Kernel {
                     const int64_t first = step.positions[start + row] - shape.window + 1 - begin;
                     for (int64_t j = 0; j < std::min<int64_t>(now.in_context, first); ++j) s[j] = NEVER;
                 } else {
-                    // Certain rows up to itself are all seen.
-                    j = (int)std::max<int64_t>(j, item.end - begin + std::min(row + 1, certain));
+                    // The row attends to all new tokens up to itself.
+                    j = (int)std::max<int64_t>(j, item.end - begin + std::min(row + 1, num_new));
                 }
                 for (; j < now.count; ++j)
-                    if (!sees(certain, start, row, begin + j - item.end)) s[j] = NEVER;
+                    if (!sees(num_new, start, row, begin + j - item.end)) s[j] = NEVER;
             });
         }
     }
@@ -127,7 +127,7 @@ struct Kernel {
     }
 
     void write(int64_t segment, int64_t kv_head, int64_t query_row, const float* o, float factor) const {
-        const int64_t row = step.row_starts[segment] + query_row / group, head = kv_head * group + query_row % group;
+        const int64_t row = step.starts[segment] + query_row / group, head = kv_head * group + query_row % group;
         block.write(o, factor, out + (row * shape.heads + head) * dim);
     }
 
@@ -152,7 +152,7 @@ inline void plan(const Step& step, const Attention& shape, std::vector<Item>& it
                  int64_t& num_partials) {
     const int64_t group = shape.heads / shape.kv_heads;
     for (int64_t i = 0; i < step.num_segments; ++i) {
-        const int64_t rows = (step.row_starts[i + 1] - step.row_starts[i]) * group, context = step.contexts[i];
+        const int64_t rows = (step.starts[i + 1] - step.starts[i]) * group, context = step.contexts[i];
         const bool is_split = rows <= QUERY_BLOCK && context > SPLIT;
         for (int64_t head = 0; head < shape.kv_heads; ++head) {
             if (!is_split) {

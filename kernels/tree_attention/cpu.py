@@ -1,21 +1,36 @@
-"""Tree attention by the compiled kernel (cpu.h beside this file)."""
+"""Calls the compiled kernel (cpu.h beside this file)."""
 
-import ctypes
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from euryale.kernels import cpu
-from euryale.kernels.geometry import StepGeometry
+from euryale.kernels.step_metadata import StepMetadata
 
 
-def tree_attention(q, scratch, cache, geometry: StepGeometry, scale: float, window: int | None) -> torch.Tensor:
+def tree_attention(
+    q: torch.Tensor,
+    scratch: torch.Tensor,
+    cache: torch.Tensor,
+    metadata: StepMetadata,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
     """See the package's public function."""
     rows, heads, head_dim = q.shape
     out = cpu.empty(q, rows, heads * head_dim)
     cpu.library().tree_attention(
-        ctypes.pointer(cpu.step_of(geometry)),
-        _shape(cpu.DTYPES[q.dtype], heads, scratch.shape[2], head_dim, q.stride(0), window or 0, scale),
+        cpu.step_of(metadata),
+        _attention(
+            is_bfloat16=cpu.DTYPES[q.dtype],
+            heads=heads,
+            kv_heads=scratch.shape[2],
+            head_dim=head_dim,
+            q_stride=q.stride(0),
+            window=window or 0,
+            scale=scale,
+        ),
         q.data_ptr(),
         *cpu.halves(scratch),
         *cpu.halves(cache),
@@ -25,5 +40,6 @@ def tree_attention(q, scratch, cache, geometry: StepGeometry, scale: float, wind
 
 
 @lru_cache(maxsize=64)
-def _shape(*fields) -> ctypes.Structure:
-    return ctypes.pointer(cpu.Attention(*fields))
+def _attention(**fields: float) -> Any:
+    """A ctypes pointer to an ``Attention`` of operations.def."""
+    return cpu.library().structure("Attention", fields)

@@ -1,8 +1,8 @@
-"""Where Triton's tree attention cuts a step: items of (segment, block of query rows, split of the keys).
+"""Splits a step for Triton's tree attention into items: a segment, a block of query rows, and a split of the keys.
 
-A query row is one head of one step row; the heads of a kv group lie together. The keys of a segment are its context
-and then its own rows. Sizes come from a table, by the segment alone, so that a row's result does not depend on its
-neighbours. A block of query rows with one split goes straight to the output, others leave partial results to merge.
+A query row is one head of one row of the step; the heads of a KV group are adjacent. The keys of a segment are its
+context, then its own rows. Tile sizes depend on the segment alone, so that a row's result does not depend on other
+requests. A block of query rows with one split writes to the output; others write partial results to be merged.
 """
 
 from dataclasses import dataclass
@@ -10,16 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from euryale.kernels.geometry import StepGeometry
+from euryale.kernels.step_metadata import StepMetadata
 from euryale.kernels.tables import Tables
 
-FIELDS, MERGE_FIELDS = 8, 5  # of an item and of a merge
+FIELDS, MERGE_FIELDS = 8, 5  # per item and per merge
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How segments of some number of query rows are cut: ``rows`` query rows and ``keys`` at a time, at most ``split``
-    keys by one program."""
+    """Sizes of one program's work: blocks of ``rows`` query rows and ``keys`` keys, at most ``split`` keys in all."""
 
     rows: int
     keys: int
@@ -28,31 +27,34 @@ class Tile:
     num_stages: int
 
 
-# Segments of up to 16 and up to 512 query rows, and larger ones: few query rows make few programs, so that short
-# splits have to fill the GPU; a prompt chunk fills it by itself, and its partial results would be large.
+# Segments of up to 16 and up to 512 query rows, and larger ones. Few query rows make few programs, so short splits have
+# to fill the GPU. A prompt chunk fills it without splits, and its partial results would be large.
 _LIMITS = (16, 512)
-# By the head dimension, rounded up to a power of two. Keys and values of all stages fit into the 99 kB of shared
-# memory of small GPUs.
+# By the head dimension, rounded up to a power of two. Keys and values of all stages fit into 99 kB, the shared memory
+# of small GPUs.
 _TILES = {
     64: (Tile(16, 128, 512, 4, 2), Tile(64, 64, 1024, 4, 2), Tile(128, 64, 16384, 8, 2)),
     128: (Tile(16, 64, 512, 4, 2), Tile(64, 32, 1024, 4, 2), Tile(128, 32, 16384, 8, 2)),
     256: (Tile(16, 32, 512, 4, 2), Tile(64, 32, 1024, 8, 2), Tile(64, 32, 16384, 8, 2)),
 }
-# float32 products are exact, without tensor cores: they are for tests, not for speed.
+# For tests: exact float32 products, without tensor cores.
 _TILES_FLOAT32 = (Tile(16, 32, 512, 8, 1), Tile(16, 32, 1024, 8, 1), Tile(16, 32, 16384, 8, 1))
 
 
 def kinds(rows: list[int], group: int) -> tuple[int, ...]:
-    """Which tiles segments of so many ``rows`` take, with ``group`` heads per kv head."""
+    """The tile kinds that segments with these numbers of ``rows`` use, with ``group`` query heads per KV head."""
     return tuple(np.unique(np.searchsorted(_LIMITS, np.asarray(rows) * group)).tolist())
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What one launch does. ``items`` int32 [n, 8]: a segment's first row, its rows, its rows of known tokens, its
-    context, where its pages begin; the block's first query row; which split of the keys; where its partial results go,
-    -1: straight to the output. ``merges`` int32 [m, 5]: a segment's first row; the block's first query row; the
-    segment's query rows; the first partial result and how many. ``num_partials`` of the items leave partial results."""
+    """One launch.
+
+    ``items`` int32 [n, 8]: the segment's first row, number of rows, number of new tokens, context and first page; the
+    block's first query row; the index of the split; the index of the partial result (-1: write to the output).
+    ``merges`` int32 [m, 5]: the segment's first row; the block's first query row; the segment's query rows; the first
+    partial result and their number. ``num_partials``: items that write partial results.
+    """
 
     items: np.ndarray
     merges: np.ndarray
@@ -60,26 +62,26 @@ class _Plan:
 
 
 class Work:
-    """A plan on the device: ``tile``, ``items``, ``merges``, and ``counts`` int32 [2], how many of both there are; what
-    is beyond these is room for other steps. ``num_partials``: partial results that there is room for."""
+    """A plan on the device: ``tile``, ``items``, ``merges``, and ``counts`` int32 [2], the numbers of valid items and
+    merges. ``num_partials``: the capacity for partial results."""
 
     def __init__(self, tile: Tile, plan: _Plan, device: torch.device, has_room: bool) -> None:
         self.tile = tile
         arrays, room = self._arrays(plan), {}
-        self._most = (len(plan.items), len(plan.merges), plan.num_partials)
+        self._capacity = [len(plan.items), len(plan.merges), plan.num_partials]
         if has_room:  # powers of two, so that a growing context seldom needs another recording
-            self._most = tuple(n and 1 << max(n - 1, 7).bit_length() for n in self._most)
-            room = {"items": self._most[0] * FIELDS, "merges": self._most[1] * MERGE_FIELDS}
+            self._capacity = [n and 1 << max(n - 1, 7).bit_length() for n in self._capacity]
+            room = {"items": self._capacity[0] * FIELDS, "merges": self._capacity[1] * MERGE_FIELDS}
         self._tables = Tables(arrays, device, room)
         tensors = self._tables.tensors
-        self.items = tensors["items"].view(self._most[0], FIELDS)
-        self.merges = tensors["merges"].view(self._most[1], MERGE_FIELDS)
-        self.counts, self.num_partials = tensors["counts"], self._most[2]
+        self.items = tensors["items"].view(self._capacity[0], FIELDS)
+        self.merges = tensors["merges"].view(self._capacity[1], MERGE_FIELDS)
+        self.counts, self.num_partials = tensors["counts"], self._capacity[2]
 
     def refill(self, plan: _Plan) -> bool:
-        """Take another plan of this tile; False if there is no room."""
+        """Replace the plan by another of the same tile. False if it exceeds the capacity."""
         sizes = (len(plan.items), len(plan.merges), plan.num_partials)
-        if any(size > most for size, most in zip(sizes, self._most, strict=True)):
+        if any(size > most for size, most in zip(sizes, self._capacity, strict=True)):
             return False
         self._tables.fill(self._arrays(plan))
         return True
@@ -91,31 +93,33 @@ class Work:
 
 
 class WorkList:
-    """The launches of a step, ``works``: one per size of tile in it, for ``group`` heads per kv head and heads of
-    ``dim`` places, a power of two."""
+    """The launches of a step, ``works``: one per tile kind that occurs.
+
+    ``group``: query heads per KV head. ``dim``: the head dimension, rounded up to a power of two.
+    """
 
     def __init__(
-        self, geometry: StepGeometry, group: int, dim: int, is_float32: bool, window: int | None, device: torch.device
+        self, metadata: StepMetadata, group: int, dim: int, is_float32: bool, window: int | None, device: torch.device
     ) -> None:
         self._tiles = _TILES_FLOAT32 if is_float32 else _TILES[min(max(dim, 64), 256)]
         self._group, self._window = group, window or 0
-        plans = self._plans(geometry)
+        plans = self._plans(metadata)
         self._kinds = list(plans)
-        self.works = [Work(self._tiles[k], plan, device, geometry.is_refilled) for k, plan in plans.items()]
+        self.works = [Work(self._tiles[k], plan, device, metadata.is_refilled) for k, plan in plans.items()]
 
-    def refill(self, geometry: StepGeometry) -> bool:
-        """Take another step; False if there is no room for it."""
-        plans = self._plans(geometry)
+    def refill(self, metadata: StepMetadata) -> bool:
+        """Replace the step by another. False if it needs other tiles or exceeds the capacity."""
+        plans = self._plans(metadata)
         if list(plans) != self._kinds:
             return False
         return all(work.refill(plan) for work, plan in zip(self.works, plans.values(), strict=True))
 
-    def _plans(self, geometry: StepGeometry) -> dict[int, _Plan]:
-        segments = geometry.segments
+    def _plans(self, metadata: StepMetadata) -> dict[int, _Plan]:
+        segments = metadata.segments
         num_pages = np.asarray([len(s.pages) for s in segments])
         counts = np.asarray([s.num_rows for s in segments])
         columns = (
-            np.asarray(geometry.row_starts[:-1]),
+            np.asarray(metadata.row_starts[:-1]),
             counts,
             np.asarray([s.num_new_tokens for s in segments]),
             np.asarray([s.context for s in segments]),
@@ -127,22 +131,23 @@ class WorkList:
 
 
 def work_list(
-    geometry: StepGeometry, group: int, dim: int, is_float32: bool, window: int | None, device: torch.device
+    metadata: StepMetadata, group: int, dim: int, is_float32: bool, window: int | None, device: torch.device
 ) -> list[Work]:
     """The launches of a step, made once per step (see WorkList)."""
     key = ("tree_attention.triton", group, dim, is_float32, window)
-    if key not in geometry.prepared:
-        geometry.prepared[key] = WorkList(geometry, group, dim, is_float32, window, device)
-    return geometry.prepared[key].works
+    if key not in metadata.prepared:
+        metadata.prepared[key] = WorkList(metadata, group, dim, is_float32, window, device)
+    made: WorkList = metadata.prepared[key]
+    return made.works
 
 
 def _plan(table: np.ndarray, tile: Tile, group: int, window: int) -> _Plan:
     segment, block = _counted(-(-table[:, 1] * group // tile.rows))
-    start, count, certain, context, _ = table[segment].T
+    start, count, num_new, context, _ = table[segment].T
     first = block * tile.rows
-    # A row sees no row after it. The lowest position of a block is that of its first row, or of the first draft.
+    # No row attends to later rows. A block's lowest position is that of its first row or of the first draft.
     end = context + (np.minimum(first + tile.rows, count * group) - 1) // group + 1
-    lowest = context + np.minimum(first // group, certain)
+    lowest = context + np.minimum(first // group, num_new)
     first_split = np.maximum(lowest - window + 1, 0) // tile.split if window else np.zeros_like(end)
     num_splits = -(-end // tile.split) - first_split
     is_split = num_splits > 1
@@ -156,6 +161,6 @@ def _plan(table: np.ndarray, tile: Tile, group: int, window: int) -> _Plan:
 
 
 def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of things of which there are ``counts`` per owner: the owner of each, and which of its owner's it is."""
+    """For ``counts[i]`` things of owner i: the owner of each thing, and its index among its owner's."""
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - (counts.cumsum() - counts)[owner]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from euryale.parallel.shard import WHOLE, Shard
+from euryale.parallel.sharding import WHOLE, Shard
 
 _SAMPLES, _SAMPLE = 64, 1 << 14  # of each file, for the fingerprint; bytes
 

@@ -6,8 +6,8 @@ query heads, K local kv heads, d head dimension.
 
 import torch
 
-from euryale.kernels.geometry import StepGeometry
 from euryale.kernels.silu_mul import silu_mul
+from euryale.kernels.step_metadata import StepMetadata
 from euryale.parallel.linear import (
     ColumnParallelLinear,
     ResidualNorm,
@@ -22,7 +22,7 @@ from euryale.runtime.model.weights import Weights
 
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines [positions, d / 2]
 
-# How each matrix of a checkpoint is shared out (the styles are parallel.layout's); all others are held whole.
+# How each matrix of a checkpoint is shared out (the styles are parallel.sharding's); all others are held whole.
 SHARDING = {
     "model.embed_tokens": "vocabulary",
     "lm_head": "vocabulary",
@@ -48,9 +48,9 @@ class Attention:
         self.q_norm = weights.vector("q_norm.weight", config.head_dim) if has_norm else None
         self.k_norm = weights.vector("k_norm.weight", config.head_dim) if has_norm else None
 
-    def __call__(self, x_RD: torch.Tensor, rotary: Rotary, cache: KVCache, geometry: StepGeometry) -> torch.Tensor:
+    def __call__(self, x_RD: torch.Tensor, rotary: Rotary, cache: KVCache, metadata: StepMetadata) -> torch.Tensor:
         qkv = self.qkv_proj(x_RD)
-        return self.o_proj(cache.attend(self.layer, qkv, rotary, (self.q_norm, self.k_norm, self.eps), geometry))
+        return self.o_proj(cache.attend(self.layer, qkv, rotary, (self.q_norm, self.k_norm, self.eps), metadata))
 
 
 class MLP:
@@ -74,9 +74,9 @@ class DecoderLayer:
         self.post_attention_layernorm = _norm(config, weights, "post_attention_layernorm.weight")
         self.mlp = MLP(config, weights.scope("mlp"))
 
-    def __call__(self, x_RD, residual_RD, rotary: Rotary, cache: KVCache, geometry: StepGeometry):
+    def __call__(self, x_RD, residual_RD, rotary: Rotary, cache: KVCache, metadata: StepMetadata):
         x_RD, residual_RD = self.input_layernorm(x_RD, residual_RD)
-        x_RD = self.self_attn(x_RD, rotary, cache, geometry)
+        x_RD = self.self_attn(x_RD, rotary, cache, metadata)
         x_RD, residual_RD = self.post_attention_layernorm(x_RD, residual_RD)
         return self.mlp(x_RD), residual_RD
 
@@ -104,12 +104,12 @@ class Decoder:
         self.shard = VocabShard(weights.group, vocab, len(lm_head))
         self.rotary = rope.tables(config, num_positions, weights.group.device)
 
-    def transform(self, x_RD: torch.Tensor, cache: KVCache, geometry: StepGeometry) -> torch.Tensor:
+    def transform(self, x_RD: torch.Tensor, cache: KVCache, metadata: StepMetadata) -> torch.Tensor:
         """Embedded rows of a step, as ``embed_tokens`` gives them, to final-norm hidden states [R, D] on every rank.
         ``x_RD`` is consumed."""
         residual_RD = None
         for layer in self.layers:
-            x_RD, residual_RD = layer(x_RD, residual_RD, self.rotary, cache, geometry)
+            x_RD, residual_RD = layer(x_RD, residual_RD, self.rotary, cache, metadata)
         hidden_RD, _ = self.norm(x_RD, residual_RD)
         return hidden_RD
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from euryale.parallel.shard import WHOLE
+from euryale.parallel.sharding import WHOLE
 from euryale.runtime.model import checkpoint
 from euryale.runtime.model.checkpoint import Checkpoint
 

@@ -8,8 +8,7 @@ from tqdm import tqdm
 
 from euryale.kernels.linear.quantize import QuantizedWeight, Weight, quantize
 from euryale.parallel.group import Group
-from euryale.parallel.layout import Layout
-from euryale.parallel.shard import WHOLE, Shard, ceil_div
+from euryale.parallel.sharding import WHOLE, Layout, Shard, ceil_div
 from euryale.runtime.model.checkpoint import Checkpoint, cut
 
 

@@ -46,7 +46,7 @@ def decide(shard: VocabShard, logits_NV: torch.Tensor, batch: StepBatch) -> Acce
     next_R = tokens
     if batch.decided is not None:
         next_R = torch.where(batch.decided_at >= 0, tokens[batch.decided_at.clamp(min=0)], -1)
-    last_rows, commit_slots = accept(batch.geometry, batch.tokens, next_R, good, scores)
+    last_rows, commit_slots = accept(batch.metadata, batch.tokens, next_R, good, scores)
     return AcceptanceResult(next_tokens=tokens, last_rows=last_rows, commit_slots=commit_slots)
 
 
@@ -65,7 +65,7 @@ class _TypicalRows:
         """None if there are none."""
         rules = {i: batch.host.segments[i].params for i in batch.host.emitting}
         chosen = [i for i, r in rules.items() if r.acceptance == "typical" and r.temperature > 0]
-        starts, device = batch.geometry.row_starts, batch.tokens.device
+        starts, device = batch.metadata.row_starts, batch.tokens.device
         pairs = [
             (i, row) for i in chosen for row in range(starts[i] + batch.host.segments[i].num_new_tokens, starts[i + 1])
         ]
@@ -90,7 +90,7 @@ class _TypicalRows:
         own[self.rows] = child_logp
         # Sum from the row up to the root.
         scores, row = torch.zeros_like(own), torch.arange(len(own), device=own.device)
-        for _ in range(batch.geometry.max_depth):
+        for _ in range(batch.metadata.max_depth):
             scores += torch.where(row >= 0, own[row.clamp(min=0)], 0.0)
-            row = torch.where(row >= 0, batch.geometry.parent_rows[row.clamp(min=0)], -1)
+            row = torch.where(row >= 0, batch.metadata.parent_rows[row.clamp(min=0)], -1)
         return good, scores

@@ -14,7 +14,7 @@ Temperature, top-k, top-p, min-p and the draw come after. Each rank changes its 
 import numpy as np
 import torch
 
-from euryale.kernels.geometry import tree_tables
+from euryale.kernels.step_metadata import tree_tables
 from euryale.parallel.vocabulary import VocabShard
 from euryale.runtime.step_batch import StepBatch
 from euryale.scheduler.logits_inputs import LogitsInputs

@@ -127,7 +127,7 @@ class StepLogprobs:
 
 def _score_prompts(decoder: Decoder, hidden_RD: torch.Tensor, batch: StepBatch) -> Scores | None:
     rows, targets, k = [], [], 0
-    for start, segment in zip(batch.geometry.row_starts, batch.host.segments, strict=False):
+    for start, segment in zip(batch.metadata.row_starts, batch.host.segments, strict=False):
         if segment.logits_inputs is not None and len(segment.logits_inputs.targets):
             first = start + segment.logits_inputs.first_target
             rows += range(first, first + len(segment.logits_inputs.targets))

@@ -27,7 +27,7 @@ def each_implementation(request):
         with backend.forced("reference"):
             yield
         return
-    assert cpu.library() is not None, "the CPU kernels are not built: pip install -e ."
+    assert cpu.load() is not None, "the CPU kernels are not built: pip install -e ."
     best = cpu.instruction_set()
     if not cpu.use(request.param):
         pytest.skip(f"this CPU has no {request.param}")

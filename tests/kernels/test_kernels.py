@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from euryale.kernels import backend, cpu
 from euryale.kernels.accept import accept
 from euryale.kernels.add_rms_norm import add_rms_norm
 from euryale.kernels.commit import commit
-from euryale.kernels.geometry import SegmentShape, StepGeometry, tree_tables
 from euryale.kernels.linear import FrozenLinear
 from euryale.kernels.rope_qk import rope_qk
 from euryale.kernels.silu_mul import silu_mul
+from euryale.kernels.step_metadata import SegmentShape, StepMetadata, tree_tables
 from euryale.kernels.tree_attention import tree_attention
 
 CPU, PAGE, NUM_PAGES = torch.device("cpu"), 16, 100
@@ -113,13 +112,13 @@ def expected_attention(kind: str, heads: int, kv_heads: int, dim: int, scale: fl
 @pytest.mark.parametrize("kind", KINDS)
 def test_tree_attention(kind, window):
     segments, q, scratch, cache = attention_case(kind, 6, 2, 20)
-    got = tree_attention(q, scratch, cache, StepGeometry.build(segments, PAGE, CPU), 0.3, window)
+    got = tree_attention(q, scratch, cache, StepMetadata.build(segments, PAGE, CPU), 0.3, window)
     expected = expected_attention(kind, 6, 2, 20, 0.3, window)
     # float32 against float64: rounding of sums over up to 1,000 keys stays below 1e-6; a wrong mask gives > 1e-2.
     assert relative_error(got, expected) < 2e-6
     # bfloat16 inputs have 8 bits: 2^-9 relative rounding of inputs and outputs.
     q, scratch, cache = (x.bfloat16() for x in (q, scratch, cache))
-    low = tree_attention(q, scratch, cache, StepGeometry.build(segments, PAGE, CPU), 0.3, window)
+    low = tree_attention(q, scratch, cache, StepMetadata.build(segments, PAGE, CPU), 0.3, window)
     assert low.dtype == torch.bfloat16
     assert relative_error(low, expected) < 2e-2
 
@@ -129,7 +128,7 @@ def test_tree_attention(kind, window):
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 def test_tree_attention_of_published_shapes(dim, heads):
     segments, q, scratch, cache = attention_case("one long, one short", *heads, dim)
-    got = tree_attention(q, scratch, cache, StepGeometry.build(segments, PAGE, CPU), dim**-0.5, None)
+    got = tree_attention(q, scratch, cache, StepMetadata.build(segments, PAGE, CPU), dim**-0.5, None)
     expected = expected_attention("one long, one short", *heads, dim, dim**-0.5, None)
     assert relative_error(got, expected) < 2e-6  # as above
 
@@ -139,13 +138,13 @@ def test_a_row_of_attention_does_not_depend_on_its_neighbours_or_threads(request
     if "reference" in request.node.name:
         pytest.skip("the reference pads segments to each other")
     segments, q, scratch, cache = attention_case("all at once", 6, 2, 40)
-    together = tree_attention(q, scratch, cache, StepGeometry.build(segments, PAGE, CPU), 0.3)
+    together = tree_attention(q, scratch, cache, StepMetadata.build(segments, PAGE, CPU), 0.3)
     threads, row = torch.get_num_threads(), 0
     torch.set_num_threads(2)
     for segment in segments:
         mine = slice(row, row + segment.num_rows)
-        geometry = StepGeometry.build([segment], PAGE, CPU)
-        alone = tree_attention(q[mine], scratch[:, mine].contiguous(), cache, geometry, 0.3)
+        metadata = StepMetadata.build([segment], PAGE, CPU)
+        alone = tree_attention(q[mine], scratch[:, mine].contiguous(), cache, metadata, 0.3)
         assert torch.equal(alone, together[mine])
         row += segment.num_rows
     torch.set_num_threads(threads)
@@ -154,14 +153,14 @@ def test_a_row_of_attention_does_not_depend_on_its_neighbours_or_threads(request
 def test_positions_slots_and_bits():
     pages = np.asarray([7, 3], dtype=np.int32)
     tree = np.asarray([0, 0, 1], dtype=np.int32)
-    geometry = StepGeometry.build([SegmentShape(num_new_tokens=2, context=14, parents=tree, pages=pages)], PAGE, CPU)
-    assert geometry.positions.tolist() == [14, 15, 16, 16, 17]
-    assert geometry.slots.tolist() == [7 * 16 + 14, 7 * 16 + 15, 3 * 16, 3 * 16, 3 * 16 + 1]
-    assert geometry.parent_rows.tolist() == [-1, -1, 1, 1, 2]
+    metadata = StepMetadata.build([SegmentShape(num_new_tokens=2, context=14, parents=tree, pages=pages)], PAGE, CPU)
+    assert metadata.positions.tolist() == [14, 15, 16, 16, 17]
+    assert metadata.slots.tolist() == [7 * 16 + 14, 7 * 16 + 15, 3 * 16, 3 * 16, 3 * 16 + 1]
+    assert metadata.parent_rows.tolist() == [-1, -1, 1, 1, 2]
     assert tree_tables(tree.tobytes())[1][:, 0].tolist() == [1, 0b11, 0b101, 0b1011]
     bad = SegmentShape(num_new_tokens=1, context=0, parents=np.asarray([1], dtype=np.int32), pages=pages)
     with pytest.raises(ValueError, match="parents come before"):
-        StepGeometry.build([bad], PAGE, CPU)
+        StepMetadata.build([bad], PAGE, CPU)
 
 
 @every_implementation
@@ -204,17 +203,17 @@ def test_accept_finds_the_deepest_then_likeliest_path(is_typical):
             expected_rows |= set(range(first, root + 1)) | {root + n for n in paths[end]}
             deepest = max(deepest, len(paths[end]))
             first += certain + drafts
-        geometry = StepGeometry.build(segments, PAGE, CPU)
+        metadata = StepMetadata.build(segments, PAGE, CPU)
         # Whether a draft fits is what the tokens say, or for half of the rows of a typical request `good`.
         next_tokens = torch.from_numpy(rng.integers(0, 50, first).astype(np.int32))
-        wanted = next_tokens[geometry.parent_rows.clamp(min=0)]
+        wanted = next_tokens[metadata.parent_rows.clamp(min=0)]
         fits, typical = torch.tensor(fits), torch.from_numpy(rng.random(first) < 0.5) & is_typical
         tokens = torch.where(fits ^ typical, wanted, wanted + 1)
         good = torch.where(typical, fits.to(torch.int8), -1).to(torch.int8)
         extra = (good, torch.tensor(scores, dtype=torch.float32)) if is_typical else ()
-        last, kept = accept(geometry, tokens, next_tokens, *extra)
+        last, kept = accept(metadata, tokens, next_tokens, *extra)
         assert last.tolist() == expected_last
-        expected = [slot if row in expected_rows else -1 for row, slot in enumerate(geometry.slots.tolist())]
+        expected = [slot if row in expected_rows else -1 for row, slot in enumerate(metadata.slots.tolist())]
         assert kept.tolist() == expected
     assert deepest >= 4
 
@@ -282,19 +281,3 @@ def test_linear(sizes, rows, dtype):
     for added in (bias, None):
         expected = torch.nn.functional.linear(x.double(), weight.double(), None if added is None else added.double())
         assert relative_error(FrozenLinear(weight, added)(x), expected) < LIMITS[dtype]
-
-
-def test_without_a_compiler_the_reference_runs_and_says_so(monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "__init__.py"))
-    assert cpu.library.__wrapped__() is None
-    assert "install a C++ compiler" in caplog.text
-    (tmp_path / "_native.so").write_bytes(b"not a library")
-    assert cpu.library.__wrapped__() is None
-    assert "must be built again" in caplog.text
-    monkeypatch.undo()
-    monkeypatch.setitem(cpu._SIGNATURES, "silu_mul", (None, [cpu._COUNT]))  # as if the sources had changed
-    caplog.clear()
-    assert cpu.library.__wrapped__() is None
-    assert "silu_mul takes b'v888pp', not b'v8'" in caplog.text
-    monkeypatch.setattr(cpu, "library", lambda: None)
-    assert backend._best.__wrapped__("cpu") == "reference"

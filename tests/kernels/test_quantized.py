@@ -102,12 +102,12 @@ def test_the_tensors_for_gpus_stand_for_the_same_numbers():
     assert torch.equal(
         gpu.tensor(quantize(weight, "fp8")).dequantize(torch.float32), quantize(weight, "fp8").dequantized()
     )
-    with pytest.raises(ValueError, match=r"multiples of 16: use another group size"):
+    with pytest.raises(ValueError, match=r"multiples of 16; use another number of ranks"):
         gpu.tensor(quantize(torch.randn(30, 48), "fp8"))
 
 
 def test_what_cannot_run_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match=r"fp8 needs a GPU.*runs on the CPU: give int8 or int4"):
+    with pytest.raises(ValueError, match=r"fp8 needs a GPU.*runs on the CPU: use int8 or int4"):
         check("fp8", torch.device("cpu"), torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     with pytest.raises(ValueError, match=r"compute capability 8\.9"):

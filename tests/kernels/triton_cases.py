@@ -12,12 +12,12 @@ from euryale.kernels import backend, graph
 from euryale.kernels.accept import accept
 from euryale.kernels.add_rms_norm import add_rms_norm
 from euryale.kernels.commit import commit
-from euryale.kernels.geometry import SegmentShape, StepGeometry
 from euryale.kernels.linear import FrozenLinear
 from euryale.kernels.rope_qk import rope_qk
 from euryale.kernels.sample import sample
 from euryale.kernels.sample.noise import stream_key
 from euryale.kernels.silu_mul import silu_mul
+from euryale.kernels.step_metadata import SegmentShape, StepMetadata
 from euryale.kernels.top_k import merge_top_k, top_k, values_and_ids
 from euryale.kernels.tree_attention import tree_attention, work_list
 from euryale.runtime.step_graphs import StepGraphs
@@ -76,12 +76,12 @@ def segments_of(*cases) -> list[SegmentShape]:
     return made
 
 
-def build(segments: list[SegmentShape]) -> StepGeometry:
-    """Their geometry, with all bits set where it leaves them unused: no kernel may read the rows of known tokens'
+def build(segments: list[SegmentShape]) -> StepMetadata:
+    """Their metadata, with all bits set where it leaves them unused: no kernel may read the rows of known tokens'
     ancestors."""
-    geometry = StepGeometry.build(segments, PAGE, DEVICE)
-    geometry.ancestors[geometry.parent_rows < 0] = -1
-    return geometry
+    metadata = StepMetadata.build(segments, PAGE, DEVICE)
+    metadata.ancestors[metadata.parent_rows < 0] = -1
+    return metadata
 
 
 WIDE_64 = [0] * 9 + list(range(54))
@@ -101,7 +101,7 @@ ATTENTION = {
 
 
 def attention_case(step, heads: int, kv_heads: int, dim: int, dtype):
-    """Geometry, queries with a row stride, scratch longer than needed, cache with NaN in pages of nobody."""
+    """Metadata, queries with a row stride, scratch longer than needed, cache with NaN in pages of nobody."""
     segments, rows = segments_of(*step), sum(certain + len(parents) for certain, _, parents in step)
     torch.manual_seed(0)
     qkv, scratch = random(rows, heads + 2, dim, dtype=dtype), random(2, rows + 1, kv_heads, dim, dtype=dtype)
@@ -113,11 +113,11 @@ def attention_case(step, heads: int, kv_heads: int, dim: int, dtype):
     return build(segments), qkv[:, :heads], scratch, cache
 
 
-def check_attention(geometry, q, scratch, cache, window):
-    (got, _), _ = both(tree_attention, q, scratch, cache, geometry, q.shape[2] ** -0.5, window)
+def check_attention(metadata, q, scratch, cache, window):
+    (got, _), _ = both(tree_attention, q, scratch, cache, metadata, q.shape[2] ** -0.5, window)
     exact = [x.float() for x in (q, scratch, cache)]
     with backend.forced("reference"):
-        expected = tree_attention(*exact, geometry, q.shape[2] ** -0.5, window)
+        expected = tree_attention(*exact, metadata, q.shape[2] ** -0.5, window)
     # Low precision: the weights are rounded once more before they meet the values; in float32 up to 1,000 terms add up.
     assert_close("attention", got, expected.to(q.dtype), 2 * LIMITS[q.dtype])
 
@@ -150,10 +150,10 @@ def test_large_tiles_in_low_precision(window, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_of_attention_does_not_depend_on_its_neighbours(dtype):
     step, row = ATTENTION["several"], 0
-    geometry, q, scratch, cache = attention_case(step, 6, 2, 40, dtype)
+    metadata, q, scratch, cache = attention_case(step, 6, 2, 40, dtype)
     with backend.forced("triton"):
-        together = tree_attention(q, scratch, cache, geometry, 0.3)
-        for segment in geometry.segments:
+        together = tree_attention(q, scratch, cache, metadata, 0.3)
+        for segment in metadata.segments:
             mine = slice(row, row + segment.num_rows)
             alone = build([segment])
             got = tree_attention(q[mine], scratch[:, mine].contiguous(), cache, alone, 0.3)
@@ -195,15 +195,15 @@ def test_accept(is_typical):
                 )
                 for c, _, p in step
             ]
-            geometry = build(segments)
-            rows = geometry.num_rows
+            metadata = build(segments)
+            rows = metadata.num_rows
             # Of two tokens, most drafts have the one that is wanted.
             tokens, wanted = (torch.from_numpy(rng.random(rows) < p).to(DEVICE, torch.int32) for p in (0.9, 0.95))
             good = torch.from_numpy(rng.integers(-1, 2, rows)).to(DEVICE, torch.int8)
             scores = torch.from_numpy(rng.integers(-1, 2, rows)).to(DEVICE, torch.float32)  # many ties
             scores[scores < 0] = -torch.inf
             extra = (good, scores) if is_typical else ()
-            (got, _), (expected, _) = both(accept, geometry, tokens, wanted, *extra)
+            (got, _), (expected, _) = both(accept, metadata, tokens, wanted, *extra)
             assert torch.equal(got[0], expected[0])
             assert torch.equal(got[1], expected[1])
 

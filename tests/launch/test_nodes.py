@@ -54,7 +54,7 @@ def test_two_nodes_serve_and_drain(model):
 
 
 def test_nodes_that_were_started_differently_are_refused(model):
-    said = "error: the ranks were not started alike: --max-tree-nodes is 64 on rank 0"
+    said = "error: the ranks were started with different settings: --max-tree-nodes is 64 on rank 0"
     others = (*FLAGS, "--max-tree-nodes", "8")
     with pytest.raises(AssertionError, match=said), two_nodes(model, 1, others):
         pass

@@ -92,7 +92,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     save(single(), tmp_path, 4)
     for file in (tmp_path / "step-4").glob("*.distcp"):
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match="step-4 cannot be read: remove it to begin again"):
+    with pytest.raises(ValueError, match="step-4 cannot be read: remove it to start from the beginning"):
         load(single(), tmp_path)
 
 
@@ -111,7 +111,7 @@ def test_a_full_disk_is_named_and_the_older_checkpoint_kept(tmp_path):
     model = torch.nn.Linear(200, 200)
     optimizer = torch.optim.AdamW(model.parameters())
     fsdp.save_checkpoint(tmp_path, model, optimizer, 1, single())
-    message = "cannot write a checkpoint.*Make room and give the same command again"
+    message = "cannot write a checkpoint.*Free some space and run the same command again"
     with full_disk(), pytest.raises(ValueError, match=message):
         fsdp.save_checkpoint(tmp_path, model, optimizer, 2, single())
     assert fsdp.load_checkpoint(tmp_path, model, optimizer, single()) == 1

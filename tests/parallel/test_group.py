@@ -66,8 +66,8 @@ def compare(group):
 
 def test_ranks_that_differ_are_named(ranks):
     first, second, third = ranks(3).run(compare)
-    assert "--second is False on rank 0 and something else on 1;" in first
-    assert "--second is True on rank 1 and something else on 0, 2;" in second
+    assert "--second is False on rank 0 and differs on 1;" in first
+    assert "--second is True on rank 1 and differs on 0, 2;" in second
     assert "--second is False on rank 2" in third
     single().agree_on({"--first": 1})
 

@@ -13,16 +13,16 @@ from serving import leftovers
 from support import ROOT, free_port
 
 from euryale.kernels.add_rms_norm import reference
-from euryale.parallel.process_group import ProcessGroup
-from euryale.parallel.shared_memory import CAPACITY, SharedMemory
+from euryale.parallel.shared_memory import CAPACITY, SharedMemoryCollectives
+from euryale.parallel.torch_collectives import TorchCollectives
 
 SIZES = [1, 15, 4096, 4097, CAPACITY // 4, CAPACITY // 4 + 1, CAPACITY + 5]  # one-shot, two-shot, several pieces
 
 
 def both_ways(group, count):
     """What shared memory and gloo make of the same numbers."""
-    assert isinstance(group.collectives, SharedMemory)
-    gloo, found = ProcessGroup(group.size, group.device), []
+    assert isinstance(group.collectives, SharedMemoryCollectives)
+    gloo, found = TorchCollectives(group.size, group.device), []
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(count, generator=torch.Generator().manual_seed(group.rank)).to(dtype)
         gathered = gloo.all_gather(x)
@@ -144,7 +144,7 @@ def test_a_rank_that_does_not_come_is_given_up(three):
     peers = three(1)
     peers[1].send_signal(signal.SIGSTOP)
     for peer in (peers[0], peers[2]):
-        assert "did not come to a collective within 1 s" in peer.stdout.readline()
+        assert "did not join a collective within 1 s" in peer.stdout.readline()
 
 
 def _cpu_ticks(pid: int) -> int:

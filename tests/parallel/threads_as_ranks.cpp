@@ -5,7 +5,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../kernels/cpu/interface.h"
+#include "../../parallel/collectives.h"
 
 constexpr int64_t SIZE = 4, CAPACITY = 1 << 16, ROUNDS = 300;
 

@@ -203,7 +203,7 @@ def refusal(group, directory):
 def test_every_rank_refuses_and_says_what_would_work(ranks, tmp_path):
     make_model(tmp_path, family_config("llama", num_attention_heads=3, num_key_value_heads=1))
     answers = ranks(2).run(refusal, tmp_path)
-    assert answers == ["3 query heads cannot be shared by a group of 2: use a group of 1, 3"] * 2
+    assert answers == ["3 query heads cannot be divided among 2 ranks: use 1, 3"] * 2
 
 
 def save_as(kind: str, base, where):

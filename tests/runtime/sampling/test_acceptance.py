@@ -102,7 +102,7 @@ def test_typical_is_the_formula():
         )
         batch = StepBatch.of(StepPlan(segments=[segment]), 16, torch.device("cpu"))
         got = decide(VocabShard(single(), vocab, vocab), logits.clone(), batch)
-        slots = batch.geometry.slots.tolist()
+        slots = batch.metadata.slots.tolist()
         path, bonus = typical_by_hand(logits, tokens, parents.tolist(), params, trial)
         assert got.commit_slots.tolist() == [slot if n == 0 or n in path else -1 for n, slot in enumerate(slots)]
         assert int(got.next_tokens[got.last_rows[0]]) == bonus

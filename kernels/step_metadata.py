@@ -1,12 +1,14 @@
-"""Who sees whom in one step: the shapes every kernel of a step reads.
+"""The metadata of one step: positions, page slots and tree structure of its rows, which every kernel reads.
 
-Rows of a step lie segment by segment (one segment per request): rows of known tokens first, a chain, then draft rows, a
-tree whose root (node 0) is the last row of a known token and whose node n is the n-th draft row. Legend: R rows, W
-words of ancestor bits.
+A step has one segment of rows per request. A segment begins with a chain of new tokens: known tokens whose keys and
+values are not in the cache yet. Draft tokens follow. They form a tree whose root (node 0) is the last new token and
+whose node n is the n-th draft row. Legend: B segments, R rows, W words of ancestor bits.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +16,13 @@ import torch
 from euryale.kernels.tables import Tables
 
 WORD = 64
-MAX_WORDS = 2  # of ancestor bits: trees of up to 128 nodes
+MAX_WORDS = 2  # of ancestor bits, for trees of up to 128 nodes
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentShape:
-    """Host-side shape of one segment; ``parents`` int32 [drafts], tree nodes; ``pages`` int32 [pages]."""
+    """Host-side shape of one segment: ``num_new_tokens`` rows of known tokens after ``context`` committed tokens;
+    ``parents`` int32 [drafts], the parent node of each draft row; ``pages`` int32 [pages] of the request, in order."""
 
     num_new_tokens: int
     context: int
@@ -28,13 +31,16 @@ class SegmentShape:
 
     @property
     def num_rows(self) -> int:
+        """Rows of known tokens and of drafts."""
         return self.num_new_tokens + len(self.parents)
 
 
 @lru_cache(maxsize=4096)
 def tree_tables(parents: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Depths int32 [nodes] and ancestor bits uint64 [nodes, W] (own bit set) of a tree, root included, from the
-    int32 ``parents`` of its drafts."""
+    """Depths int32 [nodes] and ancestor bits uint64 [nodes, W] of a tree, the root and each node's own bit included.
+
+    ``parents``: the bytes of an int32 array [drafts]. ValueError if a parent does not come before its child.
+    """
     nodes = np.frombuffer(parents, dtype=np.int32)
     depths, bits = [0], [1]
     for node, parent in enumerate(nodes.tolist(), start=1):
@@ -50,9 +56,8 @@ def tree_tables(parents: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class _RowTables:
-    """What a segment's shape alone says of its rows: ``places`` after the context, ``depths``, ``parents`` (rows of the
-    segment, -1 for rows of known tokens), each int64 [n]; ``ancestors`` int64 [n, MAX_WORDS], bits of the tree's
-    nodes."""
+    """What follows from a segment's shape: for its n rows ``places`` (position after the context), ``depths`` and
+    ``parents`` (row in the segment, -1 for known tokens), int64 [n]; ``ancestors`` int64 [n, MAX_WORDS], node bits."""
 
     places: np.ndarray
     depths: np.ndarray
@@ -76,8 +81,8 @@ def _row_tables(num_new_tokens: int, parents: bytes) -> _RowTables:
 
 @lru_cache(maxsize=512)
 def _shape_arrays(shapes: tuple[tuple[int, bytes], ...]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """What the segments' shapes (rows of known tokens, parents) alone say of a step, and every row's place after its
-    context. The arrays are the same objects whenever the shapes are the same."""
+    """The arrays that follow from the segments' shapes (number of new tokens, parents), and every row's place after
+    its context. Equal shapes return the same array objects."""
     tables = [_row_tables(*shape) for shape in shapes]
     counts = [len(t.places) for t in tables]
     starts, of_row = np.cumsum([0, *counts]), np.repeat(np.arange(len(shapes)), counts)
@@ -94,15 +99,18 @@ def _shape_arrays(shapes: tuple[tuple[int, bytes], ...]) -> tuple[dict[str, np.n
 
 
 @dataclass(kw_only=True)
-class StepGeometry:
-    """``segments``, ``row_starts`` [B + 1] and ``max_depth`` on the host. On the device, int64 where nothing else is
-    said:
+class StepMetadata:
+    """The metadata on the host and on the device. Tensors are int64 unless said otherwise.
 
-    of rows: ``positions`` [R] (context + place in the chain or depth), ``segment_of_row`` [R], ``parent_rows`` [R] (-1
-    for rows of known tokens), ``depths`` [R] (0 for rows of known tokens), ``slots`` [R] (where in the paged cache a
-    row goes if it is committed: page * page_size + offset, -1 where the row can never be), ``ancestors`` [R, MAX_WORDS]
-    (bits of the tree's nodes, unused for rows of known tokens); of segments: ``starts`` [B + 1], ``num_new_tokens``,
-    ``contexts`` and ``page_starts`` [B], where a segment's pages begin in ``pages`` int32."""
+    On the host: ``segments``, ``page_size`` in tokens, ``row_starts`` [B + 1], ``max_depth`` of the trees.
+
+    Per row [R]: ``positions`` for RoPE; ``segment_of_row``; ``parent_rows``, -1 for known tokens; ``depths`` in the
+    tree, 0 for known tokens; ``slots`` in the paged cache, page * page_size + offset, -1 if the row has no page;
+    ``ancestors`` [R, MAX_WORDS], bits of tree nodes, unused for known tokens.
+
+    Per segment [B]: ``starts`` [B + 1], first rows; ``num_new_tokens``; ``contexts``, committed tokens;
+    ``page_starts``, the index of a segment's first page in ``pages``, int32.
+    """
 
     segments: list[SegmentShape]
     page_size: int
@@ -119,36 +127,53 @@ class StepGeometry:
     contexts: torch.Tensor
     page_starts: torch.Tensor
     pages: torch.Tensor
-    is_refilled: bool = False  # its tensors will hold other steps of the same shape
-    prepared: dict = field(default_factory=dict)  # what a kernel derives once per step instead of once per layer
+    is_refilled: bool = False  # the tensors will hold other steps of the same shape
+    prepared: dict[Hashable, Any] = field(default_factory=dict, init=False)  # by kernel: what it derives once per step
 
     @property
     def num_rows(self) -> int:
+        """Rows of all segments."""
         return self.row_starts[-1]
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The fields that are tensors, by name."""
+        return {name: getattr(self, name) for name in _TENSORS}
+
     @classmethod
-    def build(cls, segments: list[SegmentShape], page_size: int, device: torch.device) -> "StepGeometry":
-        """Derive everything from the segments' shapes."""
-        arrays = geometry_arrays(segments, page_size)
+    def build(cls, segments: list[SegmentShape], page_size: int, device: torch.device) -> "StepMetadata":
+        """Derive everything from the segments' shapes. ValueError for trees that are malformed or too large."""
+        arrays = metadata_arrays(segments, page_size)
         return cls.of(segments, page_size, arrays, Tables(arrays, device).tensors)
 
     @classmethod
-    def of(cls, segments, page_size: int, arrays: dict[str, np.ndarray], tensors, **options) -> "StepGeometry":
-        """From ``geometry_arrays`` and ``tensors`` of these names."""
-        options |= {"row_starts": arrays["starts"].tolist(), "max_depth": int(arrays["depths"].max())}
-        options |= {name: tensors[name] for name in GEOMETRY_ARRAYS}
-        return cls(segments=segments, page_size=page_size, **options)
+    def of(
+        cls,
+        segments: list[SegmentShape],
+        page_size: int,
+        arrays: dict[str, np.ndarray],
+        tensors: dict[str, torch.Tensor],
+        is_refilled: bool = False,
+    ) -> "StepMetadata":
+        """From ``metadata_arrays`` and device ``tensors`` with the same names."""
+        return cls(
+            segments=segments,
+            page_size=page_size,
+            row_starts=arrays["starts"].tolist(),
+            max_depth=int(arrays["depths"].max()),
+            is_refilled=is_refilled,
+            **{name: tensors[name] for name in _TENSORS},
+        )
 
     def refill(self, segments: list[SegmentShape], arrays: dict[str, np.ndarray]) -> bool:
-        """Take what the host knows of another step, whose arrays of the same shapes are in the tensors' place; False if
-        what was prepared has no room for it."""
+        """Take the host's part of another step, whose ``arrays`` the tensors hold already. False if what kernels have
+        prepared has no room for it."""
         self.segments, self.row_starts = segments, arrays["starts"].tolist()
         self.max_depth = int(arrays["depths"].max())
         self.prepared = {key: made for key, made in self.prepared.items() if hasattr(made, "refill")}
         return all(made.refill(self) for made in self.prepared.values())
 
 
-GEOMETRY_ARRAYS = (
+_TENSORS = (
     "positions",
     "segment_of_row",
     "parent_rows",
@@ -163,8 +188,8 @@ GEOMETRY_ARRAYS = (
 )
 
 
-def geometry_arrays(segments: list[SegmentShape], page_size: int) -> dict[str, np.ndarray]:
-    """The tensors of a StepGeometry, as the host makes them."""
+def metadata_arrays(segments: list[SegmentShape], page_size: int) -> dict[str, np.ndarray]:
+    """The tensors of a StepMetadata, computed on the host. ValueError for trees that are malformed or too large."""
     arrays, places = _shape_arrays(tuple((s.num_new_tokens, s.parents.tobytes()) for s in segments))
     of_row = arrays["segment_of_row"]
     num_pages, contexts = np.asarray([len(s.pages) for s in segments]), np.asarray([s.context for s in segments])
