@@ -14,7 +14,15 @@ from euryale.client.connection import close_sockets, is_connected, open_sockets
 from euryale.client.errors import EuryaleError, ProtocolError, ServerLost, TimedOut
 from euryale.client.params import GenerateParams
 from euryale.client.protocol import Delta, HealthReply, ServerInfo
-from euryale.client.session import Exchange, Session, build_generate, lost_error
+from euryale.client.session import (
+    Exchange,
+    Session,
+    build_generate,
+    check_connection,
+    check_generation,
+    check_seconds,
+    lost_error,
+)
 
 
 class AsyncClient:
@@ -28,6 +36,7 @@ class AsyncClient:
         connect_timeout: float = 5.0,
         max_message_bytes: int = protocol.DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
+        check_connection(address, timeout=timeout, connect_timeout=connect_timeout)
         self.address = address
         self.timeout = timeout
         self.connect_timeout = connect_timeout
@@ -62,6 +71,7 @@ class AsyncClient:
 
     async def cancel(self, generation: "AsyncGeneration") -> bool:
         """Ends a generation; False if it had ended already. Reading it raises Cancelled after its last delta."""
+        check_generation(generation, AsyncGeneration)
         message = protocol.Cancel(target=generation.answer.exchange.request_id)
         return (await self._call(message, protocol.CancelReply, self.timeout)).found
 
@@ -99,6 +109,7 @@ class AsyncClient:
     # ---- moving frames
 
     async def _call(self, message: Any, reply_type: type, timeout: float) -> Any:
+        check_seconds(timeout=timeout)
         exchange, frames = self._session.start(message)
         try:
             await self._send(frames)

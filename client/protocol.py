@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from euryale.client.logprobs import Logprobs, pack_logprobs, unpack_logprobs
+from euryale.client.params import PROMPT_RULES
+from euryale.client.rules import shown
 from euryale.client.wire import Ints, Kind, PackedTokens, Tokens, expect, message
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:5555"
 MAX_REQUEST_ID_BYTES = 64
-MAX_CHAT_MESSAGES = 1024
 DEFAULT_MAX_MESSAGE_BYTES = 4 << 20
 # Both sides ping; a peer that answers no ping for this long is gone. Milliseconds.
 HEARTBEAT_INTERVAL_MS = 2_000
@@ -18,13 +19,9 @@ HANDSHAKE_INTERVAL_MS = 5_000
 
 
 def _unpack_chat(value: Any) -> tuple[dict[str, str], ...]:
-    if not isinstance(value, list) or not 0 < len(value) <= MAX_CHAT_MESSAGES:
-        raise ValueError(f"must be a list of 1 to {MAX_CHAT_MESSAGES} maps with the fields role and content")
-    for item in value:
-        if not isinstance(item, dict) or set(item) != {"role", "content"}:
-            raise ValueError("must hold maps with exactly the fields role and content")
-        if not all(isinstance(text, str) for text in item.values()):
-            raise ValueError("must hold maps whose role and content are strings")
+    rule = PROMPT_RULES["messages"]
+    if not rule.fits(value):
+        raise ValueError(f"must be {rule.says}, not {shown(value)}")
     return tuple(value)
 
 
@@ -44,7 +41,7 @@ class Usage:
 def _unpack_usage(value: Any) -> Usage:
     names = ("prompt_tokens", "output_tokens", "decode_steps")
     if not isinstance(value, dict) or not all(type(value.get(name)) is int for name in names):
-        raise ValueError(f"must be a map with the integers {', '.join(names)}")
+        raise ValueError(f"must be a map with the whole numbers {', '.join(names)}, not {shown(value)}")
     return Usage(**{name: value[name] for name in names})
 
 

@@ -19,6 +19,8 @@ from euryale.client.errors import (
     TooLarge,
     error_from_code,
 )
+from euryale.client.params import PROMPT_RULES, check_params
+from euryale.client.rules import Rule, is_text, number, whole
 
 logger = logging.getLogger("euryale.client")
 
@@ -50,6 +52,7 @@ class Session:
     """All requests of one connection. Not for use from several threads, except ``abandon``."""
 
     def __init__(self, max_message_bytes: int = protocol.DEFAULT_MAX_MESSAGE_BYTES) -> None:
+        whole(1, 2**63 - 1, "bytes").check("max_message_bytes", max_message_bytes)
         self.max_message_bytes = max_message_bytes
         self.in_flight: dict[bytes, Exchange] = {}
         self._num_requests = 0
@@ -136,29 +139,63 @@ class Session:
                 yield frames
 
 
+_SECONDS = number(0, 1e9, "seconds")
+_ADDRESS = Rule("tcp://host:port or ipc://path", lambda v: is_text(v) and "://" in v and "\0" not in v)
+
+
+def check_connection(address: object, **seconds: object) -> None:
+    """Raise ValueError, naming it, for an address or a timeout that cannot be used."""
+    _ADDRESS.check("address", address)
+    check_seconds(**seconds)
+
+
+def check_seconds(**seconds: object) -> None:
+    """Raise ValueError, naming it, for a timeout that is no number of seconds."""
+    for name, value in seconds.items():
+        _SECONDS.check(name, value)
+
+
+def check_generation(generation: object, kind: type) -> None:
+    """Raise ValueError unless this is what ``generate`` of the same client class returned."""
+    Rule("what generate() returned", lambda v: isinstance(v, kind)).check("generation", generation)
+
+
 def build_generate(
     prompt: str | None, prompt_tokens: Any, messages: Any, params: Mapping[str, Any]
 ) -> protocol.Generate:
     """The generate message of a call; ``params`` as GenerateParams. A request without a seed gets a random one, so that
     it can be repeated.
 
-    Raises InvalidRequest for anything that cannot be written down; what the values mean is the server's to judge.
+    Raises InvalidRequest, naming what was given and what is right, for anything that no server takes; what depends on
+    the model is the server's to judge.
     """
     given = [x is not None for x in (prompt, prompt_tokens, messages)]
     if sum(given) != 1:
-        raise InvalidRequest("generate takes exactly one of prompt, prompt_tokens and messages")
-    if prompt is not None and not isinstance(prompt, str):
-        raise InvalidRequest(f"prompt must be a string, not {type(prompt).__name__}; token ids go to prompt_tokens")
-    params = {name: value for name, value in params.items() if value is not None}
+        raise InvalidRequest(f"give exactly one of prompt, prompt_tokens and messages, not {sum(given)} of them")
+    params = {name: _plain(value) for name, value in params.items() if value is not None}
     params.setdefault("seed", int.from_bytes(os.urandom(8), "big"))
-    if isinstance(bias := params.get("logit_bias"), Mapping):
-        params["logit_bias"] = {str(token): value for token, value in bias.items()}  # keys are strings on the wire
+    prompts = {"prompt": prompt, "prompt_tokens": _plain(prompt_tokens), "messages": _plain(messages)}
     try:
-        tokens = None if prompt_tokens is None else wire.pack_tokens(tuple(prompt_tokens))
-        chat = None if messages is None else tuple(dict(item) for item in messages)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"{'messages' if prompt_tokens is None else 'prompt_tokens'}: {error}") from None
+        for name, value in prompts.items():
+            if value is not None:
+                PROMPT_RULES[name].check(name, value)
+        check_params(params)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None
+    if "logit_bias" in params:
+        params["logit_bias"] = {str(token): value for token, value in params["logit_bias"].items()}  # keys are strings
+    tokens = None if prompt_tokens is None else wire.pack_tokens(prompts["prompt_tokens"])
+    chat = None if messages is None else tuple(dict(item) for item in prompts["messages"])
     return protocol.Generate(prompt=prompt, prompt_tokens=tokens, messages=chat, params=params)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and sequences of other libraries as Python's own; what is neither stays as it is."""
+    if isinstance(value, str | bytes | Mapping):
+        return value
+    if hasattr(value, "tolist"):  # arrays, and their numbers
+        return value.tolist()
+    return list(value) if isinstance(value, Iterable) else value
 
 
 def lost_error(address: str) -> ServerLost:

@@ -12,7 +12,15 @@ from euryale.client.connection import close_sockets, is_connected, open_sockets
 from euryale.client.errors import ProtocolError, ServerLost, TimedOut
 from euryale.client.params import GenerateParams
 from euryale.client.protocol import Delta, HealthReply, ServerInfo
-from euryale.client.session import Exchange, Session, build_generate, lost_error
+from euryale.client.session import (
+    Exchange,
+    Session,
+    build_generate,
+    check_connection,
+    check_generation,
+    check_seconds,
+    lost_error,
+)
 
 
 class Client:
@@ -32,6 +40,7 @@ class Client:
         connect_timeout: float = 5.0,
         max_message_bytes: int = protocol.DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
+        check_connection(address, timeout=timeout, connect_timeout=connect_timeout)
         self.address = address
         self.timeout = timeout
         self.connect_timeout = connect_timeout
@@ -71,6 +80,7 @@ class Client:
 
     def cancel(self, generation: "Generation") -> bool:
         """Ends a generation; False if it had ended already. Reading it raises Cancelled after its last delta."""
+        check_generation(generation, Generation)
         message = protocol.Cancel(target=generation.answer.exchange.request_id)
         return self._call(message, protocol.CancelReply, self.timeout).found
 
@@ -107,6 +117,7 @@ class Client:
     # ---- moving frames
 
     def _call(self, message: Any, reply_type: type, timeout: float) -> Any:
+        check_seconds(timeout=timeout)
         exchange = self._send(message)
         try:
             reply = self._wait(exchange, timeout)

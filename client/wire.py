@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import msgpack
 
+from euryale.client.rules import MAP, shown
+
 PROTOCOL_VERSION = 2
 MAX_DEPTH = 8
 MAX_ITEMS = 16384  # values and keys in one message; keeps the depth scan, which is plain Python, within milliseconds
@@ -57,31 +59,34 @@ def unpack_tokens(packed: Any) -> tuple[int, ...]:
 def check_packed(packed: Any) -> bytes:
     """Packed token ids as they came. Raises ValueError for anything but bytes of a length divisible by four."""
     if not isinstance(packed, bytes) or len(packed) % 4:
-        raise ValueError("must be a byte string of little-endian int32")
+        raise ValueError(f"must be a byte string of little-endian int32, not {shown(packed)}")
     return packed
+
+
+_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", bytes: "bytes"}
 
 
 def expect(*allowed: type) -> Callable[[Any], Any]:
     """A check that lets values of these types pass; a bool is not an int here."""
-    names = " or ".join(kind.__name__ for kind in allowed)
+    names = " or ".join(_NAMES[kind] for kind in allowed)
 
     def check(value: Any) -> Any:
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            raise ValueError(f"must be of type {names}, not {type(value).__name__}")
+            raise ValueError(f"must be {names}, not {shown(value)}")
         return value
 
     return check
 
 
 def _check_map(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError("must be a map with string keys")
+    if not MAP.fits(value):
+        raise ValueError(f"must be {MAP.says}, not {shown(value)}")
     return value
 
 
 def _check_ints(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(item) is int for item in value):
-        raise ValueError("must be a list of integers")
+        raise ValueError(f"must be a list of whole numbers, not {shown(value)}")
     return tuple(value)
 
 
@@ -90,7 +95,7 @@ Tokens = Annotated[tuple[int, ...], Kind("packed int32", unpack_tokens, pack_tok
 PackedTokens = Annotated[bytes, Kind("packed int32", check_packed)]
 Ints = Annotated[tuple[int, ...], Kind("list of int", _check_ints, list)]
 _KINDS: dict[Any, Kind] = {kind: Kind(kind.__name__, expect(kind)) for kind in (str, int, bool, bytes)}
-_KINDS[float] = Kind("float", lambda value: float(expect(int, float)(value)))
+_KINDS[float] = Kind("float", lambda value: float(expect(float, int)(value)))
 _KINDS[dict] = Kind("map", _check_map)
 
 

@@ -3,16 +3,16 @@
 import ipaddress
 import os
 import stat
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from euryale.client import protocol
+from euryale.client.rules import Rule, number, whole
+from euryale.scheduler.flag import check_flags, flag
 
 MAX_DRAIN_TIMEOUT = 28.0  # torchrun kills its workers 30 seconds after a signal
 
 
-def _flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help, "choices": None})
+NETWORK, CLIENTS = "network", "limits for clients"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,30 +23,46 @@ class FrontEndConfig:
     ``allow_remote``. Raises ValueError, with the way to mend it, for a value that cannot work.
     """
 
-    bind: str = _flag(protocol.DEFAULT_ADDRESS, "tcp://host:port (port 0: any free one) or ipc://path to listen at")
-    allow_remote: bool = _flag(False, "listen at addresses that other machines can reach, without any protection")
-    max_queue: int = _flag(256, "requests in flight, running or waiting; beyond that the answer is 'overloaded'")
-    max_message_bytes: int = _flag(protocol.DEFAULT_MAX_MESSAGE_BYTES, "size of the largest request")
-    max_backlog_bytes: int = _flag(4 << 20, "unread answers after which a client is given up")
-    engine_timeout: float = _flag(60.0, "seconds of silence after which the engine is taken for dead")
-    drain_timeout: float = _flag(
-        20.0, "seconds after the begin of a drain when running requests are cancelled; below 30"
+    bind: str = flag(
+        protocol.DEFAULT_ADDRESS, "address to listen at: tcp://host:port (port 0: any free one) or ipc://path", NETWORK
+    )
+    allow_remote: bool = flag(
+        False,
+        "allow an address that other machines can reach; there is no encryption and no password",
+        NETWORK,
+    )
+    engine_timeout: float = flag(
+        60.0,
+        "seconds without a sign of life after which the engine counts as dead",
+        NETWORK,
+        number(0, 86400, "seconds", above=True),
+    )
+    drain_timeout: float = flag(
+        20.0,
+        "seconds that running requests have to finish when the server stops; then they are cancelled; at most 28",
+        NETWORK,
+        Rule(
+            f"a number of seconds above 0 and at most {MAX_DRAIN_TIMEOUT:g} (torchrun kills its workers 30 "
+            "seconds after it was asked to stop)",
+            number(0, MAX_DRAIN_TIMEOUT, above=True).fits,
+        ),
+    )
+    max_queue: int = flag(
+        256,
+        "most requests in flight, running or waiting; more are answered with 'overloaded'",
+        CLIENTS,
+        whole(1, 1 << 20, "requests"),
+    )
+    max_message_bytes: int = flag(
+        protocol.DEFAULT_MAX_MESSAGE_BYTES, "largest request in bytes", CLIENTS, whole(1, 1 << 30, "bytes")
+    )
+    max_backlog_bytes: int = flag(
+        4 << 20, "bytes of unread answers after which a client is dropped", CLIENTS, whole(1, 1 << 40, "bytes")
     )
 
     def __post_init__(self) -> None:
         check_bind(self.bind, allow_remote=self.allow_remote)
-        for name in ("max_queue", "max_message_bytes", "max_backlog_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("engine_timeout", "drain_timeout"):
-            if not getattr(self, name) > 0:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} must be a positive number of seconds, not {getattr(self, name)}")
-        if self.drain_timeout > MAX_DRAIN_TIMEOUT:
-            raise ValueError(
-                f"--drain-timeout must be at most {MAX_DRAIN_TIMEOUT:.0f} seconds, not {self.drain_timeout}: torchrun "
-                "kills its workers 30 seconds after it was asked to stop, and answers in progress with them"
-            )
+        check_flags(self)
 
 
 def check_bind(address: str, *, allow_remote: bool) -> None:

@@ -134,10 +134,16 @@ class Drain:
 # ---- engine to front end
 
 
+@message("loading")
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """Answer to Attach: the model is being loaded, which may take minutes of silence; Welcome follows."""
+
+
 @message("welcome")
 @dataclass(frozen=True, kw_only=True)
 class Welcome:
-    """Answer to Attach. ``info`` holds model, fingerprint, max_model_len, vocab_size, world_size, num_medusa_heads,
+    """The engine is ready. ``info`` holds model, fingerprint, max_model_len, vocab_size, world_size, num_medusa_heads,
     defaults (a map of SamplingParams fields) and, optionally, max_request_tokens (prompt and answer together)."""
 
     info: dict
@@ -182,7 +188,7 @@ class Drained:
 
 
 TO_ENGINE = {cls.type: cls for cls in (Attach, Failed, AddRequest, CancelRequest, Drain)}
-TO_FRONT_END = {cls.type: cls for cls in (Welcome, StepOutput, Rejected, Stats, BeginDrain, Drained)}
+TO_FRONT_END = {cls.type: cls for cls in (Loading, Welcome, StepOutput, Rejected, Stats, BeginDrain, Drained)}
 
 
 class _Link:

@@ -54,6 +54,7 @@ class FrontEnd:
         # this thread sleeps: if it was more, it was this process that did not run.
         self._silence = 0.0
         self._longest_sleep = min(1.0, self._config.engine_timeout / LOOKS_BEFORE_LOSS)
+        self._is_loading = False  # the engine loads its model and cannot be heard of
         self._drainers: dict[tuple[bytes, bytes], None] = {}  # client and request id, in order
         self._drain_requested = False  # set by begin_drain, which may run in a signal handler
         self._drain_deadline: float | None = None  # set while draining
@@ -127,7 +128,9 @@ class FrontEnd:
     def _hear_engine(self) -> None:
         messages = self._link.receive()
         now = time.monotonic()
-        self._silence = 0.0 if messages else self._silence + min(now - self._last_look, self._longest_sleep)
+        self._silence = (
+            0.0 if messages or self._is_loading else self._silence + min(now - self._last_look, self._longest_sleep)
+        )
         self._last_look = now
         for message in messages:
             self._from_engine(message)
@@ -172,6 +175,7 @@ class FrontEnd:
         self._outcome = "group_lost"
 
     def _from_engine(self, message: Any) -> None:
+        self._is_loading = isinstance(message, engine.Loading)
         match message:
             case engine.StepOutput():
                 for output in message.outputs:

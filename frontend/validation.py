@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from euryale.client import protocol
-from euryale.scheduler.sampling_params import PARAMETER_NAMES, SamplingParams
+from euryale.client.params import RULES
+from euryale.client.rules import shown
+from euryale.scheduler.sampling_params import SamplingParams
 
 MAX_STOP_TOKENS = 256
 # A longer text is first counted in pieces, until it is known to have too many tokens or all pieces are counted.
@@ -111,10 +113,10 @@ def _check_tokens(what: str, tokens: Sequence[int] | np.ndarray, limits: Request
 
 def read_params(given: dict[str, Any], prompt_length: int, limits: RequestLimits) -> SamplingParams:
     """The sampling parameters, defaults filled in. Raises RequestError naming what does not fit and the remedy."""
-    unknown = sorted(set(given) - PARAMETER_NAMES)
+    unknown = sorted(set(given) - RULES.keys())
     if unknown:
         names = ", ".join(repr(name[:40]) for name in unknown[:5])
-        raise _refuse(f"unknown sampling parameter {names}; known are {', '.join(sorted(PARAMETER_NAMES))}")
+        raise _refuse(f"unknown sampling parameter {names}; known are {', '.join(sorted(RULES))}")
     room = limits.max_tokens - prompt_length
     values = {**limits.defaults, **{name: value for name, value in given.items() if value is not None}}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -135,8 +137,6 @@ def read_params(given: dict[str, Any], prompt_length: int, limits: RequestLimits
             f"max_tokens {params.max_tokens} and a prompt of {prompt_length} tokens exceed the {limits.max_tokens} "
             f"that one request may have: use max_tokens {room} or less, or a shorter prompt"
         )
-    if len(params.stop_token_ids) > MAX_STOP_TOKENS:
-        raise _refuse(f"stop_token_ids takes at most {MAX_STOP_TOKENS} ids, not {len(params.stop_token_ids)}")
     _check_tokens("stop_token_ids", params.stop_token_ids, limits)
     _check_tokens("logit_bias", [token for token, _ in params.logit_bias], limits)
     return params
@@ -146,5 +146,5 @@ def _read_bias(given: dict[Any, Any]) -> Iterator[tuple[int, Any]]:
     """Pairs of a token id and its bias; the ids of a msgpack map are strings."""
     for key, bias in given.items():
         if not isinstance(key, str) or not key.isascii() or not key.isdecimal() or len(key) > 10:
-            raise _refuse(f"logit_bias maps token ids, written as strings such as '42', to numbers; not {key!r:.40}")
+            raise _refuse(f"logit_bias maps token ids, written as strings such as '42', to numbers; not {shown(key)}")
         yield int(key), bias

@@ -4,70 +4,119 @@ Also runs without torchrun, as a group of one. The last line on stdout is one JS
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # where nothing is installed, this checkout
 
+from transformers import PreTrainedTokenizerBase
+
+from euryale.client.params import ACCEPTANCE_RULES
 from euryale.frontend.tokenizer import load_tokenizer
 from euryale.runtime import offline
-from euryale.runtime.config import EngineConfig
-from euryale.runtime.flags import add_flags, from_flags
+from euryale.runtime.config import EngineConfig, load_model_config
+from euryale.runtime.engine import Engine
+from euryale.runtime.flags import KINDS, METAVARS, FlagParser, add_flags, from_flags
 from euryale.runtime.worker import leave, run_worker
-from euryale.scheduler.sampling_params import ACCEPTANCE_RULES, SamplingParams
+from euryale.scheduler.sampling_params import SamplingParams
 
-# The sampling parameters that are flags as they are; docs/protocol.md says what they mean.
-NUMBERS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "presence_penalty", "frequency_penalty")
-NUMBERS += ("repetition_penalty", "min_tokens", "logprobs", "prompt_logprobs")
+# The sampling parameters that are flags: what each means, and what its default means where the value does not say it.
+SAMPLING = {
+    "max_tokens": ("most tokens of an answer, unless its line says otherwise", ""),
+    "min_tokens": ("tokens before which an answer does not end", ""),
+    "temperature": ("spread of the draw, from 0.001 to 100", "0, greedy"),
+    "top_k": ("draw from so many of the likeliest tokens", "0, from all"),
+    "top_p": ("draw from the likeliest tokens that together have this probability", "1, from all"),
+    "min_p": ("draw from tokens with at least this fraction of the likeliest one's probability", "0, from all"),
+    "seed": ("what the draw depends on, from 0 to 2**64 - 1", "0, the same in every run"),
+    "presence_penalty": ("taken off the logit of every token the answer holds, from -2 to 2", "0, off"),
+    "frequency_penalty": ("taken off a logit for each time the answer holds the token, from -2 to 2", "0, off"),
+    "repetition_penalty": ("divides the logits of tokens in prompt and answer, from 0.01 to 100", "1, off"),
+    "logprobs": ("write log-probabilities of the answer, and of so many likeliest tokens, 0 to 20", "none"),
+    "prompt_logprobs": ("the same of the prompt, 0 to 20", "none"),
+    "n": ("independent answers to each prompt, 1 to 128", ""),
+    "acceptance": ("which draft tokens are accepted: exact changes no token, typical is lossy and faster", ""),
+}
+FLAG_OF = {"n": "samples"}  # torchrun would take --n for a flag of its own
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--prompts", type=Path, required=True, help='JSONL of {"id", "prompt" or "prompt_tokens"}')
-    parser.add_argument("--out", type=Path, required=True, help="JSONL of answers, in input order")
-    parser.add_argument("--no-speculation", action="store_true", help="one token a step; same as --tree off")
-    for name in NUMBERS:
-        default = getattr(SamplingParams, name)
-        kind = int if default is None else type(default)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default)
-    # torchrun would take --n for a flag of its own.
-    parser.add_argument("--samples", type=int, dest="n", default=1, help="independent answers to each prompt")
-    parser.add_argument("--acceptance", choices=ACCEPTANCE_RULES, default=SamplingParams.acceptance)
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after end-of-sequence tokens")
-    add_flags(parser, EngineConfig)
-    return parser.parse_args()
+@dataclass(frozen=True)
+class Prepared:
+    """What is read and opened before the model is loaded."""
+
+    tokenizer: PreTrainedTokenizerBase
+    jobs: list[offline.Job]
+    out: TextIO
+
+
+def parser() -> FlagParser:
+    found = FlagParser(description=__doc__)
+    files = found.add_argument_group("files")
+    lines = 'JSONL of {"id", "prompt" or "prompt_tokens", "max_tokens" if wanted} (required)'
+    files.add_argument("--prompts", type=Path, required=True, metavar="FILE", help=lines)
+    answers = "JSONL of answers, in input order; overwritten (required)"
+    files.add_argument("--out", type=Path, required=True, metavar="FILE", help=answers)
+    sampling = found.add_argument_group("sampling; docs/protocol.md says more")
+    for name, (text, default) in SAMPLING.items():
+        value = getattr(SamplingParams, name)
+        kind = int if value is None else type(value)
+        flag, words = f"--{FLAG_OF.get(name, name).replace('_', '-')}", f"{text} (default: {default or value})"
+        shape = {"choices": ACCEPTANCE_RULES} if kind is str else {"metavar": METAVARS[kind]}
+        sampling.add_argument(flag, dest=name, type=KINDS.get(kind, kind), default=value, help=words, **shape)
+    sampling.add_argument(
+        "--ignore-eos", action="store_true", help="go on after end-of-sequence tokens (default: end there)"
+    )
+    add_flags(found, EngineConfig)
+    found.add_argument(
+        "--no-speculation", action="store_true", help="one token a step; same as --tree off (default: as --tree says)"
+    )
+    return found
+
+
+@contextlib.contextmanager
+def opened(config: EngineConfig, args: argparse.Namespace) -> Iterator[Prepared]:
+    """Everything that can be found wrong without the model: parameters, prompts, tokenizer, the file of answers."""
+    try:
+        params = SamplingParams(**{name: getattr(args, name) for name in (*SAMPLING, "ignore_eos")})
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise ValueError(f"--{FLAG_OF.get(name, name).replace('_', '-')} {rest}") from None
+    tokenizer = load_tokenizer(config.model, load_model_config(config.model, config.dtype).vocab_size)
+    jobs = list(offline.read_jobs(args.prompts, tokenizer, params))
+    try:
+        out = args.out.open("a", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot write the answers to {args.out}: {error}") from error
+    with out:
+        yield Prepared(tokenizer, jobs, out)
+
+
+def lead(engine: Engine, prepared: Prepared) -> None:
+    interrupted = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # stop between two steps, when no other rank is waiting
+        signal.signal(number, lambda *_: interrupted.set())
+    if Path(prepared.out.name).is_file():  # what an earlier run wrote is kept until here; a pipe has no end to cut
+        prepared.out.truncate(0)
+    summary = offline.generate(engine, prepared.jobs, prepared.tokenizer, prepared.out, interrupted.is_set)
+    print(json.dumps(summary), flush=True)
 
 
 def main() -> int:
-    args = parse()
+    args = parser().parse_args()
 
     def config() -> EngineConfig:
         engine = from_flags(EngineConfig, args)
         return dataclasses.replace(engine, tree="off") if args.no_speculation else engine
 
-    def lead(engine) -> None:
-        params = SamplingParams(**{name: getattr(args, name) for name in (*NUMBERS, "n", "acceptance", "ignore_eos")})
-        interrupted = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):  # stop between two steps, when no other rank is waiting
-            signal.signal(number, lambda *_: interrupted.set())
-        tokenizer = load_tokenizer(args.model, engine.loaded.limits.vocab_size)
-        jobs = []
-        for job in offline.read_jobs(args.prompts, tokenizer, params):
-            jobs.append(job)
-            engine.keep_alive()
-        try:
-            out = args.out.open("w", encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"cannot write the answers to {args.out}: {error}") from error
-        with out:
-            summary = offline.generate(engine, jobs, tokenizer, out, interrupted.is_set)
-        print(json.dumps(summary), flush=True)
-
-    return run_worker(config, lead)
+    return run_worker(config, lambda engine: opened(engine, args), lead)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,8 @@ Also runs without torchrun, as a group of one. The last line on stdout is one JS
 was stopped goes on at its last checkpoint when the same command is given again. See docs/training.md.
 """
 
-import argparse
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -20,8 +18,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # where nothi
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from euryale.parallel.group import LOADING_TIMEOUT, join
-from euryale.runtime.flags import add_flags, from_flags
-from euryale.runtime.worker import die_with_parent, leave
+from euryale.runtime.flags import FlagParser, add_flags, from_flags
+from euryale.runtime.worker import leave, refuse, start_worker
 from euryale.training import calibrate, distill, medusa1, medusa2
 from euryale.training.demo import build as demo
 from euryale.training.demo import pretrain
@@ -39,16 +37,19 @@ COMMANDS = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    subcommands = parser.add_subparsers(dest="command", required=True)
+def parser() -> FlagParser:
+    found = FlagParser(description=__doc__, usage="%(prog)s COMMAND FLAGS")
+    subcommands = found.add_subparsers(dest="command", required=True, metavar="COMMAND", prog=found.prog)
     for name, (_, options) in COMMANDS.items():
         about = " ".join(options.__doc__.split())
-        add_flags(subcommands.add_parser(name, help=about, description=about, allow_abbrev=False), options)
-    args = parser.parse_args()
+        add_flags(subcommands.add_parser(name, help=about, description=about), options)
+    return found
+
+
+def main() -> int:
+    args = parser().parse_args()
     run, options = COMMANDS[args.command]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
+    start_worker()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     disable_progress_bar()
     set_verbosity_error()
@@ -59,8 +60,7 @@ def main() -> int:
             logging.getLogger("euryale").setLevel(logging.ERROR)
         result = run(chosen, group)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return refuse(error)
     except KeyboardInterrupt:
         print("stopped: give the same command again and it goes on", file=sys.stderr, flush=True)
         return 130

@@ -213,6 +213,11 @@ def join(timeout: float = 30.0, device: str = "auto") -> Group:
     return dataclasses.replace(group, collectives=shared or group.collectives)
 
 
+def speaks_for_host() -> bool:
+    """Whether this process is the first rank of its host, or the only one; known before the group is joined."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def _share_memory(group: Group, timeout: float, cores: int) -> SharedMemoryCollectives | None:
     """Collectives through memory shared by all ranks of this host, which has ``cores`` CPU cores. None on every rank if
     any rank cannot use it."""

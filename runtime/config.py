@@ -1,97 +1,121 @@
 """Configuration: the engine's settings (flags are generated from them) and the backbone's shape."""
 
 import dataclasses
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig
+from transformers import PreTrainedConfig
 
+from euryale.client.rules import number, whole
 from euryale.kernels.linear.quantize import QUANTIZATIONS
+from euryale.runtime.config_file import read_config
 from euryale.scheduler.admission import STARVATION_BOUND
+from euryale.scheduler.flag import check_flags, flag
 from euryale.scheduler.speculation.tree import MAX_NODES
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def flag(default, help: str, choices: tuple[str, ...] | None = None):
-    """A dataclass field that becomes a command-line flag."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+MODEL, SPECULATION, SCHEDULING = "model", "speculation", "scheduling"
+MEMORY, EXECUTION = "KV cache and memory", "execution and diagnostics"
+MODEL_HELP = "directory of the backbone in Hugging Face format"
+DEVICE_HELP = "what to run on; auto: the GPUs if there are any, else the CPU"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """What one worker group runs. Every field is a flag of the same name in ``launch/``."""
 
-    model: str = flag("", "directory of the backbone in Hugging Face format")
-    medusa: str = flag("", "directory of the Medusa heads (default: those inside --model, if any)")
+    model: str = flag("", MODEL_HELP, MODEL, required=True)
+    medusa: str = flag("", "directory of the Medusa heads", MODEL, empty="those merged into --model, if any")
+    dtype: str = flag(
+        "auto", "of weights and activations; auto: as stored, float16 as bfloat16", MODEL, choices=("auto", *DTYPES)
+    )
+    quantization: str = flag(
+        "none",
+        "of all weight matrices; fp8 needs a GPU of the Hopper generation or later",
+        MODEL,
+        choices=QUANTIZATIONS,
+    )
+    max_model_len: int = flag(
+        0,
+        "most tokens of prompt and answer together",
+        MODEL,
+        whole(0, 2**31 - 1, "tokens"),
+        empty="what the model was made for and the KV cache holds",
+    )
     tree: str = flag(
         "dynamic",
-        "candidate trees: dynamic (made for each step, as large as pays), dynamic:N (always N guesses a request), "
-        "static:FILE (JSON paths; static alone: tree.json beside the heads), chain, off",
+        "draft tokens of each step: dynamic (as many as pay), dynamic:N (N for each request), static:FILE (a JSON "
+        "list of paths), static (the tree.json beside the heads), chain (the likeliest of each head) or off",
+        SPECULATION,
     )
-    max_tree_nodes: int = flag(64, "guesses of one request in a step of dynamic trees, 1 to 127")
-    draft_from_text: bool = flag(True, "dynamic trees use the n-grams of calibration text stored beside the heads")
-    draft_from_traffic: bool = flag(True, "dynamic trees learn n-grams of what was served lately")
-    draft_from_context: bool = flag(True, "dynamic trees learn n-grams of the request's own prompt and answer")
+    max_tree_nodes: int = flag(
+        64, "most draft tokens of one request in a step with --tree dynamic", SPECULATION, whole(1, MAX_NODES - 1)
+    )
+    draft_from_text: bool = flag(
+        True, "dynamic trees use the n-grams of calibration text that lie beside the heads", SPECULATION
+    )
+    draft_from_traffic: bool = flag(True, "dynamic trees learn n-grams from recent requests", SPECULATION)
+    draft_from_context: bool = flag(True, "dynamic trees learn n-grams from the request itself", SPECULATION)
+    cost_cache: bool = flag(
+        True, "keep the profile of step times in the user's cache directory for the next start", SPECULATION
+    )
+    max_num_seqs: int = flag(64, "most requests that run at the same time", SCHEDULING, whole(1, 1 << 16, "requests"))
+    max_num_batched_tokens: int = flag(
+        512, "most tokens of one step, draft tokens included", SCHEDULING, whole(1, 1 << 20, "tokens")
+    )
     max_itl: float = flag(
-        0.0, "milliseconds that prompts let running streams wait for a token, e.g. 50 (default: no bound)"
+        0.0,
+        "longest time in milliseconds between two tokens of a running request that new prompts may cause",
+        SCHEDULING,
+        number(0, 1e9, "milliseconds"),
+        empty="no bound",
     )
-    cost_cache: bool = flag(True, "keep the measured cost of steps for the next start on this machine")
-    dtype: str = flag("auto", "weights and activations", ("auto", *DTYPES))
-    quantization: str = flag(
-        "none", "weights of all matrix products: int8, int4, or on GPUs from Hopper on fp8", QUANTIZATIONS
-    )
-    max_model_len: int = flag(0, "longest prompt plus answer in tokens (default: what the model was made for)")
-    max_num_seqs: int = flag(64, "requests decoded at the same time")
-    max_num_batched_tokens: int = flag(512, "rows of one step: certain tokens and tree nodes together")
-    kv_cache_memory: float = flag(0.0, "GiB of KV cache per rank (default: what the requests can use, at most 1 GiB)")
-    enable_prefix_caching: bool = flag(True, "requests that begin alike share KV pages, which are kept for later ones")
     starvation_bound: int = flag(
-        STARVATION_BOUND, "steps a request may wait before nobody passes it any more or preempts it again"
+        STARVATION_BOUND,
+        "steps that a request may wait before no other is admitted first and none preempts it",
+        SCHEDULING,
+        whole(0, 2**31 - 1, "steps"),
     )
-    gpu_memory_utilization: float = flag(0.9, "share of a GPU's memory to fill when --kv-cache-memory is not given")
-    page_size: int = flag(16, "tokens of one KV-cache page")
-    step_timeout: float = flag(30.0, "seconds a rank waits for the others before the group is given up, at least 5")
-    device: str = flag("auto", "what to run on; auto: the GPUs if there are any", ("auto", "cpu", "cuda"))
+    enable_prefix_caching: bool = flag(True, "requests that begin alike share the KV pages of that part", SCHEDULING)
+    kv_cache_memory: float = flag(
+        0.0,
+        "GiB of KV cache on each rank",
+        MEMORY,
+        number(0, 1e6, "GiB"),
+        empty="what --max-num-seqs requests can use, at most 1 GiB on a CPU and --gpu-memory-utilization on a GPU",
+    )
+    gpu_memory_utilization: float = flag(
+        0.9, "fraction of a GPU's memory to use in all, from 0 to 1", MEMORY, number(0, 1, above=True)
+    )
+    page_size: int = flag(16, "tokens of one KV page", MEMORY, whole(1, 1 << 12, "tokens"))
+    device: str = flag("auto", DEVICE_HELP, EXECUTION, choices=("auto", "cpu", "cuda"))
     loop: str = flag(
         "auto",
-        "overlapped: answers are delivered and requests taken in while the next step runs; auto: so on GPUs",
-        ("auto", "plain", "overlapped"),
+        "overlapped: deliver tokens and take requests while the next step runs; plain: in between; auto: overlapped on "
+        "GPUs",
+        EXECUTION,
+        choices=("auto", "plain", "overlapped"),
     )
-    trace: str = flag("", "file to which each step adds a JSON line: load, guesses, what was accepted, time and pages")
-    eager: bool = flag(False, "call every kernel from Python instead of replaying recorded steps; slower")
+    step_timeout: float = flag(
+        30.0,
+        "seconds that a rank waits for the others before the group ends; at least 5",
+        EXECUTION,
+        number(5, 86400, "seconds"),
+    )
+    eager: bool = flag(False, "call every kernel from Python instead of replaying recorded steps; slower", EXECUTION)
+    trace: str = flag(
+        "", "file that gets one JSON record per step: load, draft tokens, time and KV pages", EXECUTION, empty="none"
+    )
 
     def __post_init__(self) -> None:
-        if not self.model:
-            raise ValueError("--model is missing: give the directory of a model in Hugging Face format")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        check_flags(self)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least --max-num-seqs "
                 f"({self.max_num_seqs}): every running request needs a row; raise the one or lower the other"
             )
-        if not 1 <= self.max_tree_nodes < MAX_NODES:
-            raise ValueError(f"--max-tree-nodes must be from 1 to {MAX_NODES - 1}, not {self.max_tree_nodes}")
-        if not 0 <= self.max_itl < 1e9:
-            raise ValueError(f"--max-itl is a number of milliseconds, 0 for no bound, not {self.max_itl}")
-        if self.max_model_len < 0:
-            raise ValueError(
-                f"--max-model-len is a number of tokens, 0 for what the model allows, not {self.max_model_len}"
-            )
-        if not 0 <= self.kv_cache_memory < 1e6:
-            raise ValueError(f"--kv-cache-memory is a number of GiB, 0 for the default, not {self.kv_cache_memory}")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(
-                f"--gpu-memory-utilization is a share above 0 and at most 1, not {self.gpu_memory_utilization}"
-            )
-        if self.starvation_bound < 0:
-            raise ValueError(f"--starvation-bound must be at least 0 steps, not {self.starvation_bound}")
-        if not self.step_timeout >= 5:
-            raise ValueError(f"--step-timeout must be at least 5 seconds, not {self.step_timeout}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +139,7 @@ class ModelConfig:
     has_o_bias: bool
     has_mlp_bias: bool
     dtype: torch.dtype
-    hf: object = dataclasses.field(repr=False, compare=False)
+    hf: PreTrainedConfig = dataclasses.field(repr=False, compare=False)
 
     @property
     def has_qk_norm(self) -> bool:
@@ -123,22 +147,9 @@ class ModelConfig:
 
 
 def load_model_config(directory: str, dtype: str) -> ModelConfig:
-    """Read ``config.json``; ValueError for a model this runtime cannot run exactly."""
-    if not (Path(directory) / "config.json").is_file():
-        raise ValueError(f"{directory} holds no config.json: give the directory of a model in Hugging Face format")
-    try:
-        hf = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the library's errors are of many kinds
-        raise ValueError(f"cannot read {directory}/config.json: {error}") from error
-    if hf.model_type not in SUPPORTED:
-        raise ValueError(f"model_type {hf.model_type!r} is not supported: it must be one of {', '.join(SUPPORTED)}")
-    if hf.hidden_act != "silu":
-        raise ValueError(f"hidden_act {hf.hidden_act!r} is not supported: it must be 'silu'")
-    if getattr(hf, "quantization_config", None):
-        raise ValueError("quantized checkpoints are not supported: give float32, float16 or bfloat16 weights")
+    """Read ``config.json``; ValueError, naming the field, for a model this runtime cannot run exactly."""
+    hf = read_config(directory)
     num_heads = hf.num_attention_heads
-    if min(num_heads, hf.hidden_size, hf.num_hidden_layers, hf.intermediate_size, hf.vocab_size) < 1:
-        raise ValueError(f"{directory}/config.json has a size below 1: copy it again")
     biased = bool(getattr(hf, "attention_bias", False))
     return ModelConfig(
         family=hf.model_type,
@@ -161,7 +172,7 @@ def load_model_config(directory: str, dtype: str) -> ModelConfig:
     )
 
 
-def _windows(hf) -> tuple[int | None, ...]:
+def _windows(hf: PreTrainedConfig) -> tuple[int | None, ...]:
     window = getattr(hf, "sliding_window", None)
     types = getattr(hf, "layer_types", None)
     if types is None:
@@ -169,7 +180,7 @@ def _windows(hf) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def _dtype(hf, wanted: str) -> torch.dtype:
+def _dtype(hf: PreTrainedConfig, wanted: str) -> torch.dtype:
     if wanted != "auto":
         return DTYPES[wanted]
     stored = hf.dtype if isinstance(hf.dtype, torch.dtype) else getattr(torch, str(hf.dtype or "float32"))

@@ -1,33 +1,102 @@
-"""Command-line flags from configuration dataclasses: one place for a name, a default and a help text."""
+"""Command-line flags from configuration dataclasses: one place for a name, a default and a help text.
+
+Of the ranks that torchrun starts on a host, the first one prints the help and the errors of all.
+"""
 
 import argparse
 import dataclasses
+import re
 import typing
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from euryale.client.rules import shown
+from euryale.parallel.group import speaks_for_host
+from euryale.runtime.worker import refuse
+from euryale.scheduler.flag import flag_name
+
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+class FlagParser(argparse.ArgumentParser):
+    """A parser that says what is wrong with a command on one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, "usage": "%(prog)s FLAGS"} | options)
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with what is wrong, on one line."""
+        message = re.sub(r"^argument (--[\w-]+): must", r"\1 must", message)
+        message = message if len(message) <= 300 else f"{message[:300]}..."
+        self.exit(refuse(ValueError(f"{message} (--help lists all flags)")))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if speaks_for_host():
+            super()._print_message(message, file)
+
+
+def whole_number(text: str) -> int:
+    """The type of flags that are whole numbers."""
+    return _read(int, text, "a whole number")
+
+
+def number(text: str) -> float:
+    """The type of flags that are numbers."""
+    return _read(float, text, "a number")
+
+
+def _read(kind: Callable[[str], Any], text: str, says: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be {says}, not {shown(text)}") from None
+
+
+KINDS: dict[type, Callable[[str], Any]] = {int: whole_number, float: number}
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
-    """Add one ``--flag-name`` for every field of the dataclass; booleans also get ``--no-flag-name``."""
-    group = parser.add_argument_group(config.__name__)
+    """Add one ``--flag-name`` for every field of the dataclass, in groups by topic; booleans also get
+    ``--no-flag-name``."""
+    groups = {group.title: group for group in parser._action_groups}
     for field in dataclasses.fields(config):
-        name = "--" + field.name.replace("_", "-")
-        text = field.metadata["help"]
-        if field.default not in ("", 0, 0.0, ()) and field.default is not dataclasses.MISSING:
-            text += f" (default: {field.default})"
+        topic = field.metadata["topic"]
+        if topic not in groups:
+            groups[topic] = parser.add_argument_group(topic)
         if isinstance(field.default, bool):
-            group.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+            kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         else:
-            choices = field.metadata["choices"]
-            group.add_argument(name, default=field.default, choices=choices, help=text, **_kind(field))
+            kind = {"choices": field.metadata["choices"], **_kind(field)}
+        action = groups[topic].add_argument(flag_name(field.name), default=field.default, **kind)
+        action.help = _help(field).replace("%", "%%")  # set late: some versions of argparse add the default again
 
 
-def _kind(field: dataclasses.Field) -> dict:
+def _kind(field: dataclasses.Field) -> dict[str, Any]:
     """How argparse reads a field: a tuple takes one or more values of its only item type."""
-    if isinstance(field.default, tuple):
-        return {"type": typing.get_args(field.type)[0], "nargs": "+"}
-    return {"type": type(field.default)}
+    is_tuple = isinstance(field.default, tuple)
+    kind = typing.get_args(field.type)[0] if is_tuple else type(field.default)
+    found: dict[str, Any] = {"type": KINDS.get(kind, kind)}
+    if not field.metadata["choices"]:
+        found["metavar"] = METAVARS[kind]
+    return found | ({"nargs": "+"} if is_tuple else {})
 
 
-def from_flags(config: type, args: argparse.Namespace):
+def _help(field: dataclasses.Field) -> str:
+    text, default, empty = field.metadata["help"], field.default, field.metadata["empty"]
+    if field.metadata["required"]:
+        return f"{text} (required)"
+    if default in ("", ()):
+        return f"{text} (default: {empty})"
+    if isinstance(default, bool):
+        said = "on" if default else "off"
+    elif isinstance(default, int | float):
+        said = f"{default:,.0f}" if default >= 1e5 else f"{default:g}"
+    else:
+        said = str(default)
+    return f"{text} (default: {said}{empty and ', ' + empty})"
+
+
+def from_flags(config: type, args: argparse.Namespace) -> Any:
     """The dataclass that the parsed flags describe; ValueError as its own checks."""
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(config)}
     return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

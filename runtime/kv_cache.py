@@ -4,6 +4,8 @@ Rows of a step go to a scratch first. Only ``commit`` writes pages, so a step th
 the cache as it was.
 """
 
+import os
+
 import torch
 
 from euryale.kernels.commit import commit
@@ -13,6 +15,7 @@ from euryale.kernels.tree_attention import tree_attention
 from euryale.parallel.group import Group
 from euryale.parallel.sharding import Layout
 from euryale.runtime.config import EngineConfig, ModelConfig
+from euryale.runtime.model import rope
 
 GIB = 1 << 30
 
@@ -47,18 +50,61 @@ class KVCache:
         commit(self.pages, self.scratch, slots)
 
 
+def longest_request(engine: EngineConfig, config: ModelConfig, num_kv_heads: int, group: Group) -> int:
+    """The most tokens that one request may have: --max-model-len, or without it as many as the model was made for and
+    the memory can hold. Raises ValueError for a --max-model-len beyond either. Known before weights are loaded, so on
+    GPUs an upper bound: ``count_pages`` knows what is left beside them."""
+    most, wanted = min(config.max_positions, rope.MOST_POSITIONS), engine.max_model_len
+    if wanted > most:
+        raise ValueError(f"--max-model-len {wanted} is more than the {most} tokens the model was made for: lower it")
+    memory = _allowed_memory(engine, group)
+    held = int(memory // _page_bytes(engine, config, num_kv_heads)) * engine.page_size
+    if wanted:
+        _check_held(wanted, held)
+        return wanted
+    return max(1, min(most, held))
+
+
 def count_pages(engine: EngineConfig, config: ModelConfig, num_kv_heads: int, max_len: int, group: Group) -> int:
-    """Pages that fit the memory allowed, the smallest number over the ranks; ValueError if that is none."""
-    page = 2 * config.num_layers * num_kv_heads * engine.page_size * config.head_dim * config.dtype.itemsize
+    """Pages that fit the memory allowed, the smallest number over the ranks; ValueError if that is none, or too few for
+    one request of --max-model-len."""
+    page = _page_bytes(engine, config, num_kv_heads)
     useful = engine.max_num_seqs * -(-max_len // engine.page_size)
-    if engine.kv_cache_memory:
-        allowed = engine.kv_cache_memory * GIB
-    elif group.device.type == "cuda":
+    allowed = _allowed_memory(engine, group)
+    if group.device.type == "cuda" and not engine.kv_cache_memory:
         free, total = torch.cuda.mem_get_info(group.device)
         allowed = free - (1 - engine.gpu_memory_utilization) * total
-    else:
-        allowed = 1 * GIB
     pages = group.minimum(min(useful, int(allowed // page)))
     if pages < 1:
         raise ValueError(f"{allowed / GIB:.2g} GiB hold no KV page of {page} bytes: give --kv-cache-memory more")
+    if engine.max_model_len:
+        _check_held(engine.max_model_len, pages * engine.page_size)
     return pages
+
+
+def _page_bytes(engine: EngineConfig, config: ModelConfig, num_kv_heads: int) -> int:
+    return 2 * config.num_layers * num_kv_heads * engine.page_size * config.head_dim * config.dtype.itemsize
+
+
+def _allowed_memory(engine: EngineConfig, group: Group) -> float:
+    """Bytes that the KV cache of this rank may have, weights not counted. ValueError if there are not so many."""
+    is_gpu = group.device.type == "cuda"
+    total = (
+        torch.cuda.mem_get_info(group.device)[1] if is_gpu else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
+    if engine.kv_cache_memory * GIB > total:
+        raise ValueError(
+            f"--kv-cache-memory {engine.kv_cache_memory:g} is more than the {total / GIB:.4g} GiB of memory there are: "
+            "lower it"
+        )
+    if engine.kv_cache_memory:
+        return engine.kv_cache_memory * GIB
+    return engine.gpu_memory_utilization * total if is_gpu else 1 * GIB
+
+
+def _check_held(max_model_len: int, held: int) -> None:
+    if max_model_len > held:
+        raise ValueError(
+            f"--max-model-len {max_model_len} is more than the {held} tokens that the KV cache holds: lower it, or "
+            "raise --kv-cache-memory"
+        )

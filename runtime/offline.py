@@ -12,8 +12,11 @@ from typing import TextIO
 import numpy as np
 from tqdm import tqdm
 
+from euryale.client.params import PROMPT_RULES
+from euryale.client.rules import shown
 from euryale.frontend.detokenizer import Detokenizer, TokenBytes, Tokenizer
 from euryale.runtime.engine import Engine
+from euryale.scheduler import json_file
 from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.step_result import TokenLogprobs
@@ -43,11 +46,11 @@ def read_jobs(path: Path, tokenizer, params: SamplingParams) -> Iterator[Job]:
 
 def _job(key: int, line: str, tokenizer, params: SamplingParams) -> Job:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        return Job(None, error=f"line {key + 1} is not JSON: {error}")
+        row = json_file.parse(line)
+    except ValueError as error:
+        return Job(None, error=f"line {key + 1} is not JSON that can be read: {error}")
     if not isinstance(row, dict):
-        return Job(None, error=f"line {key + 1} must be an object with a prompt")
+        return Job(None, error=f"line {key + 1} must be an object with a prompt, not {shown(row)}")
     try:
         return Job(row.get("id"), _requests(key, row, tokenizer, params))
     except ValueError as error:
@@ -56,22 +59,17 @@ def _job(key: int, line: str, tokenizer, params: SamplingParams) -> Job:
 
 def _requests(key: int, row: dict, tokenizer, params: SamplingParams) -> list[Request]:
     if unknown := set(row) - {"id", "prompt", "prompt_tokens", "max_tokens"}:
-        raise ValueError(f"unknown field {sorted(unknown)[0]!r}: a line has id, prompt or prompt_tokens, max_tokens")
+        raise ValueError(f"unknown field {shown(min(unknown))}: a line has id, prompt or prompt_tokens, max_tokens")
     if ("prompt" in row) == ("prompt_tokens" in row):
         raise ValueError("give exactly one of prompt and prompt_tokens")
-    if "prompt" in row:
-        if not isinstance(row["prompt"], str):
-            raise ValueError(f"prompt must be a string, not {type(row['prompt']).__name__}")
-        try:
-            tokens = tokenizer.encode(row["prompt"]) if row["prompt"] else []
-        except TypeError as error:  # half a surrogate pair, which JSON can spell
-            raise ValueError(f"prompt is not valid Unicode text: {error}") from error
-    else:
-        tokens = row["prompt_tokens"]
-        if not isinstance(tokens, list) or any(type(t) is not int or abs(t) >= 2**31 for t in tokens):
-            raise ValueError("prompt_tokens must be a list of token ids")
     if "max_tokens" in row:
         params = dataclasses.replace(params, max_tokens=row["max_tokens"])
+    if "prompt" in row:
+        PROMPT_RULES["prompt"].check("prompt", row["prompt"])
+        tokens = tokenizer.encode(row["prompt"]) if row["prompt"] else []
+    else:
+        tokens = row["prompt_tokens"]
+        PROMPT_RULES["prompt_tokens"].check("prompt_tokens", tokens)
     prompt = np.asarray(tokens, dtype=np.int32)
     first = dataclasses.replace(params, prompt_logprobs=None)  # the same for all samples: the first one's are enough
     return [

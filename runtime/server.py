@@ -4,6 +4,7 @@ Between two steps it takes what the front end sent; while nothing is to be done 
 then tells the other ranks and the front end that it lives. It knows no client and no text.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -49,15 +50,66 @@ def run_front_end(endpoint: str, model: str, vocab_size: int, config: FrontEndCo
     front_end.run()
 
 
+class FrontEndProcess:
+    """The front end's process and the link to it, from before the model is loaded until the server ends.
+
+    A context: it starts the process and waits until it listens at ``address`` with its tokenizer loaded. Raises
+    ValueError if it cannot. Clients that connect before ``Server.run`` wait.
+    """
+
+    def __init__(self, model: str, vocab_size: int, config: FrontEndConfig) -> None:
+        self.link = EngineLink()
+        self.address = ""
+        self.is_serving = False
+        context = multiprocessing.get_context("spawn")
+        cores = os.sched_getaffinity(os.getppid())  # whoever started us may use all of them
+        arguments = (self.link.endpoint, model, vocab_size, config, cores)
+        self._process = context.Process(target=run_front_end, args=arguments, name="front end", daemon=False)
+
+    def __enter__(self) -> "FrontEndProcess":
+        try:
+            self._process.start()
+            self.address = self._wait()
+            self.link.send(links.Loading())
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.is_serving:  # loading failed: nobody has been promised anything
+            with contextlib.suppress(LinkLost):
+                self.link.send(links.Drained())
+        self._end()
+
+    def _wait(self) -> str:
+        deadline = time.monotonic() + FRONT_END_START
+        while time.monotonic() < deadline:
+            for message in self.link.receive(SLEEP_MS):
+                if isinstance(message, links.Failed):
+                    raise ValueError(message.reason)
+                return message.endpoint
+            if self.link.lost or self._process.exitcode is not None:
+                raise ValueError("the front end's process died while starting: see its message above")
+        raise ValueError(f"the front end did not start within {FRONT_END_START:.0f} s: start the server again")
+
+    def _end(self) -> None:
+        self.link.close()
+        if self._process.pid is not None:
+            self._process.join(4)  # less than any step timeout: the other ranks wait for the word to stop
+            if self._process.exitcode is None:
+                self._process.kill()
+
+
 class Server:
     """Serves one engine until it is drained or its front end is gone. For the leader only."""
 
-    def __init__(self, engine: Engine, name: str, config: FrontEndConfig) -> None:
+    def __init__(self, engine: Engine, front_end: FrontEndProcess, name: str) -> None:
         """``name``: what clients call the model (default: the directory's name)."""
         self.engine = engine
         self.scheduler = engine.scheduler
         self.name = name or Path(engine.config.model).resolve().name
-        self.link = EngineLink()
+        self.front_end, self.link = front_end, front_end.link
         self.stats = EngineStats(engine.scheduler)
         self.is_draining = self.is_done = False
         self._stop_asked = False
@@ -65,43 +117,16 @@ class Server:
         self._outputs: list[RequestOutput] = []  # of the last step, not yet delivered
         self._postponed: deque = deque()
         self._is_told = False  # the front end has the counters of all steps
-        context = multiprocessing.get_context("spawn")
-        cores = os.sched_getaffinity(os.getppid())  # whoever started us may use all of them
-        arguments = (self.link.endpoint, engine.config.model, engine.loaded.limits.vocab_size, config, cores)
-        self._front_end = context.Process(target=run_front_end, args=arguments, name="front end", daemon=False)
 
     def run(self) -> None:
-        """Start the front end, print the ready line, serve. Raises ValueError if the front end cannot listen."""
+        """Introduce the engine to the front end, print the ready line, serve."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "_stop_asked", True))
-        try:
-            self._front_end.start()
-            address = self._wait_for_front_end()
-            if address:
-                print(f"ready {address}", flush=True)
-                while not self.is_done:
-                    self._turn()
-        finally:
-            self.link.close()
-            self._front_end.join(4)  # less than any step timeout: the other ranks wait for the word to stop
-            if self._front_end.exitcode is None:
-                self._front_end.kill()
-
-    def _wait_for_front_end(self) -> str | None:
-        """Its public address; None if the server was asked to stop meanwhile."""
-        deadline = time.monotonic() + FRONT_END_START
-        while time.monotonic() < deadline and not self._stop_asked:
-            self.engine.keep_alive()
-            for message in self.link.receive(SLEEP_MS):
-                if isinstance(message, links.Failed):
-                    raise ValueError(message.reason)
-                self.link.send(links.Welcome(info=self._info()))
-                return message.endpoint
-            if self.link.lost or self._front_end.exitcode is not None:
-                raise ValueError("the front end's process died while starting: see its message above")
-        if not self._stop_asked:
-            raise ValueError(f"the front end did not start within {FRONT_END_START:.0f} s")
-        return None
+        self.link.send(links.Welcome(info=self._info()))
+        self.front_end.is_serving = True
+        print(f"ready {self.front_end.address}", flush=True)
+        while not self.is_done:
+            self._turn()
 
     def _turn(self) -> None:
         """Run a step or rest, with an exchange of messages."""

@@ -1,17 +1,21 @@
 """From an EngineConfig to a rank's step runner, with every check that a bad checkpoint should meet before a
 request does."""
 
+import contextlib
 import dataclasses
-import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from euryale.client.rules import MAP, NULL, either
 from euryale.kernels.linear import quantize
 from euryale.parallel.group import Group
 from euryale.parallel.sharding import Layout
 from euryale.runtime.config import EngineConfig, ModelConfig, load_model_config
-from euryale.runtime.kv_cache import KVCache, count_pages
+from euryale.runtime.kv_cache import KVCache, count_pages, longest_request
 from euryale.runtime.model import generation_config, medusa_checkpoint, rope
 from euryale.runtime.model.checkpoint import Checkpoint, fingerprint
 from euryale.runtime.model.decoder import SHARDING, Decoder
@@ -19,6 +23,7 @@ from euryale.runtime.model.medusa_heads import MedusaHeads
 from euryale.runtime.model.weights import Weights
 from euryale.runtime.step import StepRunner
 from euryale.runtime.step_graphs import StepGraphs
+from euryale.scheduler import json_file
 from euryale.scheduler.limits import SchedulerLimits
 from euryale.scheduler.speculation.acceptance_stats import AcceptanceStats
 from euryale.scheduler.speculation.ngram_table import FILE as NGRAMS
@@ -50,27 +55,28 @@ def load(config: EngineConfig, group: Group) -> Loaded:
     """Load this rank's share. Raises ValueError on every rank if any rank cannot (see ``Group.agree``)."""
     parts, error = None, None
     try:
-        parts = _load_parts(config, group)
+        with _enough_memory("--max-num-batched-tokens, use more ranks, or a smaller model"):
+            parts = _load_parts(config, group)
     except ValueError as problem:
         error = str(problem)
     except Exception as problem:  # a fault of ours or of the machine: the others must hear of it all the same
         logger.exception("loading failed")
         error = repr(problem)
     group.agree(error)
-    decoder, heads, tree, model, layout, marks, known = parts
+    decoder, heads, tree, model, layout, marks, known, end_ids, longest = parts
     group.agree_on(_flags_to_share(config) | {"--tree": tree, "what the files of --model and --medusa hold": marks})
-    max_len = config.max_model_len or model.max_positions
-    num_pages = count_pages(config, model, layout.num_kv_heads, max_len, group)
+    num_pages = count_pages(config, model, layout.num_kv_heads, longest, group)
     rows = config.max_num_batched_tokens
-    cache = KVCache(model, layout, num_pages, config.page_size, rows)
+    with group.agreed(), _enough_memory("--max-num-batched-tokens, --kv-cache-memory or --max-num-seqs"):
+        cache = KVCache(model, layout, num_pages, config.page_size, rows)
     limits = SchedulerLimits(
-        max_model_len=max_len,
+        max_model_len=min(longest, num_pages * config.page_size),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         vocab_size=model.vocab_size,
         num_pages=num_pages,
         page_size=config.page_size,
-        end_ids=generation_config.end_ids(config.model, model),
+        end_ids=end_ids,
     )
     graphs = None if config.eager else make_graphs(cache, model, rows, group)
     runner = StepRunner(decoder, heads if tree else None, cache, tree.num_candidates if tree else 0, graphs)
@@ -86,6 +92,17 @@ def load(config: EngineConfig, group: Group) -> Loaded:
     )
 
 
+@contextlib.contextmanager
+def _enough_memory(lower: str) -> Iterator[None]:
+    """Turn the errors of memory that cannot be had into a ValueError that says what to ``lower``."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # PyTorch's are RuntimeErrors
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise ValueError(f"not enough memory to serve this: lower {lower}") from error
+        raise
+
+
 def _flags_to_share(config: EngineConfig) -> dict[str, object]:
     """The flags that must be the same on all nodes: not paths, which may differ, as long as the files do not."""
     values = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(config).items()}
@@ -94,14 +111,12 @@ def _flags_to_share(config: EngineConfig) -> dict[str, object]:
 
 def _load_parts(config: EngineConfig, group: Group):
     model = load_model_config(config.model, config.dtype)
-    max_len = config.max_model_len or model.max_positions
-    rope.check(model, max_len)
-    if max_len > model.max_positions:
-        raise ValueError(
-            f"--max-model-len {max_len} is more than the {model.max_positions} tokens the model was made for"
-        )
-    quantize.check(config.quantization, group.device, model.dtype)
+    end_ids = generation_config.end_ids(config.model, model)
+    generation_config.default_params(config.model)
     layout = Layout(group, model.num_heads, model.num_kv_heads, model.head_dim)
+    longest = longest_request(config, model, layout.num_kv_heads, group)
+    rope.check(model, longest)
+    quantize.check(config.quantization, group.device, model.dtype)
     checkpoint = Checkpoint(config.model)
     tensors = None
     if config.tree != "off":
@@ -112,13 +127,14 @@ def _load_parts(config: EngineConfig, group: Group):
     weights = Weights(checkpoint, layout, SHARDING, model.dtype, config.quantization)
     # Draft rows of a request that is nearly done lie beyond its last token, never beyond the tree's depth; padding
     # begins at 0 and has no more rows than a step.
-    decoder = Decoder(model, weights, max(max_len + (tree.depth if tree else 0), config.max_num_batched_tokens))
+    decoder = Decoder(model, weights, max(longest + (tree.depth if tree else 0), config.max_num_batched_tokens))
     checkpoint.refuse_unused(("rotary_emb.inv_freq", *(("lm_head.weight",) if model.tied else ())))
     heads = None
     if tensors:
         heads = MedusaHeads(tensors, weights, decoder.lm_head, decoder.shard)
     known = _calibration(config, tensors.num_heads, model.vocab_size) if tree and tree.shape is None else (None, None)
-    return decoder, heads, tree, model, layout, _fingerprint(config, checkpoint, model, tree), known
+    marks = _fingerprint(config, checkpoint, model, tree)
+    return decoder, heads, tree, model, layout, marks, known, end_ids, longest
 
 
 def make_graphs(cache: KVCache, config: ModelConfig, engine_rows: int, group: Group) -> StepGraphs | None:
@@ -157,12 +173,17 @@ def _calibration(
     text = NgramTable(live_bits=bits)
     if config.draft_from_text and (directory / NGRAMS).is_file():
         text = NgramTable.load_text(directory, vocab_size, bits)
-    path = directory / "calibration.json"
+    path, remedy = directory / "calibration.json", "calibrate the heads again or remove it"
+    if not path.is_file():
+        return text, None
+    content = json_file.read_object(path, remedy)
+    json_file.check(path, content, {"acceptance_stats": either(NULL, MAP)}, remedy=remedy)
     try:
-        content = json.loads(path.read_text()).get("acceptance_stats") if path.is_file() else None
-        return text, AcceptanceStats.from_json(content, num_heads) if content else None
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be used ({error}): calibrate the heads again or remove it") from error
+        return text, AcceptanceStats.from_json(content["acceptance_stats"], num_heads) if content.get(
+            "acceptance_stats"
+        ) else None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}: {remedy}") from error
 
 
 def _fingerprint(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, tree: TreeChoice | None) -> str:

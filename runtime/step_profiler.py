@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from euryale.runtime.step_graphs import ROWS
+from euryale.scheduler import json_file
 from euryale.scheduler.limits import SchedulerLimits
 from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
@@ -89,8 +90,8 @@ def cached(key: dict, measure: Callable[[], Profile]) -> Profile:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache / "euryale" / f"costs-{name}.json"
     try:
-        return Profile(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        return Profile.from_json(json_file.read(path))
+    except ValueError:  # there is none, or it is damaged: it is measured again
         logger.info("measuring what steps cost; kept in %s", path)
         found = measure()
     draft = path.with_suffix(f".{os.getpid()}")

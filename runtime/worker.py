@@ -1,21 +1,24 @@
-"""The life of one worker process: tie it to its agent, join the group, load, lead or follow, leave.
+"""The life of one worker process: tie it to its agent, join the group, prepare, load, lead or follow, leave.
 
-Errors a user can mend end all ranks with exit code 2 and one line that says what to do.
+An error that a user can mend ends all ranks. The first rank of every host prints one line that says what to do and
+leaves with exit code 2. The others leave with 0, which keeps them out of torchrun's report.
 """
 
+import contextlib
 import ctypes
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
-from euryale.parallel.group import join
+from euryale.parallel.group import join, speaks_for_host
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
 
 _PR_SET_PDEATHSIG = 1
+T = TypeVar("T")  # what is prepared before a model is loaded
 
 
 def die_with_parent() -> None:
@@ -26,50 +29,65 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
-def _lead(engine: Engine, lead: Callable[[Engine], None]) -> None:
+def run_worker(
+    make_config: Callable[[], EngineConfig],
+    prepare: Callable[[EngineConfig], contextlib.AbstractContextManager[T]],
+    lead: Callable[[Engine, T], None],
+) -> int:
+    """Run this rank and return its exit code. On the leader ``prepare(config)`` runs before anything is loaded, and
+    ``lead(engine, what it gave)`` afterwards; the other ranks follow. ValueErrors of both end the whole group."""
+    start_worker()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with contextlib.ExitStack() as stack:
+        try:
+            config = make_config()
+            group = join(config.step_timeout, config.device)
+            prepared = None
+            with group.agreed():
+                if group.is_leader:
+                    prepared = stack.enter_context(prepare(config))
+            engine = Engine(config, group)
+            if group.is_leader:
+                _lead(engine, prepared, lead)
+            else:
+                _follow(engine)
+        except ValueError as error:
+            return refuse(error)
+        except KeyboardInterrupt:
+            return 130
+    engine.close()
+    return 0
+
+
+def _lead(engine: Engine, prepared: T, lead: Callable[[Engine, T], None]) -> None:
     """Lead, then release the others; after an error of the group itself there is nobody to release."""
     try:
-        lead(engine)
+        lead(engine, prepared)
     except (ValueError, KeyboardInterrupt):
         engine.stop()
         raise
     engine.stop()
 
 
-def run_worker(make_config: Callable[[], EngineConfig], lead: Callable[[Engine], None]) -> int:
-    """Run this rank: ``lead(engine)`` on the leader, following elsewhere. Returns the exit code."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun, not by hand
+def _follow(engine: Engine) -> None:
+    """Follow, deaf to signals: the leader hears them, finishes what it must and says when to stop."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    engine.follow()
+
+
+def start_worker() -> None:
+    """Tie this process to torchrun's agent if one started it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        config = make_config()
-        group = join(config.step_timeout, config.device)
-    except ValueError as error:
-        return _refuse(error)
-    try:
-        engine = Engine(config, group)
-    except ValueError as error:
-        return _refuse(error) if group.is_leader else 2
-    if not group.is_leader:
-        # The leader hears the signal, finishes what it must and says when to stop.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        engine.follow()
-        engine.close()
+
+
+def refuse(error: Exception) -> int:
+    """Say on one line what cannot be done, once per host, and return this rank's exit code."""
+    if not speaks_for_host():
         return 0
-    try:
-        _lead(engine, lead)
-    except ValueError as error:
-        return _refuse(error)
-    except KeyboardInterrupt:
-        return 130
-    engine.close()
-    return 0
-
-
-def _refuse(error: ValueError) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return 2
 
 

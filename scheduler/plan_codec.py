@@ -9,8 +9,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from euryale.client.params import ACCEPTANCE_RULES
 from euryale.scheduler.logits_inputs import LogitsInputs
-from euryale.scheduler.sampling_params import ACCEPTANCE_RULES, SamplingParams
+from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.step_plan import PlanKind, Segment, StepPlan
 
 MAGIC = 0x45555259  # "EURY"

@@ -4,19 +4,12 @@ This file does not know where parameters come from (wire, JSONL, Python) nor how
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-ACCEPTANCE_RULES = ("exact", "typical")
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 256
-MAX_LOGPROBS = 20
-MAX_LOGIT_BIAS = 300  # entries, as OpenAI's interface allows; they travel with every step
-MAX_SAMPLES = 128
-MAX_SALT_LENGTH = 256
+from euryale.client.params import RULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,42 +65,26 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if isinstance(value, str | list):
+                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        for name, rule in RULES.items():
+            value = getattr(self, name)
+            if value is _DEFAULTS[name]:
+                continue
+            if name == "logit_bias":
+                _check_bias(value)
+            else:
+                rule.check(name, value)
         for name in _FRACTIONS:
             object.__setattr__(self, name, _float32(getattr(self, name)))
         object.__setattr__(self, "logit_bias", tuple((token, _float32(bias)) for token, bias in self.logit_bias))
-        _check_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _check_range("temperature", self.temperature, 0, 100)
-        if 0 < self.temperature < 1e-3:
-            raise ValueError(f"temperature {self.temperature} is too small to divide by: use 0 for greedy or >= 0.001")
-        _check_range("top_k", self.top_k, 0, 2**31 - 1)
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 (and 1e-45) and at most 1, not {self.top_p}")
-        _check_range("min_p", self.min_p, 0, 1)
-        _check_range("seed", self.seed, 0, 2**64 - 1)
-        if self.acceptance not in ACCEPTANCE_RULES:
-            raise ValueError(f"acceptance must be one of {', '.join(ACCEPTANCE_RULES)}, not {self.acceptance!r}")
-        _check_range("epsilon", self.epsilon, 0, 1)
-        _check_range("delta", self.delta, 0, 1)
-        _check_range("priority", self.priority, -(2**31), 2**31 - 1)
-        _check_range("latency_target", self.latency_target, 0, 1e9)
-        if len(self.cache_salt) > MAX_SALT_LENGTH:
-            raise ValueError(f"cache_salt has at most {MAX_SALT_LENGTH} characters, not {len(self.cache_salt)}")
-        if len(self.stop) > MAX_STOP_STRINGS or any(not 0 < len(s) <= MAX_STOP_LENGTH for s in self.stop):
-            raise ValueError(f"stop takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters")
-        _check_range("presence_penalty", self.presence_penalty, -2, 2)
-        _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
-        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100)
-        _check_bias(self.logit_bias)
-        if not 0 <= self.min_tokens <= self.max_tokens:
+        if self.min_tokens > self.max_tokens:
             raise ValueError(
-                f"min_tokens must be between 0 and max_tokens ({self.max_tokens}), not {self.min_tokens}: lower it or "
+                f"min_tokens must be at most max_tokens ({self.max_tokens}), not {self.min_tokens}: lower it or "
                 "raise max_tokens"
             )
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _check_range(name, getattr(self, name), 0, MAX_LOGPROBS)
-        _check_range("n", self.n, 1, MAX_SAMPLES)
 
     @property
     def has_penalties(self) -> bool:
@@ -126,58 +103,17 @@ class SamplingParams:
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 
-PARAMETER_NAMES = frozenset(f.name for f in dataclasses.fields(SamplingParams))
 _FRACTIONS = tuple(f.name for f in dataclasses.fields(SamplingParams) if isinstance(f.default, float))
-_LISTS = {  # what a tuple's items are, and how to say it
-    "stop": (lambda item: isinstance(item, str), "a list of strings"),
-    "stop_token_ids": (lambda item: _is_int(item), "a list of token ids"),
-    "logit_bias": (
-        lambda item: isinstance(item, tuple) and len(item) == 2 and _is_int(item[0]) and _is_finite(item[1]),
-        "a map from token ids to finite numbers",
-    ),
-}
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    # An integer beyond all floats would not be told from infinity by isfinite, but raise.
-    return (_is_int(value) and abs(value) < 2**64) or (isinstance(value, float) and math.isfinite(value))
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(SamplingParams)}
 
 
 def _float32(value: float) -> float:
     return float(np.float32(value))
 
 
-def _check_types(params: SamplingParams) -> None:
-    for field in dataclasses.fields(SamplingParams):
-        value, default = getattr(params, field.name), field.default
-        if isinstance(default, bool):
-            fits, kind = isinstance(value, bool), "of type bool"
-        elif isinstance(default, float):
-            fits, kind = _is_finite(value), "a finite number"
-        elif isinstance(default, tuple):
-            is_item, kind = _LISTS[field.name]
-            fits = isinstance(value, tuple) and all(map(is_item, value))
-        elif isinstance(default, str):
-            fits, kind = isinstance(value, str), "of type str"
-        else:
-            fits, kind = _is_int(value) or value is default is None, "of type int"
-        if not fits:
-            raise ValueError(f"{field.name} must be {kind}, not {repr(value)[:200]}")
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be between {low} and {high}, not {value}")
-
-
 def _check_bias(pairs: tuple[tuple[int, float], ...]) -> None:
-    if len(pairs) > MAX_LOGIT_BIAS:
-        raise ValueError(f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens, not {len(pairs)}")
-    if len({token for token, _ in pairs}) < len(pairs):
+    """Pairs follow the rule of the map that they stand for, and name no token twice."""
+    tokens = [pair[0] for pair in pairs] if all(isinstance(p, tuple) and len(p) == 2 for p in pairs) else None
+    RULES["logit_bias"].check("logit_bias", pairs if tokens is None else dict(pairs))
+    if len(set(tokens)) < len(tokens):
         raise ValueError("logit_bias names a token twice: give one number for each")
-    for _, bias in pairs:
-        _check_range("a number of logit_bias", bias, -100, 100)

@@ -6,14 +6,30 @@ and linearly in rows. With ``steps`` decoding steps are padded to buckets: they 
 requests and of rows in all cost. More rows never cost less.
 """
 
-import math
 from bisect import bisect_left
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 
+from euryale.client.rules import BOOLEAN, list_of, number, whole
+
 _RATE, _RATE_OF_PLAIN, _RATE_OF_GUESSES, _RATE_OF_PROMPTS = 0.05, 0.05, 0.01, 0.5  # of learning
 _DISTURBED = 8.0  # a step that took so much longer than predicted says nothing about its size
+
+
+_SECONDS = number(0, 1e4)
+_POSITIVE = number(0, 1e4, above=True)
+_SIZES = list_of(whole(0, 1 << 20), 64, least=1)
+_PROFILE = {
+    "requests": _SIZES,
+    "plain": list_of(_POSITIVE, 64, least=1),
+    "extra": _SIZES,
+    "speculating": list_of(list_of(_POSITIVE, 64, least=1), 64, least=1),
+    "per_token": _SECONDS,
+    "per_pair": _SECONDS,
+    "steps": BOOLEAN,
+    "choosing": list_of(_SECONDS, 64),
+}
 
 
 @dataclass(frozen=True)
@@ -35,20 +51,27 @@ class Profile:
     choosing: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        times = [*self.plain, *np.ravel(self.speculating).tolist(), *self.choosing, self.per_token, self.per_pair]
-        if not all(isinstance(t, (int, float)) and 0 <= t < math.inf for t in times):
-            raise ValueError("a profile's times are numbers of seconds")
-        if not self.requests or not self.extra or not all(isinstance(n, int) for n in (*self.requests, *self.extra)):
-            raise ValueError("a profile's sizes are whole numbers, one at least")
-        shape = np.asarray(self.speculating).shape
-        if sorted(self.requests) != list(self.requests) or sorted(self.extra) != list(self.extra) or self.extra[0] != 0:
-            raise ValueError("a profile lists its sizes in increasing order, extra rows from 0 on")
+        for name, rule in _PROFILE.items():
+            rule.check(f"a profile's {name}", getattr(self, name))
+        for sizes in (self.requests, self.extra):
+            if sorted(set(sizes)) != list(sizes):
+                raise ValueError("a profile lists its sizes in increasing order, none twice")
+        if self.requests[0] < 1 or self.extra[0] != 0:
+            raise ValueError("a profile begins with one request or more, and with 0 extra rows")
         if len(self.choosing) not in (0, len(self.requests)):
             raise ValueError("a profile has a time for choosing at every number of requests, or none")
-        if len(self.plain) != len(self.requests) or shape != (len(self.requests), len(self.extra)):
-            raise ValueError("a profile has a time for every size")
-        if min(min(self.plain), np.min(self.speculating)) <= 0:
-            raise ValueError("a profile's times are above 0")
+        if {len(self.plain), len(self.speculating)} != {len(self.requests)}:
+            raise ValueError("a profile has a time for every number of requests")
+        if {len(row) for row in self.speculating} != {len(self.extra)}:
+            raise ValueError("a profile has a time for every number of extra rows")
+
+    @classmethod
+    def from_json(cls, content: object) -> "Profile":
+        """The inverse of ``to_json``; ValueError for anything else."""
+        names = {f.name for f in fields(cls)}
+        if not isinstance(content, dict) or not {"requests", "plain", "extra", "speculating"} <= set(content) <= names:
+            raise ValueError(f"a profile must be an object with some of the fields {', '.join(sorted(names))}")
+        return cls(**content)
 
     def to_json(self) -> dict:
         return asdict(self)

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "scheduler": {"client"},
     "frontend": {"client", "scheduler"},
     "runtime": {"frontend", "scheduler", "parallel", "kernels", "client"},
-    "training": {"runtime", "frontend", "scheduler", "parallel", "kernels"},
+    "training": {"runtime", "frontend", "scheduler", "parallel", "kernels", "client"},
     "benchmarks": set(PACKAGES),
     "launch": set(PACKAGES),
 }

@@ -5,7 +5,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from euryale.runtime.config import DTYPES, flag
+from euryale.client.params import RULES
+from euryale.client.rules import Rule, number, whole
+from euryale.runtime.config import DEVICE_HELP, DTYPES, MODEL_HELP
+from euryale.scheduler.flag import check_flags, flag
 from euryale.scheduler.speculation.tree import MAX_NODES
 from euryale.training.backbone import QUANTIZATIONS
 from euryale.training.corpus import HELD_OUT_PERCENT, STANDARD_LIBRARY
@@ -14,52 +17,74 @@ SCHEDULES = ("cosine", "constant")
 LABELS = ("text", "backbone")
 
 
+DATA, PROMPTS, SAMPLING, HEADS = "model and data", "prompts and answers", "sampling", "Medusa heads"
+TRAINING, BACKBONE, MEASURING = "training", "backbone", "measuring"
+EXECUTION = "execution"
+COUNT = whole(1, 2**31 - 1)
+COUNT_OR_NONE = whole(0, 2**31 - 1)
+TOKENS = whole(1, 1 << 20, "tokens")
+RATE = number(0, 1e3, above=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """Which model, on what, and where to."""
 
-    model: str = flag("", "directory of the backbone in Hugging Face format")
-    out: str = flag("", "where the result goes")
-    data: tuple[str, ...] = flag((), f"JSONL or text files, or {STANDARD_LIBRARY}")
-    held_out: tuple[str, ...] = flag((), "files to measure on (default: a part of --data, told apart by a hash)")
-    held_out_percent: float = flag(HELD_OUT_PERCENT, "share of --data that is held out when --held-out is not given")
-    seed: int = flag(0, "everything that is drawn depends on it (default: 0)")
-    device: str = flag("auto", "what to run on; auto: the GPUs if there are any", ("auto", "cpu", "cuda"))
+    model: str = flag("", MODEL_HELP, DATA, required=True)
+    out: str = flag("", "directory of the result", DATA, required=True)
+    data: tuple[str, ...] = flag((), f"JSONL or text files, or {STANDARD_LIBRARY}", DATA, required=True)
+    held_out: tuple[str, ...] = flag(
+        (), "files to measure on", DATA, empty="a part of --data, chosen by a hash of each document"
+    )
+    held_out_percent: float = flag(
+        HELD_OUT_PERCENT,
+        "percent of --data to hold out when --held-out is not given",
+        DATA,
+        Rule("a number from 0 to below 100", lambda v: number(0, 100).fits(v) and v < 100),
+    )
+    seed: int = flag(0, "what everything that is drawn depends on", EXECUTION, whole(0, 2**63 - 1))
+    device: str = flag("auto", DEVICE_HELP, EXECUTION, choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self) -> None:
-        for name in ("model", "out", "data"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is missing")
-        if not 0 <= self.held_out_percent < 100:
-            raise ValueError(f"--held-out-percent must be within [0, 100), not {self.held_out_percent}")
+        check_flags(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions(DataOptions):
     """Prompts from the data: a row's own, or pieces of running text."""
 
-    num_prompts: int = flag(2048, "at most so many prompts, evenly spaced in the data")
-    prompt_tokens: int = flag(64, "tokens of a prompt that is a piece of running text")
-    max_tokens: int = flag(192, "longest answer")
-    max_num_seqs: int = flag(32, "answers written at the same time")
-    dtype: str = flag("auto", "weights and activations of the engine that answers", ("auto", *DTYPES))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("num_prompts", "prompt_tokens", "max_tokens", "max_num_seqs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+    num_prompts: int = flag(2048, "most prompts to use, evenly spaced in the data", PROMPTS, COUNT)
+    prompt_tokens: int = flag(64, "tokens of a prompt that is a piece of running text", PROMPTS, TOKENS)
+    max_tokens: int = flag(192, "most tokens of an answer", PROMPTS, TOKENS)
+    max_num_seqs: int = flag(32, "answers written at the same time", PROMPTS, whole(1, 1 << 16, "answers"))
+    dtype: str = flag(
+        "auto", "of weights and activations; auto: as stored, float16 as bfloat16", EXECUTION, choices=("auto", *DTYPES)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillOptions(PromptOptions):
     """The backbone's own answers as training data (section 2.3.2). --out is a JSONL file."""
 
-    medusa: str = flag("", "Medusa heads to write faster with; the answers do not depend on them")
-    temperature: float = flag(0.0, "0 is greedy")
-    top_k: int = flag(0, "draw from so many likeliest tokens; 0: from all")
-    top_p: float = flag(1.0, "draw from the likeliest tokens of this probability together")
-    ignore_eos: bool = flag(False, "go on after end-of-sequence tokens")
+    out: str = flag("", "JSONL file of the answers", DATA, required=True)
+    medusa: str = flag(
+        "",
+        "directory of Medusa heads that make writing faster and change no answer",
+        DATA,
+        empty="those merged into --model, if any",
+    )
+    temperature: float = flag(
+        0.0, "spread of the draw, from 0.001 to 100", SAMPLING, RULES["temperature"], empty="greedy"
+    )
+    top_k: int = flag(0, "draw from so many of the likeliest tokens", SAMPLING, RULES["top_k"], empty="from all")
+    top_p: float = flag(
+        1.0,
+        "draw from the likeliest tokens that together have this probability",
+        SAMPLING,
+        RULES["top_p"],
+        empty="from all",
+    )
+    ignore_eos: bool = flag(False, "go on after end-of-sequence tokens", SAMPLING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,58 +93,63 @@ class CalibrateOptions(PromptOptions):
     prompts and the backbone's greedy answers to them. --out is where tree.json and its companions go (default: beside
     the heads)."""
 
-    heads: str = flag("", "directory of the heads (default: those merged into --model)")
-    out: str = flag("", "directory of the results (default: that of the heads)")
-    nodes: int = flag(10, "guesses of tree.json, the root not counted")
-    compare: tuple[str, ...] = flag((), "trees to compare with the searched one of the same number of guesses")
-    num_prompts: int = flag(512, "at most so many held-out prompts, evenly spaced")
-    max_tokens: int = flag(128, "longest answer")
-    text_windows: int = flag(64, "windows of held-out text on which accuracy is measured too")
-    length: int = flag(1024, "tokens of such a window")
+    heads: str = flag("", "directory of the heads", DATA, empty="those merged into --model")
+    out: str = flag("", "directory of the results", DATA, empty="that of the heads")
+    nodes: int = flag(10, "draft tokens of tree.json, the root not counted", MEASURING, whole(1, MAX_NODES - 1))
+    compare: tuple[str, ...] = flag(
+        (), "tree files to compare with the best tree of the same size", MEASURING, empty="none"
+    )
+    num_prompts: int = flag(512, "most held-out prompts to use, evenly spaced", PROMPTS, whole(4, 2**31 - 1))
+    max_tokens: int = flag(128, "most tokens of an answer", PROMPTS, TOKENS)
+    text_windows: int = flag(64, "windows of held-out text on which accuracy is measured too", MEASURING, COUNT)
+    length: int = flag(1024, "tokens of such a window", MEASURING, TOKENS)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", self.out or self.heads or self.model)
         super().__post_init__()
-        if not 1 <= self.nodes < MAX_NODES or self.num_prompts < 4 or self.text_windows < 1:
-            raise ValueError(
-                f"--nodes must be between 1 and {MAX_NODES - 1}, --num-prompts at least 4, --text-windows at least 1"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(DataOptions):
     """What both methods share."""
 
-    num_heads: int = flag(4, "Medusa heads")
-    num_layers: int = flag(1, "residual blocks of each head")
-    heads: str = flag("", "start from these heads instead of fresh ones")
-    shared_lm_head: bool = flag(False, "heads use the backbone's lm_head instead of one of their own each")
-    labels: str = flag("text", "what heads learn: the text, or what the backbone would say there", LABELS)
-    head_decay: float = flag(0.8, "the weight of head k's loss is this to the power of k")
-    tokens: float = flag(0.0, "tokens to train on, repetitions counted (default: what --epochs makes)")
-    epochs: float = flag(1.0, "how often every window is seen when --tokens is not given")
-    length: int = flag(1024, "tokens of a window")
-    batch: int = flag(4, "windows of a step on one rank")
-    accumulate: int = flag(1, "batches whose gradients make one optimizer step")
-    lr: float = flag(1e-3, "learning rate")
-    schedule: str = flag("cosine", "learning rate after the warm-up", SCHEDULES)
-    warmup_steps: int = flag(40, "steps in which the learning rate rises")
-    weight_decay: float = flag(0.0, "weight decay (AdamW)")
-    clip: float = flag(1.0, "largest norm of the gradient")
-    precision: str = flag("bfloat16", "of activations; master weights are float32", ("bfloat16", "float32"))
-    compile: bool = flag(False, "compile the model (one rank only)")
-    checkpoint_steps: int = flag(200, "steps between two checkpoints and measurements")
-    held_out_windows: int = flag(64, "held-out windows measured at a checkpoint")
+    num_heads: int = flag(4, "Medusa heads", HEADS, whole(1, 64, "heads"))
+    num_layers: int = flag(1, "residual blocks of each head", HEADS, whole(0, 64, "blocks"))
+    heads: str = flag("", "directory of the heads to start from", HEADS, empty="fresh ones")
+    shared_lm_head: bool = flag(False, "heads use the backbone's lm_head instead of one of their own each", HEADS)
+    labels: str = flag(
+        "text", "what heads learn: the text, or what the backbone would say in its place", HEADS, choices=LABELS
+    )
+    head_decay: float = flag(
+        0.8, "weight of a head's loss relative to the head before", HEADS, number(0, 1, above=True)
+    )
+    tokens: float = flag(
+        0.0,
+        "tokens to train on, repetitions counted",
+        TRAINING,
+        number(0, 1e15, "tokens"),
+        empty="as many as --epochs makes",
+    )
+    epochs: float = flag(
+        1.0, "times that every window is seen when --tokens is not given", TRAINING, number(0, 1e6, above=True)
+    )
+    length: int = flag(1024, "tokens of a window", TRAINING, TOKENS)
+    batch: int = flag(4, "windows in a batch on one rank", TRAINING, COUNT)
+    accumulate: int = flag(1, "batches whose gradients make one optimizer step", TRAINING, COUNT)
+    lr: float = flag(1e-3, "learning rate", TRAINING, RATE)
+    schedule: str = flag("cosine", "learning rate after the warm-up", TRAINING, choices=SCHEDULES)
+    warmup_steps: int = flag(40, "steps in which the learning rate rises from 0", TRAINING, COUNT_OR_NONE)
+    weight_decay: float = flag(0.0, "weight decay of AdamW", TRAINING, number(0, 1e3), empty="none")
+    clip: float = flag(1.0, "largest norm of the gradient", TRAINING, number(0, 1e9, above=True))
+    precision: str = flag(
+        "bfloat16", "of activations; master weights are float32", EXECUTION, choices=("bfloat16", "float32")
+    )
+    compile: bool = flag(False, "compile the model; one rank only", EXECUTION)
+    checkpoint_steps: int = flag(200, "steps between two checkpoints and measurements", MEASURING, COUNT)
+    held_out_windows: int = flag(64, "held-out windows measured at a checkpoint", MEASURING, COUNT)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_heads", "length", "batch", "accumulate", "checkpoint_steps", "held_out_windows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.num_layers < 0 or self.warmup_steps < 0:
-            raise ValueError("--num-layers and --warmup-steps must not be negative")
-        if not 0 < self.clip < math.inf or not 0 < self.lr < math.inf:
-            raise ValueError("--clip and --lr must be above 0")
         if self.shared_lm_head and not self.num_layers:
             raise ValueError("--shared-lm-head needs --num-layers of at least 1: nothing else would be learned")
         if self.length < self.num_heads + 2:
@@ -127,8 +157,6 @@ class TrainOptions(DataOptions):
                 f"{self.num_heads} heads look {self.num_heads + 1} tokens ahead and windows have {self.length}: "
                 "raise --length or lower --num-heads"
             )
-        if self.tokens < 0 or self.epochs <= 0:
-            raise ValueError("--tokens must not be negative and --epochs must be above 0")
 
     def steps(self, num_windows: int, size: int) -> int:
         """Optimizer steps of the whole training on ``size`` ranks."""
@@ -144,8 +172,10 @@ class TrainOptions(DataOptions):
 class Medusa1Options(TrainOptions):
     """Heads on a frozen backbone (Medusa paper, arXiv 2401.10774, section 2.2.1)."""
 
-    quantize: str = flag("none", "the frozen backbone's linear weights, to save memory", QUANTIZATIONS)
-    cache_hidden_states: bool = flag(False, "compute the backbone once and keep its hidden states on disk")
+    quantize: str = flag(
+        "none", "of the frozen backbone's linear weights, to save memory", BACKBONE, choices=QUANTIZATIONS
+    )
+    cache_hidden_states: bool = flag(False, "compute the backbone once and keep its hidden states on disk", BACKBONE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,20 +183,20 @@ class Medusa2Options(TrainOptions):
     """Heads and backbone together (section 2.2.2), stage two; stage one, the heads alone, comes first unless --heads
     brings its result."""
 
-    stage_one_lr: float = flag(1e-3, "learning rate of stage one, which is as long as stage two")
-    lr: float = flag(1e-4, "learning rate of the backbone")
-    heads_lr_factor: float = flag(4.0, "the heads' learning rate, in that of the backbone")
-    head_weight: float = flag(0.2, "weight of the heads' loss beside the backbone's")
-    head_warmup_steps: int = flag(100, "steps in which that weight rises from 0")
-    lora_rank: int = flag(0, "train LoRA adapters of this rank instead of all weights")
-    self_distill: bool = flag(False, "teach the backbone what it says without adapters instead of the text")
-    gradient_checkpointing: bool = flag(False, "compute activations twice instead of keeping them")
-    save_adapters: bool = flag(False, "write the adapters by themselves too")
+    stage_one_lr: float = flag(1e-3, "learning rate of stage one, which is as long as stage two", TRAINING, RATE)
+    lr: float = flag(1e-4, "learning rate of the backbone", TRAINING, RATE)
+    heads_lr_factor: float = flag(4.0, "learning rate of the heads, as a multiple of --lr", TRAINING, RATE)
+    head_weight: float = flag(0.2, "weight of the heads' loss beside the backbone's", HEADS, number(0, 1e3))
+    head_warmup_steps: int = flag(100, "steps in which that weight rises from 0", HEADS, COUNT_OR_NONE)
+    lora_rank: int = flag(
+        0, "rank of LoRA adapters to train instead of all weights", BACKBONE, COUNT_OR_NONE, empty="all weights"
+    )
+    self_distill: bool = flag(False, "teach the backbone what it says without adapters instead of the text", BACKBONE)
+    gradient_checkpointing: bool = flag(False, "compute activations twice instead of keeping them", EXECUTION)
+    save_adapters: bool = flag(False, "write the adapters to a folder of their own too", BACKBONE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lora_rank < 0:
-            raise ValueError(f"--lora-rank must not be negative, not {self.lora_rank}")
         if (self.self_distill or self.save_adapters) and not self.lora_rank:
             raise ValueError(
                 "--self-distill and --save-adapters need --lora-rank: the teacher is the model without them"

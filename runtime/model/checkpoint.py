@@ -1,14 +1,21 @@
 """Reading safetensors: every rank reads only its slices, and every tensor of a checkpoint must be accounted for."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from euryale.client.rules import MAP, Rule, is_text
 from euryale.parallel.sharding import WHOLE, Shard
+from euryale.scheduler import json_file
 
+_WEIGHT_MAP = Rule(
+    "a map from tensors to .safetensors files beside it",
+    lambda v: (
+        MAP.fits(v) and all(is_text(f) and f.endswith(".safetensors") and not set(f) & set("/\\\0") for f in v.values())
+    ),
+)
 _SAMPLES, _SAMPLE = 64, 1 << 14  # of each file, for the fingerprint; bytes
 
 
@@ -72,14 +79,17 @@ class Checkpoint:
     def _index(self) -> dict[str, str]:
         index = self.directory / "model.safetensors.index.json"
         if index.is_file():
-            try:
-                file_of = dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{index} is damaged ({error!r}): copy it again") from error
-            for file in sorted(set(file_of.values())):
-                missing = {n for n, f in file_of.items() if f == file} - set(_keys(self._open(file)))
-                if missing:
-                    raise ValueError(f"{self.directory / file} lacks {sorted(missing)[0]}, which the index promises")
+            content = json_file.read_object(index)
+            json_file.check(index, content, {"weight_map": _WEIGHT_MAP}, remedy="copy it again")
+            if "weight_map" not in content:
+                raise ValueError(f"{index} is damaged (weight_map is missing): copy it again")
+            file_of = content["weight_map"]
+            promised: dict[str, set[str]] = {}
+            for name, file in file_of.items():
+                promised.setdefault(file, set()).add(name)
+            for file, names in sorted(promised.items()):
+                if missing := names - set(_keys(self._open(file))):
+                    raise ValueError(f"{self.directory / file} lacks {min(missing)}, which the index promises")
             return file_of
         if not (self.directory / "model.safetensors").is_file():
             raise ValueError(f"{self.directory} has neither model.safetensors nor model.safetensors.index.json")

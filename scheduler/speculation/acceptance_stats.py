@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from euryale.client.rules import shown
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.speculation.constants import (
     BINS,
@@ -20,6 +21,7 @@ from euryale.scheduler.speculation.constants import (
     SUCCESSORS,
 )
 
+_MAX_CASES = 1e9  # that a file may claim to have seen
 _LEARNED = ("accepted", "predicted", "context_accepted", "context_cases")
 
 
@@ -60,9 +62,18 @@ class AcceptanceStats:
         ValueError if they are of another number of heads."""
         made = cls(num_heads)
         for name in _LEARNED:
-            found, own = np.asarray(content.get(name, ()), dtype=np.float64), getattr(made, name)
-            if found.shape != own.shape[1:] or not np.all(found >= 0):
-                raise ValueError(f"its acceptance_stats.{name} does not fit {num_heads} heads")
+            own = getattr(made, name)
+            try:
+                found = np.asarray(content.get(name, ()))
+            except ValueError:  # rows of different lengths
+                found = np.asarray(())
+            is_fitting = found.shape == own.shape[1:] and found.dtype.kind in "iuf"
+            if not is_fitting or not np.all((found >= 0) & (found <= _MAX_CASES)):
+                shape = " x ".join(map(str, own.shape[1:]))
+                raise ValueError(
+                    f"acceptance_stats.{name} must be {shape} numbers from 0 to {_MAX_CASES:g} for {num_heads} heads, "
+                    f"not {shown(content.get(name))}"
+                )
             own[0] = found
         made.accepted[1:] = PRIOR_CASES * (made.accepted[0] / np.maximum(made.predicted[0], 1e-9))
         made.context_accepted[1:] = made.context_cases[1:] * (

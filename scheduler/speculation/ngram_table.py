@@ -110,6 +110,10 @@ class NgramTable:
         tokens that are not below ``vocab_size``."""
         try:
             arrays = load_file(directory / FILE)
+            for name in ROW.names:
+                kind = ROW[name]
+                if arrays[name].dtype != kind.base or arrays[name].shape != (len(arrays["total"]), *kind.shape):
+                    raise ValueError(f"its tensor {name} is not of rows of {kind}")
             table = cls(len(arrays["total"]).bit_length() - 1, live_bits)
             for name in ROW.names:
                 table.rows[name][: 1 << table.text_bits] = arrays[name]

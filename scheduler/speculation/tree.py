@@ -7,7 +7,6 @@ a running request, nor a tensor.
 """
 
 import heapq
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from euryale.client.rules import list_of, shown, whole
+from euryale.scheduler import json_file
+
 MAX_NODES = 128  # root included: two words of ancestor bits
+_PATH = list_of(whole(0, 2**31 - 2), MAX_NODES - 1, least=1)  # ranks; int32, and one more is the number of candidates
 DYNAMIC_DEPTH = 12  # of trees made for each step: below the heads they go on with what followed before
 DYNAMIC_CANDIDATES = 10  # of each head that such trees see
 
@@ -42,15 +45,15 @@ class TreeShape:
         index: dict[tuple[int, ...], int] = {(): 0}
         listed: set[tuple[int, ...]] = set()
         for path in paths:
-            if not isinstance(path, list | tuple) or not path or any(type(r) is not int or r < 0 for r in path):
-                raise ValueError(f"a tree path is a non-empty list of ranks >= 0, not {path!r}")
+            if not _PATH.fits(path):
+                raise ValueError(f"a tree path must be {_PATH.says}, not {shown(path)}")
             if tuple(path) in listed:
                 raise ValueError(f"the tree lists path {list(path)} twice: remove one")
             listed.add(tuple(path))
             for depth in range(1, len(path) + 1):
                 index.setdefault(tuple(path[:depth]), len(index))
-        if len(index) > MAX_NODES:
-            raise ValueError(f"the tree has {len(index)} nodes with its root; at most {MAX_NODES} are supported")
+            if len(index) > MAX_NODES:
+                raise ValueError(f"the tree has more than {MAX_NODES} nodes with its root: prune it")
         parents = [-1] + [index[path[:-1]] for path in index if path]
         ranks = [-1] + [path[-1] for path in index if path]
         return cls(np.asarray(parents, dtype=np.int32), np.asarray(ranks, dtype=np.int32))
@@ -186,14 +189,9 @@ def load_tree(source: str | Path, num_heads: int) -> TreeShape:
 
     Raises ValueError if the file is not such a tree or is deeper than there are heads.
     """
-    try:
-        paths = json.loads(Path(source).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"cannot read the tree {source}: {error}; give dynamic, dynamic:N, static:FILE, chain or off"
-        ) from error
+    paths = json_file.read(source, "give --tree dynamic, dynamic:N, static:FILE, chain or off")
     if not isinstance(paths, list) or not paths:
-        raise ValueError(f"the tree {source} must be a JSON list of paths such as [[0], [1], [0, 0]]")
+        raise ValueError(f"{source} must be a JSON list of paths such as [[0], [1], [0, 0]], not {shown(paths)}")
     try:
         shape = TreeShape.from_paths(paths)
     except ValueError as error:

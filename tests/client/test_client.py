@@ -190,11 +190,22 @@ def test_stop_strings_and_tokens():
     [
         ({}, "exactly one of"),
         ({"prompt": "a", "prompt_tokens": [1]}, "exactly one of"),
-        ({"prompt": 5}, "prompt must be a string"),
-        ({"prompt": "\ud800"}, "cannot be sent"),
-        ({"prompt": "a", "temperature": object()}, "cannot be sent"),
-        ({"prompt": "a", "seed": 2**64}, "cannot be sent"),
-        ({"prompt_tokens": [2**40]}, "32-bit"),
+        ({"prompt": 5}, "prompt must be a string of Unicode text, not 5"),
+        ({"prompt": "\ud800"}, "prompt must be a string of Unicode text, not"),
+        (
+            {"prompt": "a", "temperature": object()},
+            "temperature must be 0 .* or a number from 0.001 to 100, not <",
+        ),
+        ({"prompt": "a", "seed": 2**64}, f"seed must be a whole number from 0 to {2**64 - 1}, not {2**64}"),
+        ({"prompt": "a", "seed": 10**5000}, "seed must be .* not a value of type int"),
+        ({"prompt": "a", "temperatur": 1.0}, "unknown sampling parameter 'temperatur'; known are acceptance"),
+        ({"prompt_tokens": [2**40]}, "prompt_tokens must be a list of token ids, whole numbers of 32 bits"),
+        ({"prompt_tokens": "hi"}, "prompt_tokens must be a list of token ids"),
+        (
+            {"messages": "hi"},
+            "messages must be a list of 1 to 1024 items, .*role and content.*, not 'hi'",
+        ),
+        ({"messages": []}, "messages must be a list of 1 to 1024 items"),
         ({"prompt_tokens": ["a"]}, "prompt_tokens"),
         ({"messages": ["a"]}, "messages"),
     ],
@@ -206,8 +217,8 @@ def test_what_cannot_be_sent(client, arguments, text):
 
 
 def test_what_the_server_refuses(client):
-    generation = client.generate("hello", temperatur=1.0)
-    with pytest.raises(euryale.InvalidRequest, match="unknown sampling parameter 'temperatur'; known are acceptance"):
+    generation = client.generate(prompt_tokens=[100_000])
+    with pytest.raises(euryale.InvalidRequest, match="token id 100000; this model's ids are"):
         generation.result()
-    with pytest.raises(ValueError, match="temperatur"):  # the error stays, and is a ValueError too
+    with pytest.raises(ValueError, match="100000"):  # the error stays, and is a ValueError too
         generation.result()

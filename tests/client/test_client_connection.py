@@ -58,7 +58,7 @@ def test_nobody_there():
 
 
 def test_an_address_that_is_none():
-    with pytest.raises(ValueError, match="use tcp://host:port or ipc://path"):
+    with pytest.raises(ValueError, match="address must be tcp://host:port or ipc://path, not 'localhost:5555'"):
         Client("localhost:5555")
 
 

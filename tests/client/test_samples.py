@@ -7,7 +7,7 @@ from serving_rig import TOKENIZER, RawClient, as_client, made_up, saying, servin
 
 from euryale import client as euryale
 from euryale.client import AsyncClient, Client, protocol
-from euryale.scheduler.sampling_params import PARAMETER_NAMES
+from euryale.client.params import RULES
 
 PROMPT = tuple(TOKENIZER.encode("hello world"))
 
@@ -138,7 +138,7 @@ def test_logprobs_are_told_once_and_for_every_token():
 
 
 def test_the_client_names_every_parameter():
-    assert set(euryale.GenerateParams.__annotations__) == PARAMETER_NAMES
+    assert set(euryale.GenerateParams.__annotations__) == set(RULES)
 
 
 def test_a_bias_is_a_map_from_ids():

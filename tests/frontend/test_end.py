@@ -2,10 +2,11 @@
 
 import contextlib
 import socket
+import threading
 import time
 
 import pytest
-from serving_rig import RawClient, front_end, serving, wait_until
+from serving_rig import INFO, RawClient, front_end, serving, wait_until
 
 from euryale import client as euryale
 from euryale.client import Client, protocol
@@ -75,6 +76,22 @@ def test_an_engine_that_says_nothing_at_all():
     with contextlib.closing(engine.EngineLink()) as link:
         frontend = front_end(link, engine_timeout=0.3)
         assert frontend.run() == "group_lost"
+
+
+def test_clients_wait_while_the_engine_loads_however_long():
+    with contextlib.closing(engine.EngineLink()) as link:
+        frontend = front_end(link, engine_timeout=0.3)
+        outcome: list[str] = []
+        thread = threading.Thread(target=lambda: outcome.append(frontend.run()))
+        thread.start()
+        assert link.receive(5000) == [engine.Attach(endpoint=frontend.endpoint)]
+        link.send(engine.Loading())
+        with Client(frontend.endpoint) as client:
+            with pytest.raises(euryale.TimedOut):
+                client.hello(timeout=1.0)  # more than three times as long as an engine may be silent
+            link.send(engine.Welcome(info=INFO))
+            assert client.hello().model == "scripted"
+            wait_until(lambda: outcome == ["group_lost"])  # the engine has nothing more to say
 
 
 def test_an_ipc_socket_is_private_and_removed(tmp_path):

@@ -31,6 +31,7 @@ TO_ENGINE = [
     link.Drain(),
 ]
 TO_FRONT_END = [
+    link.Loading(),
     link.Welcome(info={"model": "m", "max_model_len": 10, "defaults": {"stop_token_ids": [1]}}),
     link.StepOutput(outputs=(RequestOutput(1, [5, 6], None), RequestOutput(2, [], "cancelled"))),
     link.StepOutput(outputs=()),

@@ -32,7 +32,7 @@ def test_an_end_token_inside_an_accepted_path_ends_the_answer():
     [
         ([], {}, "the prompt is empty"),
         ([50], {"max_tokens": 1}, "token id 50 is outside the vocabulary of 50"),
-        ([5], {"max_tokens": 1, "logit_bias": ((1 << 40, 1.0),)}, "of the parameters is outside the vocabulary of 50"),
+        ([5], {"max_tokens": 1, "logit_bias": ((1 << 30, 1.0),)}, "of the parameters is outside the vocabulary of 50"),
         ([5], {"max_tokens": 9, "stop_token_ids": (50,), "min_tokens": 2}, "of the parameters is outside"),
         ([-1], {"max_tokens": 1}, "token id -1 is outside"),
         ([1] * 60, {"max_tokens": 1}, "ask for at most 0"),
@@ -84,7 +84,8 @@ def test_trees_do_not_starve_prompts():
         ("seed", 2**64),
         ("acceptance", "maybe"),
         ("stop", ("",)),
-        ("stop", "text"),
+        ("stop", 5),
+        ("stop", ("x" * 257,)),
         ("stop_token_ids", (1.5,)),
         ("ignore_eos", 1),
         ("priority", 0.5),

@@ -174,8 +174,9 @@ def test_what_is_no_trace_is_refused(tmp_path, content):
 
 
 def test_a_path_that_cannot_be_written_is_refused_at_start(tmp_path):
-    command = ["--model", str(ROOT / "demo" / "model")]
-    command += ["--prompts", "none", "--out", "none", "--trace", str(tmp_path / "missing" / "trace.jsonl")]
+    (tmp_path / "prompts").write_text("")
+    command = ["--model", str(ROOT / "demo" / "model"), "--prompts", str(tmp_path / "prompts")]
+    command += ["--out", str(tmp_path / "out"), "--trace", str(tmp_path / "missing" / "trace.jsonl")]
     done = run_script(ROOT / "launch" / "generate.py", *command)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: cannot write the trace")

@@ -213,12 +213,12 @@ def test_an_int8_backbone_is_smaller_and_good_enough(trained, model_dir, text_fi
         ({"data": ("nowhere",)}, "there is no file nowhere"),
         ({"held_out_percent": 0.0}, "none is held out"),
         ({"model": "nowhere"}, "holds no config.json"),
-        ({"num_heads": 0}, "--num-heads must be at least 1"),
+        ({"num_heads": 0}, "--num-heads must be a whole number of heads from 1 to 64, not 0"),
         ({"shared_lm_head": True, "num_layers": 0}, "nothing else would be learned"),
         ({"heads": "nowhere"}, "neither medusa_lm_head.safetensors"),
-        ({"clip": 0.0}, "--clip and --lr must be above 0"),
-        ({"lr": float("nan")}, "--clip and --lr must be above 0"),
-        ({"tokens": -5.0}, "--tokens must not be negative"),
+        ({"clip": 0.0}, "--clip must be a number above 0"),
+        ({"lr": float("nan")}, "--lr must be a number above 0 and at most 1000, not nan"),
+        ({"tokens": -5.0}, "--tokens must be a number of tokens from 0"),
     ],
 )
 def test_bad_input_is_refused_with_a_way_out(model_dir, text_file, tmp_path, changes, message):

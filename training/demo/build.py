@@ -10,13 +10,25 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from euryale.client.rules import number, whole
 from euryale.parallel.group import Group
-from euryale.runtime.config import flag
+from euryale.scheduler.flag import check_flags, flag
+from euryale.scheduler.speculation.tree import MAX_NODES
 from euryale.training import calibrate, medusa1, medusa2
 from euryale.training.corpus import STANDARD_LIBRARY
 from euryale.training.demo import model_card, pretrain
-from euryale.training.demo.pretrain import PretrainOptions
-from euryale.training.options import CalibrateOptions, Medusa1Options, Medusa2Options
+from euryale.training.demo.pretrain import OUTPUT, SHAPE, WIDTH, PretrainOptions
+from euryale.training.options import (
+    COUNT,
+    COUNT_OR_NONE,
+    EXECUTION,
+    HEADS,
+    TOKENS,
+    TRAINING,
+    CalibrateOptions,
+    Medusa1Options,
+    Medusa2Options,
+)
 
 MAX_BYTES = 24_000_000
 RESULT = (
@@ -38,25 +50,32 @@ WRITTEN = ("generation_config.json", "README.md")
 class DemoOptions:
     """The demo checkpoint from nothing but the standard library's source. The defaults make the committed one."""
 
-    out: str = flag("", "directory of the checkpoint")
-    vocab_size: int = flag(PretrainOptions.vocab_size, "size of the vocabulary")
-    hidden_size: int = flag(PretrainOptions.hidden_size, "width of the backbone")
-    num_layers: int = flag(PretrainOptions.num_layers, "decoder layers")
-    tokens: float = flag(PretrainOptions.tokens, "tokens of the backbone's training")
-    polish_steps: int = flag(PretrainOptions.polish_steps, "steps that show beginnings")
-    heads_tokens: float = flag(1.5e6, "tokens of Medusa-1")
-    joint_tokens: float = flag(1.2e6, "tokens of Medusa-2")
-    length: int = flag(512, "tokens of a window in both")
-    batch: int = flag(8, "windows of a step in all trainings")
-    num_heads: int = flag(4, "Medusa heads; they share the lm_head: their own would nearly double the model")
-    head_layers: int = flag(2, "residual blocks of a head")
-    nodes: int = flag(5, "guesses of the tree: with the root 6 rows, for which the weights are read once")
-    calibration_prompts: int = flag(CalibrateOptions.num_prompts, "held-out prompts the tree is searched on")
-    compile: bool = flag(True, "compile the model")
+    out: str = flag("", "directory of the checkpoint", OUTPUT, required=True)
+    vocab_size: int = flag(
+        PretrainOptions.vocab_size, "tokens of the byte-level BPE vocabulary", SHAPE, whole(257, 1 << 20, "tokens")
+    )
+    hidden_size: int = flag(PretrainOptions.hidden_size, "width of the backbone", SHAPE, WIDTH)
+    num_layers: int = flag(PretrainOptions.num_layers, "decoder layers", SHAPE, whole(1, 1 << 10, "layers"))
+    tokens: float = flag(
+        PretrainOptions.tokens, "tokens of the backbone's training", TRAINING, number(1, 1e15, "tokens")
+    )
+    polish_steps: int = flag(
+        PretrainOptions.polish_steps, "last steps, which show beginnings too", TRAINING, COUNT_OR_NONE
+    )
+    heads_tokens: float = flag(1.5e6, "tokens of Medusa-1", TRAINING, number(1, 1e15, "tokens"))
+    joint_tokens: float = flag(1.2e6, "tokens of Medusa-2", TRAINING, number(1, 1e15, "tokens"))
+    length: int = flag(512, "tokens of a window in both", TRAINING, TOKENS)
+    batch: int = flag(8, "windows of a step in all trainings", TRAINING, COUNT)
+    num_heads: int = flag(4, "Medusa heads; they share the backbone's lm_head", HEADS, whole(1, 64, "heads"))
+    head_layers: int = flag(2, "residual blocks of a head", HEADS, whole(1, 64, "blocks"))
+    nodes: int = flag(5, "draft tokens of tree.json, the root not counted", HEADS, whole(1, MAX_NODES - 1))
+    calibration_prompts: int = flag(
+        CalibrateOptions.num_prompts, "held-out prompts on which the tree is searched", HEADS, whole(4, 2**31 - 1)
+    )
+    compile: bool = flag(True, "compile the model", EXECUTION)
 
     def __post_init__(self) -> None:
-        if not self.out:
-            raise ValueError("--out is missing")
+        check_flags(self)
 
     @property
     def work(self) -> Path:

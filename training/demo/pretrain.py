@@ -15,11 +15,15 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from euryale.client.rules import Rule, number, whole
 from euryale.parallel import fsdp
 from euryale.parallel.group import Group
-from euryale.runtime.config import flag
+from euryale.scheduler.flag import check_flags, flag
 from euryale.training import corpus
+from euryale.training.options import COUNT, COUNT_OR_NONE, EXECUTION, RATE, TRAINING
 
+OUTPUT, SHAPE = "result", "model"
+WIDTH = Rule("a multiple of 16 from 16 to 65536", lambda v: whole(16, 1 << 16).fits(v) and v % 16 == 0)  # 8 even heads
 CHECKPOINT_STEPS = 100
 OPENING = 128  # tokens of a beginning
 
@@ -28,17 +32,22 @@ OPENING = 128  # tokens of a beginning
 class PretrainOptions:
     """A small Llama from scratch on the Python standard library's source."""
 
-    out: str = flag("", "directory of the model that is written")
-    vocab_size: int = flag(4096, "size of the byte-level BPE vocabulary")
-    hidden_size: int = flag(256, "width of the model")
-    num_layers: int = flag(6, "decoder layers")
-    tokens: float = flag(10e6, "tokens to train on, repetitions counted")
-    batch: int = flag(8, "windows of a step")
-    length: int = flag(1024, "tokens of a window")
-    polish_steps: int = flag(160, "steps on top of which every other one shows beginnings, as prompts are")
-    lr: float = flag(6e-3, "learning rate")
-    seed: int = flag(0, "everything that is drawn depends on it")
-    compile: bool = flag(True, "compile the model")
+    out: str = flag("", "directory of the model that is written", OUTPUT, required=True)
+    vocab_size: int = flag(4096, "tokens of the byte-level BPE vocabulary", SHAPE, whole(257, 1 << 20, "tokens"))
+    hidden_size: int = flag(256, "width of the model", SHAPE, WIDTH)
+    num_layers: int = flag(6, "decoder layers", SHAPE, whole(1, 1 << 10, "layers"))
+    tokens: float = flag(10e6, "tokens to train on, repetitions counted", TRAINING, number(1, 1e15, "tokens"))
+    batch: int = flag(8, "windows of a step", TRAINING, COUNT)
+    length: int = flag(1024, "tokens of a window", TRAINING, whole(2, 1 << 20, "tokens"))
+    polish_steps: int = flag(
+        160, "last steps, of which every other one shows beginnings, as prompts are", TRAINING, COUNT_OR_NONE
+    )
+    lr: float = flag(6e-3, "learning rate", TRAINING, RATE)
+    seed: int = flag(0, "what everything that is drawn depends on", EXECUTION, whole(0, 2**63 - 1))
+    compile: bool = flag(True, "compile the model", EXECUTION)
+
+    def __post_init__(self) -> None:
+        check_flags(self)
 
     @property
     def main_steps(self) -> int:
