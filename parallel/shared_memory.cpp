@@ -8,54 +8,35 @@
 // A waiting rank spins, then yields, then sleeps; a sleeper wakes now and then to see whether the others live. Each
 // holds a lock on a byte of the file for as long as its process exists, which the kernel lets go whatever ends it.
 #include <fcntl.h>
-#include <linux/futex.h>
-#include <sched.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <ctime>
 #include <vector>
 
 #include "../kernels/cpu/dispatch.h"
+#include "../kernels/cpu/wait.h"
 #include "collectives.h"
 
 namespace {
 
-constexpr int64_t LINE = 64;
 constexpr int64_t ONE_SHOT = 16 << 10;  // bytes up to which every rank sums everything
-constexpr int SPINS = 2000, YIELDS = 300;
-constexpr int64_t SLEEP = 50'000'000;  // nanoseconds
+constexpr int64_t SPIN = 50'000, SLEEP = 50'000'000;  // nanoseconds
+constexpr int YIELDS = 300;
 constexpr int OK = 0, TIMED_OUT = -1, CLOSED = -2;  // other results: 1 + the rank that died
 
-struct alignas(LINE) Flag {
-    std::atomic<uint32_t> value;
-    std::atomic<uint32_t> num_sleepers;
-};
-static_assert(sizeof(Flag) == LINE && std::atomic<uint32_t>::is_always_lock_free, "layout of the shared memory");
-
-int64_t now() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1'000'000'000LL + t.tv_nsec;
-}
-
-void relax() {
-#ifdef __x86_64__
-    __builtin_ia32_pause();
-#endif
-}
+using euryale::now;
+using Flag = euryale::Signal;
+static_assert(sizeof(Flag) == 64 && std::atomic<uint32_t>::is_always_lock_free, "layout of the shared memory");
 
 }  // namespace
 
 struct EuryaleGroup {
     int fd;  // -1: ranks are threads of one process, which die together
     int64_t rank, size, capacity, timeout;
-    int spins;
+    int64_t spin;             // nanoseconds
     char* memory;
     uint32_t phase = 0;       // phases begun; every rank counts alike
     uint32_t begun = 0;       // the phase in which the operation before this one began
@@ -79,28 +60,20 @@ struct EuryaleGroup {
 
     void raise() {
         flag(rank).value.store(++phase, std::memory_order_seq_cst);
-        if (flag(rank).num_sleepers.load(std::memory_order_seq_cst))
-            syscall(SYS_futex, &flag(rank).value, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
+        flag(rank).wake();
     }
 
     static bool reached(uint32_t value, uint32_t wanted) { return (int32_t)(value - wanted) >= 0; }
 
     int wait(int64_t r, uint32_t wanted) {
         Flag& f = flag(r);
-        for (int i = 0; i < spins; ++i, relax())
-            if (reached(f.value.load(std::memory_order_acquire), wanted)) return OK;
-        for (int i = 0; i < YIELDS; ++i, sched_yield())
-            if (reached(f.value.load(std::memory_order_acquire), wanted)) return OK;
+        const auto is_there = [&](uint32_t value) { return reached(value, wanted); };
+        const auto is_ready = [&] { return is_there(f.value.load(std::memory_order_acquire)); };
+        if (euryale::poll(spin, YIELDS, is_ready)) return OK;
         if (!deadline) deadline = now() + timeout;
         for (bool was_dead = false;;) {
-            f.num_sleepers.fetch_add(1, std::memory_order_seq_cst);
-            const uint32_t value = f.value.load(std::memory_order_seq_cst);
-            if (!reached(value, wanted)) {
-                const timespec nap = {0, (long)SLEEP};
-                syscall(SYS_futex, &f.value, FUTEX_WAIT, value, &nap, nullptr, 0);
-            }
-            f.num_sleepers.fetch_sub(1, std::memory_order_seq_cst);
-            if (reached(f.value.load(std::memory_order_acquire), wanted)) return OK;
+            f.sleep(SLEEP, is_there);
+            if (is_ready()) return OK;
             if (was_dead) return 1 + (int)r;  // looked at its flag once more after seeing it dead
             was_dead = is_dead(r);
             if (now() > deadline) return TIMED_OUT;
@@ -208,7 +181,7 @@ EuryaleGroup* euryale_shared_attach(int fd, void* memory, int64_t rank, int64_t 
         memory = mmap(nullptr, euryale_shared_bytes(size, capacity), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
         if (memory == MAP_FAILED) return nullptr;
     }
-    return new EuryaleGroup{fd, rank, size, capacity, timeout_ns, may_spin ? SPINS : 0, (char*)memory};
+    return new EuryaleGroup{fd, rank, size, capacity, timeout_ns, may_spin ? SPIN : 0, (char*)memory};
 }
 
 void euryale_shared_detach(EuryaleGroup* group) {

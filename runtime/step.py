@@ -3,11 +3,14 @@ cache is as it was, so a step that fails leaves nothing behind.
 """
 
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from euryale.kernels import backend
+from euryale.kernels.threads import one_for_torch
 from euryale.runtime.kv_cache import KVCache
 from euryale.runtime.model.decoder import Decoder
 from euryale.runtime.model.medusa_heads import MedusaHeads
@@ -59,6 +62,10 @@ class StepRunner:
         before the next is started."""
         if not plan.segments:
             return None
+        with one_for_torch() if backend.is_compiled(self.decoder.shard.group.device) else nullcontext():
+            return self._start(plan)
+
+    def _start(self, plan: StepPlan) -> tuple[StepBatch, Outcome | None]:
         step = self.graphs.prepare(plan) if self.graphs else None
         if step is None:
             batch = StepBatch.of(plan, self.cache.page_size, self.decoder.shard.group.device)

@@ -8,9 +8,8 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
-import torch
-
 from euryale.kernels import graph
+from euryale.kernels.threads import num_threads
 from euryale.kernels.tree_attention.work_list import kinds
 from euryale.parallel.group import Group
 from euryale.runtime.kv_cache import KVCache
@@ -98,7 +97,7 @@ class StepGraphs:
         if not self.pads:
             counts = [(s.num_draft_tokens + 1, s.wants_head_candidates) for s in plan.segments if s.emits_tokens]
             decided = 0 if kind.is_decode else (sum(n for n, _ in counts), sum(wants for _, wants in counts))
-            return sizes, kind, decided, torch.get_num_threads()
+            return sizes, kind, decided, num_threads()
         padded = bucket(*sizes, self._cache.num_rows)
         rows = [len(s.tokens) for s in plan.segments] + padding(sizes, padded)
         return padded, kind, kinds(rows, self._cache.group_size)

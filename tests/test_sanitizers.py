@@ -13,7 +13,7 @@ from support import ROOT
 CXX = shutil.which("g++")
 pytestmark = pytest.mark.skipif(CXX is None, reason="there is no g++")
 # Without optimization, which takes a third of the time to compile and drops no wrong access before it is checked.
-FLAGS = ["-std=c++17", "-O0", "-g1", "-fopenmp", "-fno-math-errno"]
+FLAGS = ["-std=c++17", "-O0", "-g1", "-pthread", "-fno-math-errno"]
 SOURCES = [str(p) for p in sorted([*ROOT.glob("kernels/*/*.cpp"), *ROOT.glob("parallel/*.cpp")])]
 # The editable installation is taken out, so that the copy is what is imported.
 RUN = """
@@ -78,6 +78,6 @@ def test_kernels_under_the_address_and_undefined_behaviour_sanitizers(tmp_path):
 def test_collectives_under_the_thread_sanitizer(tmp_path):
     program = str(tmp_path / "threads_as_ranks")
     ranks = str(ROOT / "tests/parallel/threads_as_ranks.cpp")
-    build(tmp_path, program, "-pthread", "-fsanitize=thread", more=(ranks,))
+    build(tmp_path, program, "-fsanitize=thread", more=(ranks,))
     done = subprocess.run([program], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

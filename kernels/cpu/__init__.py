@@ -15,6 +15,7 @@ import torch
 
 from euryale.kernels.cpu.native import Library
 from euryale.kernels.step_metadata import StepMetadata
+from euryale.kernels.threads import num_threads
 
 logger = logging.getLogger("euryale.kernels")
 
@@ -33,7 +34,6 @@ def load() -> Library | None:
             "run 'pip install .' again (in a checkout: 'python -m pip install -e .')"
         )
         return None
-    _share_openmp()
     try:
         return Library(found[0])
     except OSError as error:
@@ -69,15 +69,6 @@ def _kept(out: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _share_openmp() -> None:
-    """Let our kernels and PyTorch's use one pool of threads: two pools would spin on each other's cores. Where PyTorch
-    brings an OpenMP library under a name of its own, its symbols are made global before our library looks for them."""
-    directory = Path(torch.__file__).parent
-    for folder in (directory / "lib", directory.parent / "torch.libs"):
-        for file in folder.glob("libgomp*"):
-            ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
-
-
 class _PreparedStep:
     """``pointer`` to a ``Step`` of operations.def, whose fields point to the tensors of a StepMetadata."""
 
@@ -85,7 +76,7 @@ class _PreparedStep:
         sizes = {
             "num_segments": len(metadata.num_new_tokens),
             "page_size": metadata.page_size,
-            "num_threads": torch.get_num_threads(),
+            "num_threads": num_threads(),
         }
         addresses = {name: tensor.data_ptr() for name, tensor in metadata.tensors().items()}
         self.pointer = library().structure("Step", {**sizes, **addresses})

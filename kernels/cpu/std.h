@@ -11,3 +11,4 @@
 #endif
 
 #include "operations.h"
+#include "threads.h"

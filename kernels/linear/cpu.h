@@ -85,9 +85,7 @@ void run(int64_t threads, int64_t rows, int64_t in, int64_t out, const T* x, con
         for (int64_t r = 0; r < rows; ++r) std::copy(x + r * in, x + (r + 1) * in, padded.data() + r * stride);
         x = padded.data();
     }
-    threads = std::min(threads, panels);
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t p = 0; p < panels; ++p) {
+    parallel_for(threads, panels, [&](int64_t p) {
         const int64_t columns = std::min<int64_t>(PANEL, out - p * PANEL);
         float of_panel[PANEL] = {};
         if (bias)
@@ -97,7 +95,7 @@ void run(int64_t threads, int64_t rows, int64_t in, int64_t out, const T* x, con
             tile<decltype(tile_rows)::value>(steps, stride, weights, x + row * stride, of_panel, columns,
                                              y + row * out + p * PANEL, out);
         });
-    }
+    });
 }
 
 template <class T>
@@ -109,14 +107,14 @@ void pack(int64_t in, int64_t out, const T* weight, T* packed) {
     const uintptr_t end = (uintptr_t)(packed + panels * PANEL * steps * per_step);
     if (end > start) madvise((void*)start, end - start, MADV_HUGEPAGE);
 #endif
-#pragma omp parallel for
-    for (int64_t p = 0; p < panels; ++p)
+    parallel_for(usable_cores(), panels, [&](int64_t p) {
         for (int64_t s = 0; s < steps; ++s)
             for (int64_t c = 0; c < PANEL; ++c)
                 for (int64_t i = 0; i < per_step; ++i) {
                     const int64_t o = p * PANEL + c, k = s * per_step + i;
                     packed[((p * steps + s) * PANEL + c) * per_step + i] = o < out && k < in ? weight[o * in + k] : T{};
                 }
+    });
 }
 
 }  // namespace linear

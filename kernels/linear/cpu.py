@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from euryale.kernels import cpu
 from euryale.kernels.cpu import empty  # noqa: F401
 from euryale.kernels.linear.quantize import QuantizedWeight, Weight
+from euryale.kernels.threads import num_threads
 
 VECTORS, BLOCK = 4, 8  # of quantized.h
 _SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)  # of a block's inputs in a word
@@ -70,7 +71,7 @@ def linear(
     x = x.contiguous()
     rows, in_features = x.shape
     y = cpu.empty(x, rows, out_features) if out is None else out
-    kind, threads, library = cpu.DTYPES[x.dtype], torch.get_num_threads(), cpu.library()
+    kind, threads, library = cpu.DTYPES[x.dtype], num_threads(), cpu.library()
     sizes = (threads, rows, in_features, out_features)
     added, to = None if bias is None else bias.data_ptr(), y.data_ptr()
     if isinstance(packed, Packed):

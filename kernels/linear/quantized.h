@@ -151,25 +151,25 @@ void run(int64_t group, int64_t threads, int64_t rows, int64_t in, int64_t out, 
             sums[g] = sum(total);
         }
     }
-    threads = std::min(threads, panels);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        std::vector<uint8_t> unpacked(rows > FEW ? unpacked_size : 0);
-#pragma omp for schedule(static)
-        for (int64_t p = 0; p < panels; ++p) {
-            const int64_t columns = std::min<int64_t>(PANEL, out - p * PANEL);
-            float of_panel[PANEL] = {};
-            if (bias)
-                for (int64_t c = 0; c < columns; ++c) of_panel[c] = to_float(bias[p * PANEL + c]);
-            if (rows > FEW) unpack<Q, X>(groups, group, packed + p * size, unpacked.data());
-            linear::in_tiles(rows, [&](auto tile_rows, int64_t row) {
-                constexpr int ROWS = decltype(tile_rows)::value;
-                const auto run = rows > FEW ? tile<ROWS, Unpacked<Q, X>, X, T> : tile<ROWS, Q, X, T>;
-                run(groups, group, rows > FEW ? unpacked.data() : packed + p * size, x + row * padded,
-                    sums.data() + row * groups, of_panel, columns, y + row * out + p * PANEL, out);
-            });
+    parallel_for(threads, panels, [&](int64_t p) {
+        const int64_t columns = std::min<int64_t>(PANEL, out - p * PANEL);
+        float of_panel[PANEL] = {};
+        if (bias)
+            for (int64_t c = 0; c < columns; ++c) of_panel[c] = to_float(bias[p * PANEL + c]);
+        const uint8_t* weights = packed + p * size;
+        if (rows > FEW) {
+            static thread_local std::vector<uint8_t> unpacked;
+            if ((int64_t)unpacked.size() < unpacked_size) unpacked.resize(unpacked_size);
+            unpack<Q, X>(groups, group, weights, unpacked.data());
+            weights = unpacked.data();
         }
-    }
+        linear::in_tiles(rows, [&](auto tile_rows, int64_t row) {
+            constexpr int ROWS = decltype(tile_rows)::value;
+            const auto run = rows > FEW ? tile<ROWS, Unpacked<Q, X>, X, T> : tile<ROWS, Q, X, T>;
+            run(groups, group, weights, x + row * padded, sums.data() + row * groups, of_panel, columns,
+                y + row * out + p * PANEL, out);
+        });
+    });
 }
 
 template <class Q, class T>

@@ -50,13 +50,12 @@ void row(const T* logits, int64_t valid, int64_t offset, float temperature, uint
 template <class T>
 void run(int64_t threads, int64_t rows, int64_t width, int64_t valid, int64_t offset, const T* logits,
          const float* temperature, const uint64_t* keys, float* values, int32_t* ids) {
-#pragma omp parallel for num_threads(std::min(threads, rows)) if (threads > 1 && rows * valid > top::MANY / 16)
-    for (int64_t r = 0; r < rows; ++r) {
+    parallel_for(rows * valid > top::MANY / 16 ? threads : 1, rows, [&](int64_t r) {
         if (temperature[r] > 0)
             row(logits + r * width, valid, offset, temperature[r], keys[r], values + r, ids + r);
         else
             top::row(logits + r * width, valid, offset, top::Best(values + r, ids + r, 1));
-    }
+    });
 }
 
 }  // namespace gumbel

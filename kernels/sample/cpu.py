@@ -3,6 +3,7 @@
 import torch
 
 from euryale.kernels import cpu
+from euryale.kernels.threads import num_threads
 
 
 def sample(
@@ -13,7 +14,7 @@ def sample(
     out = cpu.empty_ids(2, rows, 1)
     cpu.library().sample(
         cpu.DTYPES[logits.dtype],
-        torch.get_num_threads(),
+        num_threads(),
         rows,
         width,
         num_valid,

@@ -46,8 +46,8 @@ void row(const T* x, int64_t valid, int64_t offset, Best best) {
 template <class T>
 void run(int64_t threads, int64_t rows, int64_t width, int64_t valid, int64_t k, int64_t offset, const T* x,
          float* values, int32_t* ids) {
-#pragma omp parallel for num_threads(std::min(threads, rows)) if (threads > 1 && rows * valid > MANY)
-    for (int64_t r = 0; r < rows; ++r) row(x + r * width, valid, offset, Best(values + r * k, ids + r * k, k));
+    parallel_for(rows * valid > MANY ? threads : 1, rows,
+                 [&](int64_t r) { row(x + r * width, valid, offset, Best(values + r * k, ids + r * k, k)); });
 }
 
 }  // namespace top

@@ -3,6 +3,7 @@
 import torch
 
 from euryale.kernels import cpu
+from euryale.kernels.threads import num_threads
 
 
 def top_k(x: torch.Tensor, k: int, num_valid: int, offset: int) -> torch.Tensor:
@@ -12,7 +13,7 @@ def top_k(x: torch.Tensor, k: int, num_valid: int, offset: int) -> torch.Tensor:
     out = cpu.empty_ids(2, rows, k)
     cpu.library().top_k(
         cpu.DTYPES[x.dtype],
-        torch.get_num_threads(),
+        num_threads(),
         rows,
         width,
         num_valid,

@@ -170,6 +170,18 @@ inline void plan(const Step& step, const Attention& shape, std::vector<Item>& it
     }
 }
 
+// This thread's, for as long as it is asked for the same width.
+inline Workspace& workspace(int64_t width) {
+    static thread_local std::vector<Workspace> spaces;
+    static thread_local int64_t made_for = 0;
+    if (made_for != width) {
+        spaces.clear();
+        spaces.emplace_back(width);
+        made_for = width;
+    }
+    return spaces[0];
+}
+
 template <class T>
 void run(const Step& step, const Attention& shape, const void* q, const void* step_k, const void* step_v,
          const void* cache_k, const void* cache_v, void* out) {
@@ -183,23 +195,10 @@ void run(const Step& step, const Attention& shape, const void* q, const void* st
     partials.resize(num_partials * (width + 2));
     const Kernel<T> kernel{step, shape, (const T*)q, (const T*)step_k, (const T*)step_v,
                            (const T*)cache_k, (const T*)cache_v, (T*)out, block, partials.data()};
-    const int64_t threads = std::min<int64_t>(step.num_threads, items.size());
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        static thread_local std::vector<Workspace> spaces;  // one, of the size last asked for
-        static thread_local int64_t made_for = 0;
-        if (made_for != width) {
-            spaces.clear();
-            spaces.emplace_back(width);
-            made_for = width;
-        }
-#pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < items.size(); ++i) kernel.run(spaces[0], items[i]);
-        for (const Merge& todo : merges) {
-#pragma omp for schedule(static) nowait
-            for (int64_t r = 0; r < todo.count; ++r) kernel.merge(spaces[0], todo, r);
-        }
-    }
+    parallel_for(step.num_threads, items.size(), [&](int64_t i) { kernel.run(workspace(width), items[i]); });
+    parallel_for(step.num_threads, merges.size(), [&](int64_t i) {
+        for (int64_t r = 0; r < merges[i].count; ++r) kernel.merge(workspace(width), merges[i], r);
+    });
 }
 
 }  // namespace attention

@@ -28,6 +28,7 @@ COMMANDS = {
         "--device",
         "cpu",
     ],
+    "contention": ["--model", str(ROOT / "demo" / "model"), "--rounds", "1", "--tokens", "4"],
     "kernels.quantization": [
         "--model",
         str(ROOT / "demo" / "model"),
@@ -44,6 +45,7 @@ BAD = {
     "kernels.loop": [["--nodes", "0"], ["--max-len", "20"]],
     "kernels.operations": [["--heads", "3", "2"], ["--rounds", "0"]],
     "kernels.gpu": [[]],
+    "contention": [["--model", "nowhere"], ["--model", "demo-6m", "--core", "99999"], ["--rounds", "1"]],
 }
 
 
@@ -63,6 +65,10 @@ def test_a_benchmark(name):
         assert {"products", "attention", "small kernels", "heads", "commit", "host"} == set(row["shares"])
     elif name == "kernels.loop":
         assert all(row["ms"] > 0 for row in report["loops"].values())
+    elif name == "contention":
+        speeds = {name: row["median"] for name, row in report["tokens_per_second"].items()}
+        # Both are rounded to two digits after the point.
+        assert report["ratio"] == pytest.approx(speeds["disturbed"] / speeds["undisturbed"], rel=0.05)
     else:
         assert report["variants"]["int8"]["loss"] == pytest.approx(report["variants"]["none"]["loss"], abs=0.1)
 
