@@ -4,7 +4,6 @@ The library is plain C++ without headers of PyTorch or Python, so a compiler is 
 addresses. Without a library the reference kernels run, and a warning says so.
 """
 
-import ctypes
 import logging
 import sysconfig
 from functools import cache
