@@ -147,7 +147,7 @@ def test_any_field_of_what_calibration_learned(field, value):
     try:
         made = AcceptanceStats.from_json(LEARNED | {field: value}, 3)
     except ValueError as error:
-        one_line(error, "acceptance_probability", field)
+        one_line(error, "acceptance_stats", field)
     else:
         assert all(map(torch.isfinite, torch.from_numpy(made.ratios).flatten()))
 
