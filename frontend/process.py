@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-import euryale
 from euryale.frontend.config import FrontEndConfig
 from euryale.frontend.engine_link import EngineLink, FrontEndLink, LinkLost
 from euryale.frontend.messages import Drained, Failed, Loading
@@ -92,8 +91,8 @@ class FrontEndProcess:
 
 def _python_path() -> str:
     """Return where the process finds this package: where this one did, then what the environment says."""
-    found = [str(Path(path).parent) for path in euryale.__path__]
-    return os.pathsep.join([*found, *filter(None, [os.environ.get("PYTHONPATH")])])
+    found = str(Path(__file__).absolute().parents[2])
+    return os.pathsep.join([found, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def main() -> None:
