@@ -10,9 +10,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # where nothi
 
 from euryale.frontend.config import FrontEndConfig
 from euryale.frontend.process import FrontEndProcess
-from euryale.runtime.config import EngineConfig, load_model_config
+from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
 from euryale.runtime.flags import FlagParser, add_flags, from_flags
+from euryale.runtime.model.config import load_model_config
 from euryale.runtime.server import Server
 from euryale.runtime.worker import leave, run_worker
 
