@@ -20,6 +20,7 @@ serve: $(STAMP)  ## serve the demo model until Ctrl-C
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 test: lint  ## everything CI checks
 	$(BIN)/python -m pytest

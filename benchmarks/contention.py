@@ -24,8 +24,9 @@ from euryale.benchmarks.arguments import number
 from euryale.benchmarks.machine import describe
 from euryale.benchmarks.random_model import SHAPES, make_engine
 from euryale.parallel.group import Group, join
-from euryale.runtime.config import DTYPES, EngineConfig
+from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
+from euryale.runtime.model.config import DTYPES
 from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
 

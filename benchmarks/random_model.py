@@ -10,9 +10,10 @@ from transformers import LlamaConfig
 
 from euryale.parallel.group import Group
 from euryale.parallel.sharding import Layout, Shard
-from euryale.runtime.config import EngineConfig, ModelConfig
+from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
 from euryale.runtime.kv_cache import KVCache
+from euryale.runtime.model.config import ModelConfig
 from euryale.runtime.model.decoder import SHARDING, Decoder
 from euryale.runtime.model.medusa_checkpoint import HeadTensors
 from euryale.runtime.model.medusa_heads import MedusaHeads

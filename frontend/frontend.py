@@ -12,10 +12,11 @@ from typing import Any
 import zmq
 
 from euryale.client import protocol, wire
-from euryale.frontend import engine_link as engine
+from euryale.frontend import messages
 from euryale.frontend.client_socket import ClientPort
 from euryale.frontend.config import FrontEndConfig
 from euryale.frontend.detokenizer import TokenBytes
+from euryale.frontend.engine_link import FrontEndLink
 from euryale.frontend.in_flight import InFlight
 from euryale.frontend.intake import Intake, error_reply
 from euryale.frontend.validation import RequestError, RequestLimits
@@ -40,7 +41,7 @@ class FrontEnd:
     constructor listens at ``config.bind``; ``endpoint`` is the actual address. Raises ValueError if it cannot.
     """
 
-    def __init__(self, tokenizer: Any, link: engine.FrontEndLink, config: FrontEndConfig | None = None) -> None:
+    def __init__(self, tokenizer: Any, link: FrontEndLink, config: FrontEndConfig | None = None) -> None:
         self._config = config or FrontEndConfig()
         self._tokenizer = tokenizer
         self._link = link
@@ -85,7 +86,7 @@ class FrontEnd:
             poller.register(source, zmq.POLLIN)
         try:
             self._started = self._last_look = time.monotonic()
-            self._link.send(engine.Attach(endpoint=self.endpoint))
+            self._link.send(messages.Attach(endpoint=self.endpoint))
             while self._outcome is None:
                 poller.poll(self._sleep_ms())
                 self._turn()
@@ -162,7 +163,7 @@ class FrontEnd:
         has_work = self._requests or self._intake.clients
         if not has_work and not has_unread and not self._drain_sent and not self._link.lost:
             self._drain_sent = True
-            self._link.send(engine.Drain())
+            self._link.send(messages.Drain())
 
     def _lose_group(self, reason: str) -> None:
         num_lost = len(self._requests) + len(self._intake)
@@ -175,16 +176,16 @@ class FrontEnd:
         self._outcome = "group_lost"
 
     def _from_engine(self, message: Any) -> None:
-        self._is_loading = isinstance(message, engine.Loading)
+        self._is_loading = isinstance(message, messages.Loading)
         match message:
-            case engine.StepOutput():
+            case messages.StepOutput():
                 for output in message.outputs:
                     self._requests.take(output)
-            case engine.Stats():
+            case messages.Stats():
                 self._engine_stats = message.values
-            case engine.Rejected():
+            case messages.Rejected():
                 self._requests.reject(message.key, protocol.Error(code=message.code, message=message.message))
-            case engine.Welcome():
+            case messages.Welcome():
                 self._info = message.info
                 max_model_len = message.info["max_model_len"]
                 self._intake.fingerprint = message.info["fingerprint"]
@@ -193,9 +194,9 @@ class FrontEnd:
                     vocab_size=message.info["vocab_size"],
                     defaults=message.info["defaults"],
                 )
-            case engine.BeginDrain():
+            case messages.BeginDrain():
                 self.begin_drain()
-            case engine.Drained():
+            case messages.Drained():
                 for client, request_id in self._drainers:
                     self._port.send(client, request_id, protocol.Drained())
                 self._outcome = "drained"

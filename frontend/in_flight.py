@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from euryale.client import protocol
-from euryale.frontend import engine_link as engine
+from euryale.frontend import messages
 from euryale.frontend.client_socket import ClientPort
 from euryale.frontend.detokenizer import TokenBytes
+from euryale.frontend.engine_link import FrontEndLink, LinkLost
 from euryale.frontend.output_stream import OpenRequest, OpenSample
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.step_result import RequestOutput
@@ -23,7 +24,7 @@ class InFlight:
     request for a step; so ``len()`` counts what the engine holds, every sample of a request.
     """
 
-    def __init__(self, port: ClientPort, link: engine.FrontEndLink, token_bytes: TokenBytes) -> None:
+    def __init__(self, port: ClientPort, link: FrontEndLink, token_bytes: TokenBytes) -> None:
         self._port = port
         self._link = link
         self._token_bytes = token_bytes
@@ -62,7 +63,7 @@ class InFlight:
         self._awaited.setdefault(client, {})[request_id] = request
         self.counts["prompt_tokens"] += len(prompt)
         self._held.update((sample.key, (request, sample)) for sample in request.samples)
-        self._tell_engine(engine.AddRequest(keys=tuple(keys), prompt=prompt.tobytes(), params=params))
+        self._tell_engine(messages.AddRequest(keys=tuple(keys), prompt=prompt.tobytes(), params=params))
 
     def take(self, output: RequestOutput) -> None:
         """Notes what a step gave a sample, and ends its request if that was all."""
@@ -151,8 +152,8 @@ class InFlight:
     def _release(self, sample: OpenSample) -> None:
         """Has the engine end a sample that it still holds and nobody waits for."""
         if sample.key in self._held:
-            self._tell_engine(engine.CancelRequest(key=sample.key))
+            self._tell_engine(messages.CancelRequest(key=sample.key))
 
     def _tell_engine(self, message: Any) -> None:
-        with contextlib.suppress(engine.LinkLost):  # the loop sees the same from the link's monitor, and ends all
+        with contextlib.suppress(LinkLost):  # the loop sees the same from the link's monitor, and ends all
             self._link.send(message)

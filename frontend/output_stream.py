@@ -7,7 +7,7 @@ import numpy as np
 from euryale.client import protocol
 from euryale.client.logprobs import Logprobs
 from euryale.frontend.detokenizer import Detokenizer, StopMatcher, TokenBytes
-from euryale.frontend.engine_link import pack_logprobs
+from euryale.frontend.messages import pack_logprobs
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.step_result import RequestOutput, TokenLogprobs
 

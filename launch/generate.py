@@ -22,9 +22,10 @@ from transformers import PreTrainedTokenizerBase
 from euryale.client.params import ACCEPTANCE_RULES
 from euryale.frontend.tokenizer import load_tokenizer
 from euryale.runtime import offline
-from euryale.runtime.config import EngineConfig, load_model_config
+from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
 from euryale.runtime.flags import KINDS, METAVARS, FlagParser, add_flags, from_flags
+from euryale.runtime.model.config import load_model_config
 from euryale.runtime.worker import leave, run_worker
 from euryale.scheduler.sampling_params import SamplingParams
 

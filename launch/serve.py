@@ -9,10 +9,12 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # where nothing is installed, this checkout
 
 from euryale.frontend.config import FrontEndConfig
-from euryale.runtime.config import EngineConfig, load_model_config
+from euryale.frontend.process import FrontEndProcess
+from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
 from euryale.runtime.flags import FlagParser, add_flags, from_flags
-from euryale.runtime.server import FrontEndProcess, Server
+from euryale.runtime.model.config import load_model_config
+from euryale.runtime.server import Server
 from euryale.runtime.worker import leave, run_worker
 
 

@@ -12,8 +12,7 @@ import numpy as np
 
 from euryale.parallel.group import Group
 from euryale.runtime.config import EngineConfig
-from euryale.runtime.planning import make_scheduler
-from euryale.runtime.startup import Loaded, load
+from euryale.runtime.startup import Loaded, load, make_scheduler
 from euryale.scheduler import plan_codec
 from euryale.scheduler.scheduler import FinishedStep
 from euryale.scheduler.step_plan import PlanKind, Segment, StepPlan

@@ -14,8 +14,9 @@ from euryale.kernels.step_metadata import StepMetadata
 from euryale.kernels.tree_attention import tree_attention
 from euryale.parallel.group import Group
 from euryale.parallel.sharding import Layout
-from euryale.runtime.config import EngineConfig, ModelConfig
+from euryale.runtime.config import EngineConfig
 from euryale.runtime.model import rope
+from euryale.runtime.model.config import ModelConfig
 
 GIB = 1 << 30
 

@@ -4,10 +4,7 @@ Between two steps it takes what the front end sent; while nothing is to be done 
 then tells the other ranks and the front end that it lives. It knows no client and no text.
 """
 
-import contextlib
 import logging
-import multiprocessing
-import os
 import signal
 import time
 from collections import deque
@@ -15,11 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from euryale.frontend import engine_link as links
-from euryale.frontend.config import FrontEndConfig
-from euryale.frontend.engine_link import EngineLink, LinkLost
-from euryale.frontend.frontend import FrontEnd
-from euryale.frontend.tokenizer import load_tokenizer
+from euryale.frontend import messages
+from euryale.frontend.engine_link import LinkLost
+from euryale.frontend.process import FrontEndProcess
 from euryale.runtime.engine import Engine
 from euryale.runtime.model import generation_config
 from euryale.scheduler.request import Request
@@ -30,75 +25,6 @@ logger = logging.getLogger("euryale.server")
 
 SIGN_OF_LIFE = 0.5  # seconds between messages to the front end
 SLEEP_MS = 200  # how long a signal may go unnoticed
-FRONT_END_START = 120.0  # seconds a front end may need to load its tokenizer
-
-
-def run_front_end(endpoint: str, model: str, vocab_size: int, config: FrontEndConfig, cores: set[int]) -> None:
-    """The front end's process, free to use ``cores``: the rank that starts it is kept to its share of them. It outlives
-    a killed engine just long enough to tell the clients."""
-    os.sched_setaffinity(0, cores)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # the engine hears them and begins the drain
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
-    link = links.FrontEndLink(endpoint)
-    try:
-        front_end = FrontEnd(load_tokenizer(model, vocab_size), link, config)
-    except ValueError as error:
-        link.send(links.Failed(reason=str(error)))
-        link.close(1000)
-        return
-    front_end.run()
-
-
-class FrontEndProcess:
-    """The front end's process and the link to it, from before the model is loaded until the server ends.
-
-    A context: it starts the process and waits until it listens at ``address`` with its tokenizer loaded. Raises
-    ValueError if it cannot. Clients that connect before ``Server.run`` wait.
-    """
-
-    def __init__(self, model: str, vocab_size: int, config: FrontEndConfig) -> None:
-        self.link = EngineLink()
-        self.address = ""
-        self.is_serving = False
-        context = multiprocessing.get_context("spawn")
-        cores = os.sched_getaffinity(os.getppid())  # whoever started us may use all of them
-        arguments = (self.link.endpoint, model, vocab_size, config, cores)
-        self._process = context.Process(target=run_front_end, args=arguments, name="front end", daemon=False)
-
-    def __enter__(self) -> "FrontEndProcess":
-        try:
-            self._process.start()
-            self.address = self._wait()
-            self.link.send(links.Loading())
-        except BaseException:
-            self._end()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self.is_serving:  # loading failed: nobody has been promised anything
-            with contextlib.suppress(LinkLost):
-                self.link.send(links.Drained())
-        self._end()
-
-    def _wait(self) -> str:
-        deadline = time.monotonic() + FRONT_END_START
-        while time.monotonic() < deadline:
-            for message in self.link.receive(SLEEP_MS):
-                if isinstance(message, links.Failed):
-                    raise ValueError(message.reason)
-                return message.endpoint
-            if self.link.lost or self._process.exitcode is not None:
-                raise ValueError("the front end's process died while starting: see its message above")
-        raise ValueError(f"the front end did not start within {FRONT_END_START:.0f} s: start the server again")
-
-    def _end(self) -> None:
-        self.link.close()
-        if self._process.pid is not None:
-            self._process.join(4)  # less than any step timeout: the other ranks wait for the word to stop
-            if self._process.exitcode is None:
-                self._process.kill()
 
 
 class Server:
@@ -122,7 +48,7 @@ class Server:
         """Introduce the engine to the front end, print the ready line, serve."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "_stop_asked", True))
-        self.link.send(links.Welcome(info=self._info()))
+        self.link.send(messages.Welcome(info=self._info()))
         self.front_end.is_serving = True
         print(f"ready {self.front_end.address}", flush=True)
         while not self.is_done:
@@ -133,7 +59,7 @@ class Server:
         if self._stop_asked and not self.is_draining:
             self.is_draining = True
             logger.info("draining: running requests may finish, new ones are refused")
-            self.link.send(links.BeginDrain())
+            self.link.send(messages.BeginDrain())
         if self.scheduler.has_work:
             step = self.engine.step(self._exchange)
             self._outputs = step.outputs
@@ -154,7 +80,7 @@ class Server:
 
     def _tell(self) -> None:
         """Send the counters, which also is a sign of life."""
-        self.link.send(links.Stats(values=self.stats.values()))
+        self.link.send(messages.Stats(values=self.stats.values()))
         self._last_sign, self._is_told = time.monotonic(), True
 
     def _exchange(self, wait_ms: int = 0) -> None:
@@ -162,7 +88,7 @@ class Server:
         else is left for after it."""
         self._deliver()
         for message in self.link.receive(wait_ms):
-            if isinstance(message, links.AddRequest):
+            if isinstance(message, messages.AddRequest):
                 self._add(message)
             else:
                 self._postponed.append(message)
@@ -171,10 +97,10 @@ class Server:
 
     def _deliver(self) -> None:
         if self._outputs:
-            self.link.send(links.StepOutput(outputs=self._outputs))
+            self.link.send(messages.StepOutput(outputs=self._outputs))
             self._outputs = []
 
-    def _add(self, message: links.AddRequest) -> None:
+    def _add(self, message: messages.AddRequest) -> None:
         prompt = np.frombuffer(message.prompt, dtype="<i4")
         hashes: list[bytes] = []  # the same for all samples
         for key, index, params in message.samples():
@@ -183,17 +109,17 @@ class Server:
                 self.scheduler.add(request)
                 hashes = request.page_hashes
             except ValueError as error:
-                self.link.send(links.Rejected(key=key, code="invalid_request", message=str(error)))
+                self.link.send(messages.Rejected(key=key, code="invalid_request", message=str(error)))
 
     def _handle(self, message) -> None:
-        if isinstance(message, links.CancelRequest):
+        if isinstance(message, messages.CancelRequest):
             request = self.scheduler.cancel(message.key)
             if request is not None:
                 self.stats.num_cancelled += 1
                 cancelled = RequestOutput(message.key, [], request.finish_reason)
-                self.link.send(links.StepOutput(outputs=[cancelled]))
-        elif isinstance(message, links.Drain):
-            self.link.send(links.Drained())
+                self.link.send(messages.StepOutput(outputs=[cancelled]))
+        elif isinstance(message, messages.Drain):
+            self.link.send(messages.Drained())
             self.is_done = True
 
     def _info(self) -> dict:

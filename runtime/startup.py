@@ -1,10 +1,11 @@
-"""From an EngineConfig to a rank's step runner, with every check that a bad checkpoint should meet before a
-request does."""
+"""From an EngineConfig to a rank's step runner and the leader's scheduler, with every check that a bad checkpoint
+should meet before a request does."""
 
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from euryale.client.rules import MAP, NULL, either
 from euryale.kernels.linear import quantize
 from euryale.parallel.group import Group
 from euryale.parallel.sharding import Layout
-from euryale.runtime.config import EngineConfig, ModelConfig, load_model_config
+from euryale.runtime import step_profiler as profile
+from euryale.runtime.config import EngineConfig
 from euryale.runtime.kv_cache import KVCache, count_pages, longest_request
 from euryale.runtime.model import generation_config, medusa_checkpoint, rope
 from euryale.runtime.model.checkpoint import Checkpoint, fingerprint
+from euryale.runtime.model.config import ModelConfig, load_model_config
 from euryale.runtime.model.decoder import SHARDING, Decoder
 from euryale.runtime.model.medusa_heads import MedusaHeads
 from euryale.runtime.model.weights import Weights
@@ -25,10 +28,16 @@ from euryale.runtime.step import StepRunner
 from euryale.runtime.step_graphs import StepGraphs
 from euryale.scheduler import json_file
 from euryale.scheduler.limits import SchedulerLimits
+from euryale.scheduler.scheduler import Scheduler
 from euryale.scheduler.speculation.acceptance_stats import AcceptanceStats
+from euryale.scheduler.speculation.draft_budget import DraftBudget
+from euryale.scheduler.speculation.drafter import Drafter, StaticDrafter
+from euryale.scheduler.speculation.dynamic_drafter import DynamicDrafter, Sources
 from euryale.scheduler.speculation.ngram_table import FILE as NGRAMS
 from euryale.scheduler.speculation.ngram_table import NgramTable
 from euryale.scheduler.speculation.tree import TreeChoice, choose_trees
+from euryale.scheduler.step_cost import Profile, StepCosts
+from euryale.scheduler.step_plan import Segment
 
 logger = logging.getLogger("euryale.loading")
 
@@ -191,3 +200,55 @@ def _fingerprint(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfi
     small = [p for p in sorted(Path(config.model).iterdir()) if p.suffix in (".json", ".jinja", ".model")]
     heads = sorted(Path(config.medusa).glob("medusa_lm_head.*")) if config.medusa else []
     return fingerprint([*small, *checkpoint.files(), *heads], f"{model.dtype} {config.quantization} {tree}")
+
+
+def make_scheduler(
+    config: EngineConfig, loaded: Loaded, group: Group, run: Callable[[list[Segment]], None]
+) -> Scheduler:
+    """``run`` runs a step of made-up requests on all ranks, to see what steps cost."""
+    trees, costs = loaded.trees, None
+    if config.max_itl or (trees and not trees.most_nodes):
+        costs = StepCosts(_profile(config, loaded, group, run))
+    return Scheduler(
+        loaded.limits,
+        _make_drafter(config, loaded, costs),
+        enable_prefix_caching=config.enable_prefix_caching,
+        starvation_bound=config.starvation_bound,
+        costs=costs,
+        max_prefill_seconds=config.max_itl / 1000,
+    )
+
+
+def _make_drafter(config: EngineConfig, loaded: Loaded, costs: StepCosts | None) -> Drafter | None:
+    trees = loaded.trees
+    if trees is None:
+        return None
+    if trees.shape:
+        return StaticDrafter(trees.shape)
+    return DynamicDrafter(
+        loaded.runner.heads.num_heads,
+        trees.nodes or config.max_tree_nodes,
+        None if trees.nodes else DraftBudget(costs, loaded.limits.max_num_batched_tokens),
+        loaded.text,
+        loaded.acceptance_stats,
+        Sources(text=config.draft_from_text, traffic=config.draft_from_traffic, context=config.draft_from_context),
+        secrets.token_bytes(16),
+    )
+
+
+def _profile(config: EngineConfig, loaded: Loaded, group: Group, run: Callable[[list[Segment]], None]) -> Profile:
+    """What steps cost, from an earlier start or measured now."""
+    graphs, num_heads = loaded.runner.graphs, loaded.runner.heads.num_heads if loaded.runner.heads else 0
+
+    def measure() -> Profile:
+        return profile.measure(run, loaded.limits, num_heads, bool(graphs and graphs.pads))
+
+    if not config.cost_cache:
+        return measure()
+    key = profile.machine_key(group.device) | {
+        "model": loaded.fingerprint,
+        "ranks": group.size,
+        "sizes": [config.max_num_seqs, config.max_num_batched_tokens, config.page_size],
+        "eager": config.eager,
+    }
+    return profile.cached(key, measure)

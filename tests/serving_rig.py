@@ -22,9 +22,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from euryale.client import protocol, wire
 from euryale.client.logprobs import Logprobs
-from euryale.frontend import engine_link as engine
+from euryale.frontend import messages
 from euryale.frontend.config import FrontEndConfig
+from euryale.frontend.engine_link import EngineLink, FrontEndLink
 from euryale.frontend.frontend import FrontEnd
+from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.step_result import RequestOutput, TokenLogprobs
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "hello world"]
@@ -85,7 +87,7 @@ class Asked:
 
     key: int
     prompt: tuple[int, ...]
-    params: engine.SamplingParams
+    params: SamplingParams
     sample_index: int
 
 
@@ -112,14 +114,14 @@ def made_up(tokens: list[int], count: int | None) -> TokenLogprobs | None:
 
 def as_client(logprobs: TokenLogprobs) -> Logprobs:
     """Log-probabilities as the client library gives them."""
-    return Logprobs(*engine.pack_logprobs(logprobs))
+    return Logprobs(*messages.pack_logprobs(logprobs))
 
 
 @dataclass
 class ScriptedEngine:
     """Plays the engine on its end of the link: one step per request in turn, as ``script`` says."""
 
-    link: engine.EngineLink
+    link: EngineLink
     script: Callable[[Asked], Script] = echo
     adds: list[Asked] = field(default_factory=list)
     cancels: list[int] = field(default_factory=list)
@@ -142,29 +144,29 @@ class ScriptedEngine:
                 self.link.send(self.outbox.popleft())
             if time.monotonic() - last_stats > 0.2 and self.endpoint and not self.silent and not self.link.lost:
                 last_stats = time.monotonic()
-                self.link.send(engine.Stats(values={"steps": 1}))
+                self.link.send(messages.Stats(values={"steps": 1}))
             if self.may_step.is_set():
                 self._step()
         self.link.close(0 if self.dies else 1000)
 
     def _take(self, message: Any) -> bool:
         match message:
-            case engine.Attach():
+            case messages.Attach():
                 self.endpoint = message.endpoint
-                self.link.send(engine.Welcome(info=INFO))
-            case engine.AddRequest():
+                self.link.send(messages.Welcome(info=INFO))
+            case messages.AddRequest():
                 prompt = wire.unpack_tokens(message.prompt)
                 for key, index, params in message.samples():
                     asked = Asked(key, prompt, params, index)
                     self.adds.append(asked)
                     self.running[key] = deque(self.script(asked))
-            case engine.CancelRequest():
+            case messages.CancelRequest():
                 self.cancels.append(message.key)
                 if self.running.pop(message.key, None) is not None:
-                    self.link.send(engine.StepOutput(outputs=[RequestOutput(message.key, [], "cancelled")]))
-            case engine.Drain():
+                    self.link.send(messages.StepOutput(outputs=[RequestOutput(message.key, [], "cancelled")]))
+            case messages.Drain():
                 assert not self.running
-                self.link.send(engine.Drained())
+                self.link.send(messages.Drained())
                 return True
         return False
 
@@ -183,7 +185,7 @@ class ScriptedEngine:
             if finish:
                 del self.running[key]
         if outputs:
-            self.link.send(engine.StepOutput(outputs=outputs))
+            self.link.send(messages.StepOutput(outputs=outputs))
             time.sleep(self.pause)
 
 
@@ -208,8 +210,8 @@ def serving(
 ) -> Iterator[Rig]:
     """A front end and a scripted engine, each in a thread; ``hold`` lets no step run until ``may_step`` is set."""
     config = {"bind": "tcp://127.0.0.1:0", "drain_timeout": 2.0} | config
-    engine_link = engine.EngineLink()
-    frontend = FrontEnd(tokenizer, engine.FrontEndLink(engine_link.endpoint), FrontEndConfig(**config))
+    engine_link = EngineLink()
+    frontend = FrontEnd(tokenizer, FrontEndLink(engine_link.endpoint), FrontEndConfig(**config))
     scripted = ScriptedEngine(engine_link, script)
     if not hold:
         scripted.may_step.set()
@@ -224,7 +226,7 @@ def serving(
         yield Rig(frontend.endpoint, scripted, frontend, threads, outcome)
     finally:
         scripted.may_step.set()
-        scripted.outbox.append(engine.BeginDrain())
+        scripted.outbox.append(messages.BeginDrain())
         for thread in threads:
             thread.join(15)
         assert not any(thread.is_alive() for thread in threads)
@@ -240,10 +242,10 @@ def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
     return value
 
 
-def front_end(link: engine.EngineLink, **config: Any) -> FrontEnd:
+def front_end(link: EngineLink, **config: Any) -> FrontEnd:
     """A front end that does not run yet."""
     config = {"bind": "tcp://127.0.0.1:0"} | config
-    return FrontEnd(TOKENIZER, engine.FrontEndLink(link.endpoint), FrontEndConfig(**config))
+    return FrontEnd(TOKENIZER, FrontEndLink(link.endpoint), FrontEndConfig(**config))
 
 
 class RawClient:

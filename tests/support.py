@@ -199,7 +199,7 @@ def row_params(rows: list[tuple]):
 def as_logprobs(parts: list):
     """Parts of TokenLogprobs as the client library gives them."""
     from euryale.client.logprobs import Logprobs
-    from euryale.frontend.engine_link import pack_logprobs
+    from euryale.frontend.messages import pack_logprobs
     from euryale.scheduler.step_result import TokenLogprobs
 
     return Logprobs(*pack_logprobs(TokenLogprobs.join(parts)))

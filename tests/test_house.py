@@ -153,7 +153,7 @@ def test_only_the_parallel_package_mentions_ranks():
 
 
 def test_scheduler_client_and_front_end_run_without_torch():
-    modules = ("scheduler.scheduler", "client", "frontend.frontend")
+    modules = ("scheduler.scheduler", "client", "frontend.frontend", "frontend.process")
     code = f"import sys, {', '.join(f'euryale.{m}' for m in modules)}; assert 'torch' not in sys.modules"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environment)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from euryale.runtime.config import load_model_config
 from euryale.runtime.model import checkpoint
+from euryale.runtime.model.config import load_model_config
 
 QUANTIZATIONS = ("none", "int8", "int4")
 ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from euryale.parallel.group import Group
-from euryale.runtime.config import EngineConfig, load_model_config
+from euryale.runtime.config import EngineConfig
+from euryale.runtime.model.config import load_model_config
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.training import answers, options
 from euryale.training.data import load_documents

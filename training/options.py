@@ -7,7 +7,8 @@ from pathlib import Path
 
 from euryale.client.params import RULES
 from euryale.client.rules import Rule, number, whole
-from euryale.runtime.config import DEVICE_HELP, DTYPES, MODEL_HELP
+from euryale.runtime.config import DEVICE_HELP, MODEL_HELP
+from euryale.runtime.model.config import DTYPES
 from euryale.scheduler.flag import check_flags, flag
 from euryale.scheduler.speculation.tree import MAX_NODES
 from euryale.training.backbone import QUANTIZATIONS

@@ -25,8 +25,9 @@ from euryale.benchmarks.compare.peer_process import Answered, PeerError
 from euryale.benchmarks.prompts import code_prompts, gsm8k_prompts
 from euryale.frontend.tokenizer import load_tokenizer
 from euryale.parallel.group import single
-from euryale.runtime.config import DTYPES, EngineConfig
+from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
+from euryale.runtime.model.config import DTYPES
 from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
 

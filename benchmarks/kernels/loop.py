@@ -20,8 +20,8 @@ from euryale.benchmarks.kernels.parts import STEP, parts
 from euryale.benchmarks.machine import describe
 from euryale.benchmarks.random_model import SHAPES, make_engine
 from euryale.parallel.group import Group, join
-from euryale.runtime.config import DTYPES
 from euryale.runtime.engine import Engine
+from euryale.runtime.model.config import DTYPES
 from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.speculation.tree import default_tree

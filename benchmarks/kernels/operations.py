@@ -33,7 +33,7 @@ from euryale.kernels.silu_mul import silu_mul
 from euryale.kernels.step_metadata import SegmentShape, StepMetadata
 from euryale.kernels.top_k import top_k
 from euryale.kernels.tree_attention import tree_attention
-from euryale.runtime.config import DTYPES
+from euryale.runtime.model.config import DTYPES
 
 PAGE = 16
 CACHES = 96 << 20  # bytes that no cache here holds

@@ -19,8 +19,9 @@ from euryale.benchmarks.prompts import code_prompts
 from euryale.frontend.tokenizer import load_tokenizer
 from euryale.kernels.linear.quantize import QUANTIZATIONS
 from euryale.parallel.group import single
-from euryale.runtime.config import DTYPES, EngineConfig
+from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
+from euryale.runtime.model.config import DTYPES
 from euryale.runtime.step_batch import StepBatch
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.step_plan import Segment, StepPlan

@@ -21,7 +21,7 @@ from euryale.benchmarks.random_model import PAGE, SHAPES, make_runner
 from euryale.kernels.linear import quantize
 from euryale.kernels.linear.quantize import QUANTIZATIONS
 from euryale.parallel.group import Group, join
-from euryale.runtime.config import DTYPES
+from euryale.runtime.model.config import DTYPES
 from euryale.runtime.step import StepRunner
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.step_plan import Segment, StepPlan

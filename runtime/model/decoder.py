@@ -15,9 +15,9 @@ from euryale.parallel.linear import (
     VocabParallelEmbedding,
 )
 from euryale.parallel.vocabulary import VocabShard
-from euryale.runtime.config import ModelConfig
 from euryale.runtime.kv_cache import KVCache
 from euryale.runtime.model import rope
+from euryale.runtime.model.config import ModelConfig
 from euryale.runtime.model.weights import Weights
 
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines [positions, d / 2]

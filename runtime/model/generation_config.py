@@ -4,7 +4,7 @@ from pathlib import Path
 
 from euryale.client.params import RULES
 from euryale.client.rules import BOOLEAN, NULL, either, list_of, whole
-from euryale.runtime.config import ModelConfig
+from euryale.runtime.model.config import ModelConfig
 from euryale.scheduler import json_file
 
 FILE = "generation_config.json"

@@ -3,7 +3,7 @@
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from euryale.runtime.config import ModelConfig
+from euryale.runtime.model.config import ModelConfig
 
 MOST_POSITIONS = 1 << 24  # float32 tells positions apart up to here
 

@@ -162,7 +162,7 @@ def test_what_arrived_before_the_server_went_is_still_there():
 
 
 def _begin_drain():
-    from euryale.frontend.engine_link import BeginDrain
+    from euryale.frontend.messages import BeginDrain
 
     return BeginDrain()
 

@@ -99,9 +99,9 @@ def test_a_rejected_sample_fails_its_request():
 
 
 def rig_rejection(key: int):
-    from euryale.frontend import engine_link as link
+    from euryale.frontend import messages
 
-    return link.Rejected(key=key, code="invalid_request", message="too long")
+    return messages.Rejected(key=key, code="invalid_request", message="too long")
 
 
 def test_every_sample_takes_a_place():

@@ -8,7 +8,7 @@ from serving_rig import RawClient, echo, serving, wait_until
 from euryale import client as euryale
 from euryale.client import Client, protocol, wire
 from euryale.frontend import client_socket as frontend_port
-from euryale.frontend import engine_link as engine
+from euryale.frontend import messages
 from euryale.scheduler.step_result import RequestOutput
 
 LONG = {"max_tokens": 150}
@@ -104,7 +104,7 @@ def test_late_output_of_a_cancelled_request_is_ignored():
         rig.engine.running.clear()  # as if it had ended in the engine while the cancel was under way
         assert client.cancel(generation)
         late = [RequestOutput(1, [5, 6], None), RequestOutput(1, [7], "length"), RequestOutput(99, [7], "stop")]
-        rig.engine.outbox.append(engine.StepOutput(outputs=late))
+        rig.engine.outbox.append(messages.StepOutput(outputs=late))
         with pytest.raises(euryale.Cancelled) as caught:
             generation.result()
         assert caught.value.completion.tokens == ()
@@ -116,7 +116,7 @@ def test_a_request_the_engine_rejects():
         generation = client.generate("hello")
         wait_until(lambda: rig.engine.adds)
         rig.engine.running.clear()
-        rig.engine.outbox.append(engine.Rejected(key=1, code="invalid_request", message="needs 9 pages, has 8"))
+        rig.engine.outbox.append(messages.Rejected(key=1, code="invalid_request", message="needs 9 pages, has 8"))
         with pytest.raises(euryale.InvalidRequest, match="needs 9 pages"):
             generation.result()
         assert client.stats()["requests_failed"] == 1

@@ -58,7 +58,9 @@ def test_after_each_token_all_whole_characters_are_out(kind, data):
     detokenizer, shown = Detokenizer(TOKEN_BYTES[kind]), ""
     for count, token in enumerate(tokens, 1):
         shown += detokenizer.push([token])
-        assert reference(vocabulary(kind), tokens[:count]) in (shown, shown + REPLACEMENT)
+        expected = reference(vocabulary(kind), tokens[:count])
+        # What is held is no character yet: one U+FFFD if it stays so, two for the first bytes of a surrogate.
+        assert expected in (shown, shown + REPLACEMENT, shown + 2 * REPLACEMENT)
 
 
 @relaxed

@@ -10,7 +10,8 @@ from serving_rig import INFO, RawClient, front_end, serving, wait_until
 
 from euryale import client as euryale
 from euryale.client import Client, protocol
-from euryale.frontend import engine_link as engine
+from euryale.frontend import messages
+from euryale.frontend.engine_link import EngineLink
 
 LONG = {"max_tokens": 150}
 
@@ -40,7 +41,7 @@ def test_drain_without_a_client(how):
         running = client.generate("hello", max_tokens=60)
         wait_until(lambda: rig.engine.running)
         if how == "engine":
-            rig.engine.outbox.append(engine.BeginDrain())
+            rig.engine.outbox.append(messages.BeginDrain())
         else:
             rig.frontend.begin_drain()
         assert len(running.result().tokens) == 60
@@ -73,23 +74,23 @@ def test_the_engine_is_lost(how):
 
 
 def test_an_engine_that_says_nothing_at_all():
-    with contextlib.closing(engine.EngineLink()) as link:
+    with contextlib.closing(EngineLink()) as link:
         frontend = front_end(link, engine_timeout=0.3)
         assert frontend.run() == "group_lost"
 
 
 def test_clients_wait_while_the_engine_loads_however_long():
-    with contextlib.closing(engine.EngineLink()) as link:
+    with contextlib.closing(EngineLink()) as link:
         frontend = front_end(link, engine_timeout=0.3)
         outcome: list[str] = []
         thread = threading.Thread(target=lambda: outcome.append(frontend.run()))
         thread.start()
-        assert link.receive(5000) == [engine.Attach(endpoint=frontend.endpoint)]
-        link.send(engine.Loading())
+        assert link.receive(5000) == [messages.Attach(endpoint=frontend.endpoint)]
+        link.send(messages.Loading())
         with Client(frontend.endpoint) as client:
             with pytest.raises(euryale.TimedOut):
                 client.hello(timeout=1.0)  # more than three times as long as an engine may be silent
-            link.send(engine.Welcome(info=INFO))
+            link.send(messages.Welcome(info=INFO))
             assert client.hello().model == "scripted"
             wait_until(lambda: outcome == ["group_lost"])  # the engine has nothing more to say
 
@@ -105,7 +106,7 @@ def test_an_ipc_socket_is_private_and_removed(tmp_path):
 
 
 def test_addresses_in_use(tmp_path):
-    with contextlib.closing(engine.EngineLink()) as link:
+    with contextlib.closing(EngineLink()) as link:
         with serving() as rig, pytest.raises(ValueError, match="Address already in use"):
             front_end(link, bind=rig.address)
         with serving(bind=f"ipc://{tmp_path}/socket") as rig:

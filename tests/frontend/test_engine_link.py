@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from euryale.client import wire
-from euryale.frontend import engine_link as link
+from euryale.frontend import messages
+from euryale.frontend.engine_link import EngineLink, FrontEndLink, LinkLost
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.step_result import RequestOutput
 
@@ -23,35 +24,35 @@ PARAMS = SamplingParams(
     priority=-3,
 )
 TO_ENGINE = [
-    link.Attach(endpoint="tcp://127.0.0.1:1"),
-    link.Failed(reason="the address is in use"),
-    link.AddRequest(keys=(2**40, 2**40 + 1), prompt=wire.pack_tokens((1, 2, 2**31 - 1)), params=PARAMS),
-    link.AddRequest(keys=(1,), prompt=b"\5\0\0\0", params=SamplingParams()),
-    link.CancelRequest(key=3),
-    link.Drain(),
+    messages.Attach(endpoint="tcp://127.0.0.1:1"),
+    messages.Failed(reason="the address is in use"),
+    messages.AddRequest(keys=(2**40, 2**40 + 1), prompt=wire.pack_tokens((1, 2, 2**31 - 1)), params=PARAMS),
+    messages.AddRequest(keys=(1,), prompt=b"\5\0\0\0", params=SamplingParams()),
+    messages.CancelRequest(key=3),
+    messages.Drain(),
 ]
 TO_FRONT_END = [
-    link.Loading(),
-    link.Welcome(info={"model": "m", "max_model_len": 10, "defaults": {"stop_token_ids": [1]}}),
-    link.StepOutput(outputs=(RequestOutput(1, [5, 6], None), RequestOutput(2, [], "cancelled"))),
-    link.StepOutput(outputs=()),
-    link.Rejected(key=1, code="invalid_request", message="no"),
-    link.Stats(values={"steps": 1, "rate": 0.5}),
-    link.BeginDrain(),
-    link.Drained(),
+    messages.Loading(),
+    messages.Welcome(info={"model": "m", "max_model_len": 10, "defaults": {"stop_token_ids": [1]}}),
+    messages.StepOutput(outputs=(RequestOutput(1, [5, 6], None), RequestOutput(2, [], "cancelled"))),
+    messages.StepOutput(outputs=()),
+    messages.Rejected(key=1, code="invalid_request", message="no"),
+    messages.Stats(values={"steps": 1, "rate": 0.5}),
+    messages.BeginDrain(),
+    messages.Drained(),
 ]
 
 
 @pytest.fixture
 def engine():
-    engine = link.EngineLink()
+    engine = EngineLink()
     yield engine
     engine.close()
 
 
 @pytest.fixture
 def pair(engine):
-    front_end = link.FrontEndLink(engine.endpoint)
+    front_end = FrontEndLink(engine.endpoint)
     yield engine, front_end
     front_end.close()
 
@@ -72,15 +73,15 @@ def test_every_message_arrives_in_order(pair):
     for message in TO_FRONT_END:
         engine.send(message)
     assert receive(front_end, len(TO_FRONT_END)) == TO_FRONT_END
-    assert {message.type for message in TO_ENGINE} == set(link.TO_ENGINE)
-    assert {message.type for message in TO_FRONT_END} == set(link.TO_FRONT_END)
+    assert {message.type for message in TO_ENGINE} == set(messages.TO_ENGINE)
+    assert {message.type for message in TO_FRONT_END} == set(messages.TO_FRONT_END)
 
 
 def test_nobody_ever_waits(pair):
     engine, front_end = pair
-    front_end.send(link.Attach(endpoint=""))
+    front_end.send(messages.Attach(endpoint=""))
     receive(engine, 1)
-    output = link.StepOutput(outputs=[RequestOutput(key, [1, 2, 3], None) for key in range(50)])
+    output = messages.StepOutput(outputs=[RequestOutput(key, [1, 2, 3], None) for key in range(50)])
     for _ in range(1500):  # far more than the default high-water mark, with nobody reading
         engine.send(output)
     assert len(receive(front_end, 1500)) == 1500
@@ -98,17 +99,17 @@ def test_the_directory_is_private_and_goes_with_the_first_message(pair):
     engine, front_end = pair
     directory = Path(engine.endpoint.removeprefix("ipc://")).parent
     assert directory.stat().st_mode & 0o777 == 0o700
-    front_end.send(link.Attach(endpoint=""))
+    front_end.send(messages.Attach(endpoint=""))
     receive(engine, 1)
     assert not directory.exists()
-    engine.send(link.Drained())  # the connection lives on
-    assert receive(front_end, 1) == [link.Drained()]
+    engine.send(messages.Drained())  # the connection lives on
+    assert receive(front_end, 1) == [messages.Drained()]
 
 
 def test_the_directory_goes_when_nobody_came(engine):
     directory = Path(engine.endpoint.removeprefix("ipc://")).parent
-    with pytest.raises(link.LinkLost):
-        engine.send(link.BeginDrain())
+    with pytest.raises(LinkLost):
+        engine.send(messages.BeginDrain())
     engine.close()
     engine.close()
     assert not directory.exists()
@@ -118,7 +119,7 @@ def test_a_long_temporary_directory(tmp_path, monkeypatch):
     long = tmp_path / ("x" * 100)
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
-    engine = link.EngineLink()  # a socket's path has at most 107 bytes
+    engine = EngineLink()  # a socket's path has at most 107 bytes
     directory = Path(engine.endpoint.removeprefix("ipc://")).parent
     assert directory.exists()
     assert long not in directory.parents
@@ -129,11 +130,12 @@ def test_a_long_temporary_directory(tmp_path, monkeypatch):
 PEER = """
 import os, sys, time
 sys.path.append(sys.argv[1])
-from euryale.frontend import engine_link as link
-end = link.FrontEndLink(sys.argv[2])
-end.send(link.Attach(endpoint="x"))
+from euryale.frontend import messages
+from euryale.frontend.engine_link import EngineLink, FrontEndLink, LinkLost
+end = FrontEndLink(sys.argv[2])
+end.send(messages.Attach(endpoint="x"))
 end.receive(10_000)
-end.send(link.CancelRequest(key=1))
+end.send(messages.CancelRequest(key=1))
 time.sleep(0.2)
 os.kill(os.getpid(), 9)
 """
@@ -142,24 +144,24 @@ os.kill(os.getpid(), 9)
 def test_a_killed_front_end_is_noticed_after_its_last_message(engine):
     root = str(Path(__file__).resolve().parents[2] / "src")
     with subprocess.Popen([sys.executable, "-c", PEER, root, engine.endpoint], env=os.environ):
-        assert receive(engine, 1) == [link.Attach(endpoint="x")]
+        assert receive(engine, 1) == [messages.Attach(endpoint="x")]
         assert not engine.lost
-        engine.send(link.Welcome(info={}))
-        assert receive(engine, 1) == [link.CancelRequest(key=1)]
+        engine.send(messages.Welcome(info={}))
+        assert receive(engine, 1) == [messages.CancelRequest(key=1)]
         start = time.monotonic()
         while not engine.lost:
             assert engine.receive(10_000) == []  # returns as soon as the other end dies
         assert time.monotonic() - start < 5
-    with pytest.raises(link.LinkLost):
-        engine.send(link.Drained())
+    with pytest.raises(LinkLost):
+        engine.send(messages.Drained())
 
 
 def test_an_engine_that_ends_is_noticed_after_its_last_message(pair):
     engine, front_end = pair
-    front_end.send(link.Attach(endpoint=""))
+    front_end.send(messages.Attach(endpoint=""))
     receive(engine, 1)
-    engine.send(link.Drained())
+    engine.send(messages.Drained())
     engine.close()
-    assert receive(front_end, 1) == [link.Drained()]
+    assert receive(front_end, 1) == [messages.Drained()]
     front_end.receive(1000)
     assert front_end.lost

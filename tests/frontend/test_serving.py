@@ -4,7 +4,7 @@ import pytest
 from serving_rig import TOKENIZER, RawClient, saying, serving, wait_until
 
 from euryale.client import Client, protocol
-from euryale.frontend import engine_link as engine
+from euryale.scheduler.sampling_params import SamplingParams
 
 LONG = {"max_tokens": 150}
 
@@ -35,7 +35,7 @@ def test_what_reaches_the_engine():
         client.generate(
             prompt_tokens=[7], stop="x", stop_token_ids=[3], temperature=1, top_p=0.5, max_tokens=2
         ).result()
-        assert rig.engine.adds[0].params == engine.SamplingParams(seed=5, max_tokens=12)  # the engine's default
+        assert rig.engine.adds[0].params == SamplingParams(seed=5, max_tokens=12)  # the engine's default
         params = rig.engine.adds[1].params
         assert rig.engine.adds[1].prompt == (7,)
         assert (params.stop, params.stop_token_ids, params.temperature, params.max_tokens) == (("x",), (3,), 1, 2)

@@ -11,9 +11,9 @@ from support import family_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from euryale.frontend.tokenizer import load_tokenizer
-from euryale.runtime.config import load_model_config
-from euryale.runtime.config_file import ROPE_RULES, RULES
 from euryale.runtime.model import generation_config, rope
+from euryale.runtime.model.config import load_model_config
+from euryale.runtime.model.config_file import ROPE_RULES, RULES
 from euryale.scheduler import json_file
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.speculation.acceptance_stats import AcceptanceStats
@@ -147,7 +147,7 @@ def test_any_field_of_what_calibration_learned(field, value):
     try:
         made = AcceptanceStats.from_json(LEARNED | {field: value}, 3)
     except ValueError as error:
-        one_line(error, "acceptance_probability", field)
+        one_line(error, "acceptance_stats", field)
     else:
         assert all(map(torch.isfinite, torch.from_numpy(made.ratios).flatten()))
 

@@ -11,9 +11,10 @@ from vocabularies import vocabulary
 
 from euryale.frontend.tokenizer import load_tokenizer
 from euryale.parallel.group import single
-from euryale.runtime.config import EngineConfig, load_model_config
+from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
 from euryale.runtime.model import generation_config
+from euryale.runtime.model.config import load_model_config
 from euryale.scheduler.sampling_params import SamplingParams
 
 LENGTH = 12
