@@ -50,7 +50,7 @@ def stream(client: Client, prompt: str) -> None:
 
 
 def measure(client: Client, speculation: bool) -> tuple[float, float, list[list[int]]]:
-    """Tokens per second, mean accepted length, and the answers, one request after the other."""
+    """Tokens per second, mean acceptance length, and the answers, one request after the other."""
     started, answers, steps = time.perf_counter(), [], 0
     for prompt in PROMPTS:
         greedy = {"max_tokens": MAX_TOKENS, "temperature": 0.0, "ignore_eos": True}
@@ -75,7 +75,7 @@ def main() -> int:
             print("\ngreedy, one request at a time:")
             print(f"without speculation  {plain_rate:7.1f} tokens/s")
             print(f"with Medusa trees    {tree_rate:7.1f} tokens/s  ({tree_rate / plain_rate:.2f}x)")
-            print(f"mean accepted length {accepted:7.2f} tokens per step")
+            print(f"mean acceptance length {accepted:7.2f} tokens per step")
             print(f"answers identical    {sum(a == b for a, b in zip(plain, tree, strict=True))} of {len(PROMPTS)}")
             client.drain()
         code = group.wait(60)
