@@ -73,10 +73,10 @@ def main() -> int:
             plain_rate, _, plain = measure(client, speculation=False)
             tree_rate, accepted, tree = measure(client, speculation=True)
             print("\ngreedy, one request at a time:")
-            print(f"without speculation  {plain_rate:7.1f} tokens/s")
-            print(f"with Medusa trees    {tree_rate:7.1f} tokens/s  ({tree_rate / plain_rate:.2f}x)")
+            print(f"without speculation    {plain_rate:7.1f} tokens/s")
+            print(f"with Medusa trees      {tree_rate:7.1f} tokens/s  ({tree_rate / plain_rate:.2f}x)")
             print(f"mean acceptance length {accepted:7.2f} tokens per step")
-            print(f"answers identical    {sum(a == b for a, b in zip(plain, tree, strict=True))} of {len(PROMPTS)}")
+            print(f"answers identical      {sum(a == b for a, b in zip(plain, tree, strict=True))} of {len(PROMPTS)}")
             client.drain()
         code = group.wait(60)
     finally:
