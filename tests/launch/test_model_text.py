@@ -88,5 +88,5 @@ def test_offline_text_has_whole_characters(model, tmp_path, tree):
     assert (whole["tokens"], whole["text"]) == (SMILES, 30 * SMILE)
     assert (cut["tokens"], cut["text"]) == (SMILES[:10], 2 * SMILE + REPLACEMENT)
     assert even["text"] == 2 * SMILE
-    sizes = set(whole["accepted"])
+    sizes = set(whole["tokens_per_step"])
     assert sizes == {1} if tree == "off" else len(sizes) > 1
