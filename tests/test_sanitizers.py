@@ -44,7 +44,7 @@ def build(folder: Path, output: str, *flags: str, more: tuple[str, ...] = ()) ->
 @pytest.mark.timeout(400)
 def test_kernels_under_the_address_and_undefined_behaviour_sanitizers(tmp_path):
     files = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "*.py", "pyproject.toml"],
+        ["git", "ls-files", "-co", "--exclude-standard", "*.py", "*.def", "pyproject.toml"],
         cwd=ROOT,
         capture_output=True,
         text=True,
