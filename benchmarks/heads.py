@@ -40,7 +40,7 @@ def held_out_loss(model: str, windows: Windows, count: int) -> float:
     """Nats per token of the backbone alone, over ``count`` evenly spaced windows, float32."""
     decoder = backbone.load_backbone(model, torch.float32)
     total, number = 0.0, 0
-    for index in windows.chosen(count):
+    for index in windows.spaced_indices(count):
         batch = windows.batch(np.asarray([index]))
         targets = losses.next_tokens(batch)
         hidden = decoder.model(batch.tokens, position_ids=batch.positions, use_cache=False).last_hidden_state

@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     windows, tokenizer = held_out_windows(args.model), load_tokenizer(args.model)
     asked = [tokenizer.encode(text) for text in code_prompts(args.prompts)]
     # Of every window its first document.
-    texts = [windows.tokens[i][windows.documents[i] == windows.documents[i][0]] for i in windows.chosen(args.windows)]
+    texts = [windows.tokens[i][windows.documents[i] == windows.documents[i][0]] for i in windows.spaced_indices(args.windows)]
     texts = [torch.from_numpy(text.astype(np.int64)) for text in texts]
     report: dict = {"dtype": args.dtype, "tokens": sum(map(len, texts)), "variants": {}}
     likeliest: list[torch.Tensor] = []  # without quantization

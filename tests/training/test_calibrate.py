@@ -113,12 +113,12 @@ def test_the_engine_gains_what_the_walk_says(calibrated, model_dir, text_file, h
     args = options(model_dir, text_file, heads_dir, out)
     model = calibrate.make_model(args, single())
     documents = load_documents(args, VOCAB)[1]
-    prompts = calibrate.answers.choose_prompts(documents, 8, 12, 256)
+    prompts = calibrate.answers.select_prompts(documents, 8, 12, 256)
     written = calibrate.own_answers(args, prompts, single())
     own, _ = calibrate.measure_answers(args, model, written, single())
     paths = load_tree(out / "tree.json", NUM_HEADS).paths()
     walked = calibrate.tree_search.num_accepted_tokens(own.ranks_SPK, paths)
-    starts = calibrate.tree_search.visited(own, paths)
+    starts = calibrate.tree_search.step_starts(own, paths)
     config = EngineConfig(model=model_dir, medusa=heads_dir, tree=str(out / "tree.json"), dtype="float32")
     found = answer(single(), config, [(p, SamplingParams(max_tokens=16)) for p in prompts])
     assert [row["tokens"] for row in written] == found["outputs"]
@@ -133,7 +133,7 @@ def test_the_engine_takes_the_steps_of_the_replay(model_dir, text_file, heads_di
     for request."""
     args = options(model_dir, text_file, heads_dir, tmp_path)
     model = calibrate.make_model(args, single())
-    asked = calibrate.answers.choose_prompts(load_documents(args, VOCAB)[1], 8, 12, 256)
+    asked = calibrate.answers.select_prompts(load_documents(args, VOCAB)[1], 8, 12, 256)
     written = calibrate.own_answers(args, asked, single())
     _, recorded = calibrate.measure_answers(args, model, written, single())
     drafter, taken = DynamicDrafter(NUM_HEADS, 6), []

@@ -98,14 +98,14 @@ def test_a_full_disk_is_named(model_dir, text_file):
 
 def test_prompts_are_the_rows_own_or_pieces_of_text():
     text = [Document(np.arange(n, dtype=np.int32), np.ones(n, bool)) for n in (5, 3, 40)]
-    pieces = answers.choose_prompts(text, 4, 4, 100)
+    pieces = answers.select_prompts(text, 4, 4, 100)
     assert all(len(p) == 4 and (np.diff(p) == 1).all() for p in pieces)
     assert [int(p[0]) for p in pieces][1:] == [11, 23, 35]  # of the long one; 3 tokens hold no prompt of 4
     asked = [Document(np.arange(9, dtype=np.int32), np.arange(9) >= 2 + i) for i in range(3)]
-    assert [p.tolist() for p in answers.choose_prompts(asked, 2, 4, 100)] == [[0, 1], [0, 1, 2, 3]]
-    assert [p.tolist() for p in answers.choose_prompts(asked, 9, 4, 3)] == [[0, 1]]  # the others fill the model
-    assert len(answers.choose_prompts([*asked, Document(np.zeros(0, np.int32), np.zeros(0, bool))], 9, 4, 100)) == 3
+    assert [p.tolist() for p in answers.select_prompts(asked, 2, 4, 100)] == [[0, 1], [0, 1, 2, 3]]
+    assert [p.tolist() for p in answers.select_prompts(asked, 9, 4, 3)] == [[0, 1]]  # the others fill the model
+    assert len(answers.select_prompts([*asked, Document(np.zeros(0, np.int32), np.zeros(0, bool))], 9, 4, 100)) == 3
     with pytest.raises(ValueError, match="longer than the model's 2 tokens"):
-        answers.choose_prompts(asked, 4, 4, 2)
+        answers.select_prompts(asked, 4, 4, 2)
     with pytest.raises(ValueError, match="no document has prompts of 50 tokens"):
-        answers.choose_prompts(text, 4, 50, 100)
+        answers.select_prompts(text, 4, 50, 100)

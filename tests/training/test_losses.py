@@ -57,8 +57,8 @@ def test_sums_by_definition(parts):
     assert losses.divergence(lm_head, x, x, targets, VOCAB).abs() < 1e-5
     order = lm_head(x)[kept].argsort(-1, descending=True).tolist()
     ranks = [row.index(int(t)) for row, t in zip(order, targets[kept], strict=True)]
-    assert losses.hits(lm_head, x, targets, VOCAB).tolist() == [ranks.count(r) for r in range(losses.TOP_RANKS)]
-    assert torch.equal(losses.choices(lm_head, x, VOCAB), lm_head(x).argmax(-1))
+    assert losses.count_ranks(lm_head, x, targets, VOCAB).tolist() == [ranks.count(r) for r in range(losses.TOP_RANKS)]
+    assert torch.equal(losses.argmax_tokens(lm_head, x, VOCAB), lm_head(x).argmax(-1))
 
 
 def test_chunks_change_neither_losses_nor_gradients(parts, monkeypatch):
@@ -67,8 +67,8 @@ def test_chunks_change_neither_losses_nor_gradients(parts, monkeypatch):
     functions = {
         "cross_entropy": lambda x: losses.cross_entropy(lm_head, x, targets, VOCAB),
         "divergence": lambda x: losses.divergence(lm_head, x, teacher, targets, VOCAB),
-        "hits": lambda x: losses.hits(lm_head, x, targets, VOCAB),
-        "choices": lambda x: losses.choices(lm_head, x, VOCAB),
+        "hits": lambda x: losses.count_ranks(lm_head, x, targets, VOCAB),
+        "choices": lambda x: losses.argmax_tokens(lm_head, x, VOCAB),
     }
     found = {}
     for chunk in (1 << 26, 4 * VOCAB):

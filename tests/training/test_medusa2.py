@@ -84,7 +84,7 @@ def test_self_distillation_with_adapters_keeps_the_backbone(trained, model_dir, 
     tokens = torch.arange(3, 40)[None]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     plain = backbones.load_backbone(model_dir, torch.float32)
-    adapted = backbones.library("peft").PeftModel.from_pretrained(plain, tmp_path / "adapters")
+    adapted = backbones.import_library("peft").PeftModel.from_pretrained(plain, tmp_path / "adapters")
     with torch.no_grad():
         wanted, found = adapted(tokens).logits, merged(tokens).logits
         with adapted.disable_adapter():

@@ -67,7 +67,7 @@ def test_walked_tree_is_no_worse_where_steps_start():
     walked = tree_search.search_walked_tree(measured, 4)
     assert len(walked) == 4
     assert tree_search.tokens_per_step(measured, walked) >= tree_search.tokens_per_step(measured, everywhere)
-    starts = tree_search.visited(measured, walked)
+    starts = tree_search.step_starts(measured, walked)
     assert starts[:, 0].all()
     lengths = tree_search.num_accepted_tokens(ranks, walked)
     for row, accepted in zip(starts, lengths, strict=True):
