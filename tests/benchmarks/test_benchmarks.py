@@ -60,7 +60,7 @@ def test_a_benchmark(name):
     if name == "kernels.step":
         row = report["contexts"]["40"]["3"]
         assert row["ms"] > 0
-        assert {"products", "attention", "small kernels", "heads", "commit", "host"} == set(row["shares"])
+        assert {"products", "attention", "small kernels", "heads", "commit", "host"} == set(row["fractions"])
     elif name == "kernels.loop":
         assert all(row["ms"] > 0 for row in report["loops"].values())
     else:

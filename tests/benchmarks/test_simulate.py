@@ -113,7 +113,7 @@ def test_padding_costs():
 
 def test_costs_know_the_buckets():
     """What the scheduler thinks of steps that fill their buckets is what they cost, but for the profile's noise."""
-    machine = dataclasses.replace(MACHINES["7b"], host_choosing=0.0, host_choosing_per_request=0.0)
+    machine = dataclasses.replace(MACHINES["7b"], host_drafting=0.0, host_drafting_per_request=0.0)
     its = setting("dynamic", machine=machine)
     costs = StepCosts(make_profile(its, make_limits(its)))
     for requests, extra in ((1, 7), (1, 63), (5, 16), (8, 16), (64, 32), (100, 64), (128, 64), (200, 128), (1000, 512)):
@@ -185,7 +185,7 @@ def test_dynamic_trees_are_not_slower_than_the_others(users):
     """In simulated time, which is the same in every run. The scheduler's own time is left out, as the machine decides
     how much that is; 2 % is what the design allows."""
     free = dict.fromkeys(
-        ("host", "host_per_request", "host_per_draft_token", "host_choosing", "host_choosing_per_request"), 0.0
+        ("host", "host_per_request", "host_per_draft_token", "host_drafting", "host_drafting_per_request"), 0.0
     )
     machine = type(MACHINES["7b"])(**vars(MACHINES["7b"]) | free)
     found = {}
@@ -210,7 +210,7 @@ def test_the_command(tmp_path, capsys):
     assert sum(line.startswith("| ") for line in lines) == 1 + 6
     assert len(list(trace.read(traced))) == 6
     assert (tmp_path / "simulated-7b.png").read_bytes().startswith(b"\x89PNG")
-    assert simulated_heads.all_ranks(ACCURACY).shape == (3, RANKS)
+    assert simulated_heads.extrapolate_ranks(ACCURACY).shape == (3, RANKS)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--recorded", "none.npz", "--users", "1"], ["--users", "0"]])
