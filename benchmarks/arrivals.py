@@ -116,14 +116,14 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser.add_argument("what", choices=("long-prompt", "shared-prefix"))
     parser.add_argument("--model", choices=SHAPES, default="demo-6m")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
-    parser.add_argument("--prompt", type=number(64), default=4000)
-    parser.add_argument("--streams", type=number(1), default=8)
+    parser.add_argument("--prompt", type=number(64), default=4000, help="tokens of the long prompt")
+    parser.add_argument("--streams", type=number(1), default=8, help="running streams")
     parser.add_argument(
         "--bounds", type=float, nargs="+", default=[0.0, 40.0, 20.0], help="--max-itl of each run, in ms"
     )
-    parser.add_argument("--requests", type=number(1), default=32)
-    parser.add_argument("--shared", type=number(1), default=1000)
-    parser.add_argument("--own", type=number(1), default=24)
+    parser.add_argument("--requests", type=number(1), default=32, help="requests with the common prefix")
+    parser.add_argument("--shared", type=number(1), default=1000, help="tokens of the common prefix")
+    parser.add_argument("--own", type=number(1), default=24, help="tokens of each prompt after the prefix")
     return parser
 
 

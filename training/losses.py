@@ -101,7 +101,7 @@ def rank_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
     Of equal logits, which are common in bfloat16, the smallest id comes first, as in serving.
     """
-    logits = logits.nan_to_num(math.inf, math.inf, -math.inf)  # a NaN at another token counts against this one
+    logits = logits.nan_to_num(math.inf, math.inf, -math.inf)  # NaN compares as false: count it as the largest
     true = logits.gather(-1, tokens[..., None])
     ids = torch.arange(logits.shape[-1], device=logits.device)
     return ((logits > true) | ((logits == true) & (ids < tokens[..., None]))).sum(-1)

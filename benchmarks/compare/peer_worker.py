@@ -20,7 +20,9 @@ class System(Protocol):
 
     version: str
 
-    def answer(self, prompts: list[list[int]], max_tokens: int) -> tuple[list[list[int]], int | None]: ...
+    def answer(self, prompts: list[list[int]], max_tokens: int) -> tuple[list[list[int]], int | None]:
+        """Return greedy answers to prompts that are decoded together, and the steps taken (None: unknown)."""
+        ...
 
 
 class LlamaCpp:

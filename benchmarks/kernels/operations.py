@@ -38,7 +38,7 @@ from euryale.kernels.tree_attention import tree_attention
 from euryale.runtime.config import DTYPES
 
 PAGE = 16
-CACHES = 96 << 20  # bytes, linear_cases than the caches hold
+CACHES = 96 << 20  # bytes, more than the caches hold
 
 
 @dataclass(frozen=True, kw_only=True)
