@@ -7,6 +7,7 @@ code, or the prompts of a GSM8K file. It writes the ``.npz`` that ``heads.Record
 import argparse
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
     arrays = record(args)
     try:
         with args.out.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
+            np.savez_compressed(file, **cast("dict[str, Any]", arrays))
     except OSError as error:
         raise ValueError(f"cannot write {args.out}: {error.strerror}") from error
     answered = len(arrays["tokens"]) - int(arrays["prompts"].sum())

@@ -174,7 +174,7 @@ def test_head_weight_rises(model_dir, text_file, tmp_path):
 
 
 def test_self_distillation_needs_adapters(model_dir, text_file, tmp_path):
-    with pytest.raises(ValueError, match="need --lora-rank"):
+    with pytest.raises(ValueError, match="need adapters: give --lora-rank"):
         options(model_dir, text_file, tmp_path, self_distill=True)
 
 
