@@ -1,1 +1,1 @@
-"""Side-by-side measurements. Every script prints a table for people and, last, one JSON line for machines."""
+"""Measurements and comparisons. Every script prints a Markdown table and, on the last line, one JSON object."""

@@ -1,12 +1,11 @@
-"""What the benchmarks' command lines have in common: whole numbers within bounds, and one line for what a user can
-mend."""
+"""Command-line helpers of the benchmarks: bounded integers, and one-line error messages."""
 
 import argparse
 from collections.abc import Callable
 
 
 def number(low: int, high: int | None = None) -> Callable[[str], int]:
-    """An argparse type: a whole number from ``low`` to ``high``."""
+    """Return an argparse type for integers from ``low`` to ``high``."""
 
     def read(text: str) -> int:
         value = int(text)
@@ -15,12 +14,12 @@ def number(low: int, high: int | None = None) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{value} is not {bounds}")
         return value
 
-    read.__name__ = "whole number"  # what argparse calls it where it is none
+    read.__name__ = "whole number"  # the name that argparse prints for invalid values
     return read
 
 
 def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None]) -> None:
-    """``main`` on the parsed command line; a ValueError ends in one line and exit code 2."""
+    """Call ``main`` with the parsed command line; a ValueError ends the program with one line and exit code 2."""
     args = parser.parse_args()
     try:
         main(args)

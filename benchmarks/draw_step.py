@@ -1,16 +1,18 @@
-"""Draw one real decoding step as SVG: the candidate tree, what the model says at every node, the accepted path.
+"""Draws one real decoding step as SVG: the draft tree, the model's tokens and the accepted path.
 
-``python -m euryale.benchmarks.draw_step --model demo/model --out docs/tree-step.svg``
-decodes a prompt and draws the step that accepted most (of the first, if several did).
+``python -m euryale.benchmarks.draw_step --model demo/model --out docs/tree-step.svg`` decodes a prompt and draws the
+first step with the most accepted draft tokens.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
+from euryale.benchmarks import arguments
 from euryale.frontend.tokenizer import load_tokenizer
 from euryale.parallel.group import single
 from euryale.runtime.config import EngineConfig
@@ -23,8 +25,11 @@ COLUMN, ROW, BOX = 190, 34, 26  # pixels
 
 @dataclass(frozen=True)
 class Step:
-    """A step of one request: ``tokens`` and ``parents`` of the tree's nodes, root first; the accepted nodes and the
-    bonus token."""
+    """A decoding step of one request.
+
+    ``tokens`` and ``parents`` of the tree nodes, root first; the ``accepted`` nodes, the ``bonus`` token, and the
+    tokens ``before`` the step.
+    """
 
     tokens: list[int]
     parents: list[int]
@@ -34,24 +39,28 @@ class Step:
 
 
 def best_step(engine: Engine, prompt: list[int], max_tokens: int) -> Step:
-    """Decode and keep the step with the longest accepted path."""
+    """Decode the prompt and return the step with the longest accepted path. ValueError if no step had draft tokens."""
     request = Request(key=0, prompt=np.asarray(prompt, dtype=np.int32), params=SamplingParams(max_tokens=max_tokens))
-    engine.scheduler.add(request)
+    scheduler = engine.scheduler
+    assert scheduler is not None, "this rank is the leader"
+    scheduler.add(request)
     best: Step | None = None
-    while engine.scheduler.has_work:
+    while scheduler.has_work:
         before = prompt + request.output
-        planned = engine.scheduler.plan(engine.epoch, engine.runner.digest)
+        planned = scheduler.plan(engine.epoch, engine.runner.digest)
         results = engine.runner.run(planned.plan)
-        engine.scheduler.advance(planned, results)
+        scheduler.advance(planned, results)
         segment, path = planned.plan.segments[0], results[0].accepted_nodes if results else []
         if segment.num_draft_tokens and (best is None or len(path) > len(best.accepted)):
             tree = segment.tokens[segment.num_new_tokens - 1 :].tolist()
             best = Step(tree, [-1, *segment.parents.tolist()], path, results[0].tokens[-1], before)
+    if best is None:
+        raise ValueError("no step had draft tokens: give --medusa, or another --prompt")
     return best
 
 
-def draw(step: Step, show) -> str:
-    """SVG text; ``show`` turns token ids into a string."""
+def draw(step: Step, show: Callable[[list[int]], str]) -> str:
+    """Return the step as SVG; ``show`` turns token ids into text."""
     depths = [0]
     for parent in step.parents[1:]:
         depths.append(depths[parent] + 1)
@@ -59,7 +68,7 @@ def draw(step: Step, show) -> str:
     y: dict[int, float] = {}
 
     def place(node: int, row: float) -> float:
-        """Put a subtree from ``row`` on; returns the first free row below it."""
+        """Lay out a subtree from ``row`` on; returns the first free row below it."""
         below = row
         for child in children[node]:
             below = place(child, below)
@@ -77,7 +86,8 @@ def draw(step: Step, show) -> str:
         rect = f'<rect x="{x}" y="{top}" width="{COLUMN - 50}" height="{BOX}" rx="6" class="{style}"/>'
         return rect + f'<text x="{x + 10}" y="{top + 18}" class="{style}-text">{escape(text)}</text>'
 
-    lines, boxes = [], []
+    lines: list[str] = []
+    boxes: list[str] = []
     for node in range(len(depths)):
         x, top = at(node)
         if node:
@@ -91,7 +101,9 @@ def draw(step: Step, show) -> str:
     x, top = at(end)
     lines.append(f'<path d="M{x + COLUMN - 50} {top + BOX / 2} L{x + COLUMN} {top + BOX / 2}" class="bonus-line"/>')
     boxes.append(box(x + COLUMN, top, show([step.bonus]), "bonus"))
-    title = f"one step: {len(depths)} rows in one forward pass, {len(step.accepted)} guesses accepted + 1 bonus token"
+    title = (
+        f"one step: {len(depths)} rows in one forward pass, {len(step.accepted)} draft tokens accepted + 1 bonus token"
+    )
     context = show(step.before[-12:])
     frame = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
     return f"""<svg {frame} font-family="monospace" font-size="14">
@@ -107,13 +119,16 @@ path{{fill:none}} .on{{stroke:#2b8a3e;stroke-width:3}} .off{{stroke:#ced4da;stro
 """
 
 
-def main() -> None:
+def parser_of_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--medusa", default="")
     parser.add_argument("--prompt", default="def read_lines(path):\n")
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.model)
     engine = Engine(EngineConfig(model=args.model, medusa=args.medusa, dtype="float32", max_num_seqs=1), single())
     step = best_step(engine, tokenizer.encode(args.prompt), 64)
@@ -121,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(parser_of_arguments(), main)

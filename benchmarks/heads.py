@@ -1,21 +1,25 @@
-"""What trainings of Medusa heads bring: accuracy, tokens per step by tree, speed, and the backbone's loss.
+"""Comparison of trained Medusa heads: accuracy, tokens per step by tree, speed, and the backbone's loss.
 
 ``python -m euryale.benchmarks.heads --base DIR --variant NAME MODEL HEADS --variant ... --published TREE.json``
-compares checkpoints that ``launch/train.py`` wrote and calibrated (HEADS "" for heads merged into MODEL). Prompts are
-held-out code, answers greedy; every checkpoint's trees are measured against its own plain decoding, interleaved round
-by round.
+compares checkpoints that ``launch/train.py`` trained and calibrated; HEADS is "" for heads merged into MODEL. Prompts
+are held-out code and answers are greedy. Every checkpoint's trees are compared with its own plain decoding, interleaved
+round by round.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from euryale.benchmarks.compare.peers import run_engine
+from euryale.benchmarks import arguments
+from euryale.benchmarks.compare.peer_process import Answered
+from euryale.benchmarks.compare.peers import run_engine, steps_of
 from euryale.benchmarks.prompts import code_prompts
 from euryale.frontend.tokenizer import load_tokenizer
 from euryale.parallel.group import single
@@ -29,7 +33,7 @@ from euryale.training.packing import Windows, pack
 
 
 def held_out_windows(model: str, length: int = 512) -> Windows:
-    """The standard library's held-out files."""
+    """Return windows of the standard library's held-out files."""
     tokenizer = load_tokenizer(model)
     pieces = [p for p in read_pieces(("stdlib",), tokenizer) if is_held_out(p.key)]
     return pack(tokenize(pieces, tokenizer, len(tokenizer)), length, tokenizer.eos_token_id)
@@ -37,10 +41,10 @@ def held_out_windows(model: str, length: int = 512) -> Windows:
 
 @torch.no_grad()
 def held_out_loss(model: str, windows: Windows, count: int) -> float:
-    """Nats per token of the backbone alone, over ``count`` evenly spaced windows, float32."""
+    """Return the backbone's loss over ``count`` evenly spaced windows, nats per token, in float32."""
     decoder = backbone.load_backbone(model, torch.float32)
     total, number = 0.0, 0
-    for index in windows.chosen(count):
+    for index in windows.spaced_indices(count):
         batch = windows.batch(np.asarray([index]))
         targets = losses.next_tokens(batch)
         hidden = decoder.model(batch.tokens, position_ids=batch.positions, use_cache=False).last_hidden_state
@@ -50,11 +54,14 @@ def held_out_loss(model: str, windows: Windows, count: int) -> float:
 
 
 def trees_of(calibration: dict, published: Path | None, directory: Path) -> dict[str, str]:
-    """Name -> --tree of everything that is compared: chain, the published tree cut to the heads' depth, the searched
-    one of as many guesses, and the one beside the heads."""
+    """Return name -> --tree of all trees to compare.
+
+    These are no tree, a chain, the published tree cut to the number of heads, a searched tree of the same size, and the
+    tree beside the heads. ValueError if there is no searched tree of that size.
+    """
     num_heads, found = len(calibration["accuracy"]), {"off": "off", "chain": "chain"}
 
-    def stored(name: str, paths: list[list[int]]) -> None:
+    def store(name: str, paths: list[list[int]]) -> None:
         path = directory / f"{name}.json"
         path.write_text(json.dumps(paths))
         found[f"{name} ({len(paths)})"] = str(path)
@@ -66,36 +73,34 @@ def trees_of(calibration: dict, published: Path | None, directory: Path) -> dict
         if same is None:
             sizes = [row["nodes"] for row in calibration["trees"]]
             raise ValueError(
-                f"{published} cut to {num_heads} heads has {len(cut)} guesses, the calibration "
-                f"{sizes}: calibrate again with a size of tree_search.TREE_SIZES that fits"
+                f"{published} cut to {num_heads} heads has {len(cut)} draft tokens, calibrated "
+                f"trees have {sizes}: add this size to tree_search.TREE_SIZES and calibrate again"
             )
-        stored("published", cut)
-        stored("searched", same)
-    stored("tree", calibration["tree"]["paths"])
+        store("published", cut)
+        store("searched", same)
+    store("tree", calibration["tree"]["paths"])
     return found
 
 
 def compare(model: str, heads: str, args: argparse.Namespace) -> dict:
-    """Tokens per step and speed over plain decoding of every tree of one checkpoint."""
+    """Return the tokens per step of every tree of one checkpoint, and its speed relative to plain decoding."""
     calibration = json.loads(Path(heads or model, "calibration.json").read_text())
     prompts = [load_tokenizer(model).encode(text) for text in code_prompts(args.count)]
     with tempfile.TemporaryDirectory() as directory:
         trees = trees_of(calibration, args.published, Path(directory))
-        settings = {"dtype": "float32", "max_num_seqs": 1, "enable_prefix_caching": False}
-        made = {
-            name: Engine(EngineConfig(model=model, medusa=heads, tree=tree, **settings), single())
-            for name, tree in trees.items()
-        }
-    found = {name: [] for name in made}
+        base = EngineConfig(model=model, medusa=heads, dtype="float32", max_num_seqs=1, enable_prefix_caching=False)
+        made = {name: Engine(dataclasses.replace(base, tree=tree), single()) for name, tree in trees.items()}
+    found: dict[str, list[Answered]] = {name: [] for name in made}
     for engine in made.values():
-        run_engine(engine, prompts[:1], args.max_tokens)  # first calls allocate and warm caches
+        run_engine(engine, prompts[:1], args.max_tokens)  # the first calls allocate and warm caches
     for _ in range(args.rounds):
         for name, engine in made.items():
             found[name].append(run_engine(engine, prompts, args.max_tokens))
-    tokens, rows = len(prompts) * args.max_tokens, {}
+    tokens = len(prompts) * args.max_tokens
+    rows: dict[str, dict[str, float]] = {}
     for name, rounds in found.items():
         ratio = statistics.median(p.seconds / r.seconds for p, r in zip(found["off"], rounds, strict=True))
-        rows[name] = {"tokens_per_step": round(tokens / rounds[-1].steps, 3), "x_plain": round(ratio, 3)}
+        rows[name] = {"tokens_per_step": round(tokens / steps_of(rounds[-1]), 3), "x_plain": round(ratio, 3)}
         rows[name]["same"] = sum(a == b for a, b in zip(rounds[-1].answers, found["off"][-1].answers, strict=True))
     accuracy = {
         what: np.cumsum(calibration[what], axis=1)[:, :5].round(4).tolist() for what in ("accuracy", "text_accuracy")
@@ -104,7 +109,7 @@ def compare(model: str, heads: str, args: argparse.Namespace) -> dict:
 
 
 def show(report: dict) -> None:
-    """The report as Markdown."""
+    """Print the report as Markdown."""
     variants = report["variants"]
     print("| | " + " | ".join(variants) + " |\n" + "|---" * (1 + len(variants)) + "|")
     for what, title in (("accuracy", "own answers"), ("text_accuracy", "held-out text")):
@@ -122,7 +127,7 @@ def show(report: dict) -> None:
     print(f"| backbone's held-out loss (before: {report['base_loss']:.4f}) | " + " | ".join(cells) + " |")
 
 
-def main() -> None:
+def parser_of_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", required=True, help="the backbone before training")
     parser.add_argument("--variant", nargs=3, action="append", required=True, metavar=("NAME", "MODEL", "HEADS"))
@@ -131,9 +136,15 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--loss-windows", type=int, default=128)
-    args = parser.parse_args()
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
     windows = held_out_windows(args.base)
-    report = {"base_loss": held_out_loss(args.base, windows, args.loss_windows), "threads": torch.get_num_threads()}
+    report: dict[str, Any] = {
+        "base_loss": held_out_loss(args.base, windows, args.loss_windows),
+        "threads": torch.get_num_threads(),
+    }
     report |= {"rounds": args.rounds, "prompts": args.count, "max_tokens": args.max_tokens, "variants": {}}
     for name, model, heads in args.variant:
         found = compare(model, heads, args)
@@ -143,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(parser_of_arguments(), main)

@@ -1,22 +1,24 @@
-"""Tokens per second by the number of concurrent requests, of every kind of tree over decoding without any.
+"""Tokens per second by number of concurrent requests, for every kind of tree and for plain decoding.
 
 ``python -m euryale.benchmarks.load --model DIR --medusa DIR --published TREE.json --out DIR`` decodes held-out code at
-each concurrency with every kind in turn, round by round. A ratio is taken within a round; its interval is that of the
-median, by the bootstrap over rounds. Dynamic trees do not learn from traffic here, as every round asks the same
-prompts."""
+each concurrency with every kind in turn, round by round. Ratios are taken within a round; their interval is the
+bootstrap interval of the median over rounds. Dynamic trees do not learn from traffic here, because every round uses the
+same prompts.
+"""
 
 import argparse
 import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from euryale.benchmarks import arguments
 from euryale.benchmarks.arguments import number
-from euryale.benchmarks.compare.peers import run_engine
+from euryale.benchmarks.compare.peers import run_engine, steps_of
 from euryale.benchmarks.machine import describe
 from euryale.benchmarks.prompts import code_prompts, gsm8k_prompts
 from euryale.frontend.tokenizer import load_tokenizer
@@ -28,11 +30,11 @@ PLAIN, DYNAMIC = "plain", "dynamic"
 
 
 def kinds(args: argparse.Namespace, directory: Path) -> dict[str, str]:
-    """Name -> --tree; the searched tree is calibration's best of as many guesses as asked for."""
+    """Return name -> --tree; the searched tree is the calibration's best tree of ``args.searched`` draft tokens."""
     calibration = json.loads(Path(args.medusa or args.model, "calibration.json").read_text())
     searched = [row["paths"] for row in calibration["trees"] if row["nodes"] == args.searched]
     if not searched:
-        raise ValueError(f"the calibration has no tree of {args.searched} guesses: see tree_search.TREE_SIZES")
+        raise ValueError(f"the calibration has no tree of {args.searched} draft tokens: see tree_search.TREE_SIZES")
     path = directory / "searched.json"
     path.write_text(json.dumps(searched[0]))
     found = {PLAIN: "off", "chain": "chain", f"searched ({args.searched})": f"static:{path}", DYNAMIC: "dynamic"}
@@ -42,7 +44,7 @@ def kinds(args: argparse.Namespace, directory: Path) -> dict[str, str]:
 
 
 def interval(ratios: list[float], draws: int = 2000) -> tuple[float, float, float]:
-    """The median of ratios, and the 95 % interval of it by the bootstrap."""
+    """Return the median of the ratios, and the bounds of its 95 % bootstrap interval."""
     rng = np.random.default_rng(0)
     drawn = np.median(rng.choice(ratios, (draws, len(ratios))), axis=1)
     low, high = np.percentile(drawn, [2.5, 97.5])
@@ -50,23 +52,23 @@ def interval(ratios: list[float], draws: int = 2000) -> tuple[float, float, floa
 
 
 def measure(args: argparse.Namespace, engines: dict[str, Engine], prompts: list[list[int]], load: int) -> dict:
-    """Rows of one concurrency: tokens per second and per step, and how each compares with plain decoding and with the
-    best of the others."""
+    """Return the rows of one concurrency: tokens per second and per step, and ratios to plain decoding and to the best
+    other kind."""
     asked = [prompts[i % len(prompts)] for i in range(load)]
     speeds: dict[str, list[float]] = {name: [] for name in engines}
     steps: dict[str, float] = {}
     for turn in range(args.rounds + 1):
         for name, engine in engines.items():
             found = run_engine(engine, asked, args.max_tokens, load, args.temperature)
-            if turn:  # the first warms up
+            if turn:  # the first turn warms up
                 speeds[name].append(load * args.max_tokens / found.seconds)
-                steps[name] = load * args.max_tokens / found.steps
-    others = {name: np.median(s) for name, s in speeds.items() if name != DYNAMIC}
-    best = max(others, key=others.get)
-    rows = {}
-    for name, found in speeds.items():
-        ratios = [a / b for a, b in zip(found, speeds[PLAIN], strict=True)]
-        rows[name] = {"tokens_per_second": float(np.median(found)), "tokens_per_step": steps[name]}
+                steps[name] = load * args.max_tokens / steps_of(found)
+    others = {name: float(np.median(s)) for name, s in speeds.items() if name != DYNAMIC}
+    best = max(others, key=others.__getitem__)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, rates in speeds.items():
+        ratios = [a / b for a, b in zip(rates, speeds[PLAIN], strict=True)]
+        rows[name] = {"tokens_per_second": float(np.median(rates)), "tokens_per_step": steps[name]}
         rows[name]["over_plain"] = interval(ratios)
     rows[DYNAMIC]["over_best"] = interval([a / b for a, b in zip(speeds[DYNAMIC], speeds[best], strict=True)])
     rows[DYNAMIC]["best"] = best
@@ -74,7 +76,7 @@ def measure(args: argparse.Namespace, engines: dict[str, Engine], prompts: list[
 
 
 def show(report: dict) -> None:
-    """The report as Markdown."""
+    """Print the report as Markdown."""
     names = list(next(iter(report["loads"].values())))
     print("\n| requests | " + " | ".join(names) + " | dynamic over plain | over the best other |")
     print("|---" * (len(names) + 3) + "|")
@@ -85,7 +87,7 @@ def show(report: dict) -> None:
 
 
 def draw(report: dict, path: Path) -> None:
-    """Speed over plain decoding against the number of requests."""
+    """Plot the speed relative to plain decoding against the number of requests."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -108,16 +110,16 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--medusa", default="")
-    parser.add_argument("--published", type=Path, help="a published tree no deeper than there are heads")
-    parser.add_argument("--searched", type=number(1), default=16, help="guesses of the searched tree")
-    parser.add_argument("--gsm8k", type=Path, help="measure on GSM8K questions instead of held-out code")
+    parser.add_argument("--published", type=Path, help="a published tree, at most as deep as the number of heads")
+    parser.add_argument("--searched", type=number(1), default=16, help="draft tokens of the searched tree")
+    parser.add_argument("--gsm8k", type=Path, help="JSONL of GSM8K questions, used instead of held-out code")
     parser.add_argument("--loads", type=number(1), nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max-tokens", type=number(1), default=128)
     parser.add_argument("--rounds", type=number(2), default=7)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=number(1), default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, help="directory of load.png")
+    parser.add_argument("--out", type=Path, help="output directory of load.png")
     return parser
 
 
@@ -127,7 +129,8 @@ def main(args: argparse.Namespace) -> None:
     texts = gsm8k_prompts(args.gsm8k, 64) if args.gsm8k else code_prompts(64)
     tokenizer = load_tokenizer(args.model)
     prompts = [tokenizer.encode(text) for text in texts]
-    report = {"machine": describe(), "dtype": args.dtype, "threads": args.threads, "rounds": args.rounds, "loads": {}}
+    report: dict[str, Any] = {"machine": describe(), "dtype": args.dtype, "threads": args.threads}
+    report |= {"rounds": args.rounds, "loads": {}}
     with tempfile.TemporaryDirectory() as directory:
         engines = {
             name: Engine(

@@ -1,18 +1,19 @@
-"""This machine in words and numbers, measured in the same run as what is compared with them."""
+"""Description and measured bandwidth of this machine, for comparison within one run."""
 
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from euryale.kernels import cpu
 
-_READ = 256 << 20  # bytes: more than a last-level cache
+_READ = 256 << 20  # bytes, more than a last-level cache
 
 
 def describe() -> str:
-    """Processor, torch and the kernels' instruction set."""
+    """Return the processor, the torch version and the instruction set of the CPU kernels."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -23,8 +24,8 @@ def describe() -> str:
     return f"{model}, torch {torch.__version__}, CPU kernels {cpu.instruction_set()}"
 
 
-def best(function, rounds: int = 5) -> float:
-    """Seconds of the quickest of some calls: what the machine can do, when it is let."""
+def best(function: Callable[[], object], rounds: int = 5) -> float:
+    """Return the seconds of the fastest of ``rounds`` calls, the least disturbed one."""
     found = []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -34,7 +35,7 @@ def best(function, rounds: int = 5) -> float:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second at which memory is read (CPU: summed, all threads of the process) or copied (GPU: both ways)."""
+    """Return bytes per second: of reads by all threads on a CPU, of copies (both directions) on a GPU."""
     if device.type == "cpu":
         x = torch.ones(_READ // 4)
         return _READ / best(x.sum)

@@ -1,8 +1,9 @@
-"""How long the scheduler takes for a step: planning it, trees included, and learning from it.
+"""Time the scheduler takes for a step: planning, trees included, and learning from the result.
 
-``python -m euryale.benchmarks.planning`` lets requests of made-up tokens decode with made-up heads, whose guesses come
-true as often as they say, and reports medians over steps of the whole of ``Scheduler.plan`` and ``advance``. Dynamic
-trees choose ``--nodes`` guesses a request out of all that heads, text, traffic and context name."""
+``python -m euryale.benchmarks.planning`` decodes random tokens with random head candidates. It reports medians over
+steps of the whole of ``Scheduler.plan`` and ``Scheduler.advance``. Dynamic trees select up to ``--nodes`` draft tokens
+per request, out of all proposals of heads, text, traffic and context.
+"""
 
 import argparse
 import json
@@ -26,13 +27,14 @@ from euryale.scheduler.step_result import HeadCandidates, SegmentResult
 VOCAB, HEADS, RANKS, PROMPT, PAGE = 32000, 4, 10, 200, 16
 
 
-def made_up_results(plan: StepPlan, rng: np.random.Generator) -> list[SegmentResult]:
-    """Half of all nodes' first children are right."""
+def random_results(plan: StepPlan, rng: np.random.Generator) -> list[SegmentResult]:
+    """Return results in which each node's first child is accepted with probability one half."""
     found = []
     for segment in plan.segments:
         if not segment.emits_tokens:
             continue
-        path, node, parents = [], 0, segment.parents.tolist()
+        path: list[int] = []
+        node, parents = 0, segment.parents.tolist()
         while node in parents[node:] and rng.random() < 0.5:
             node = parents.index(node, node) + 1
             path.append(node)
@@ -45,7 +47,7 @@ def made_up_results(plan: StepPlan, rng: np.random.Generator) -> list[SegmentRes
 
 
 def measure(requests: int, drafter: Drafter | None, steps: int) -> dict[str, float]:
-    """Median milliseconds."""
+    """Return median milliseconds of ``plan`` and ``advance``, and the median number of draft tokens per request."""
     longest = PROMPT + 16 * steps
     limits = SchedulerLimits(
         max_model_len=longest,
@@ -60,38 +62,41 @@ def measure(requests: int, drafter: Drafter | None, steps: int) -> dict[str, flo
     for key in range(requests):
         prompt = (rng.zipf(1.3, PROMPT) % VOCAB).astype(np.int32)
         scheduler.add(Request(key=key, prompt=prompt, params=params))
-    found: dict[str, list[float]] = {"plan": [], "advance": [], "guesses": []}
+    found: dict[str, list[float]] = {"plan": [], "advance": [], "num_draft_tokens": []}
     for step in range(steps):
         started = time.perf_counter()
         planned = scheduler.plan(1, 0)
-        ended = time.perf_counter()
-        results = made_up_results(planned.plan, rng)
+        plan_seconds = time.perf_counter() - started
+        results = random_results(planned.plan, rng)
         begun = time.perf_counter()
         scheduler.advance(planned, results, 1e-3)
         if step > 3:
-            found["plan"].append(1e3 * (ended - started))
+            found["plan"].append(1e3 * plan_seconds)
             found["advance"].append(1e3 * (time.perf_counter() - begun))
-            found["guesses"].append(sum(s.num_draft_tokens for s in planned.plan.segments) / requests)
+            found["num_draft_tokens"].append(sum(s.num_draft_tokens for s in planned.plan.segments) / requests)
     return {name: statistics.median(values) for name, values in found.items()}
 
 
 def parser_of_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=number(1), nargs="+", default=[1, 8, 64, 512])
-    parser.add_argument("--nodes", type=number(0, 127), nargs="+", default=[0, 4, 16, 64])
+    parser.add_argument("--nodes", type=number(0, 127), nargs="+", default=[0, 4, 16, 64], help="draft tokens")
     parser.add_argument("--steps", type=number(8), default=60)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    print(describe() + "\n\n| requests | guesses each | plan, ms | advance, ms |\n|---|---|---|---|")
+    print(describe() + "\n\n| requests | draft tokens each | plan, ms | advance, ms |\n|---|---|---|---|")
     rows = []
     for requests in args.requests:
         for nodes in args.nodes:
             drafter = DynamicDrafter(HEADS, nodes) if nodes else None
-            row = {"requests": requests, "nodes": nodes} | measure(requests, drafter, args.steps)
+            row: dict[str, float] = {"requests": requests, "nodes": nodes}
+            row |= measure(requests, drafter, args.steps)
             rows.append(row)
-            print(f"| {requests} | {row['guesses']:.0f} | {row['plan']:.3f} | {row['advance']:.3f} |", flush=True)
+            print(
+                f"| {requests} | {row['num_draft_tokens']:.0f} | {row['plan']:.3f} | {row['advance']:.3f} |", flush=True
+            )
     print(json.dumps(rows))
 
 

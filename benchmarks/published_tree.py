@@ -1,7 +1,8 @@
-"""The tree search against a published tree, on published head accuracies alone.
+"""Comparison of the tree search with a published tree, on published head accuracies alone.
 
 ``python -m euryale.benchmarks.published_tree --accuracy vicuna_head_accuracy.csv --tree mc_sim_7b_63.json`` searches a
-tree of as many guesses for every row of accuracies and compares what both expect if heads were independent.
+tree of the same size for every row of accuracies. It reports the expected tokens per step of both, assuming independent
+heads.
 """
 
 import argparse
@@ -17,13 +18,13 @@ NUM_RANKS = 5
 
 
 def expected_tokens(shape: TreeShape, accuracy: np.ndarray) -> float:
-    """Tokens per step, the bonus token included; a rank nobody measured is never right."""
+    """Return the expected tokens per step, the bonus token included; unmeasured ranks count as never right."""
     known = np.pad(accuracy, ((0, 0), (0, shape.num_candidates)))
     return 1 + sum(float(np.prod([known[depth, rank] for depth, rank in enumerate(path)])) for path in shape.paths())
 
 
 def accuracies(path: Path) -> dict[str, np.ndarray]:
-    """Name -> [heads, ranks] of the columns ``train/medusa{h}_top{r}``, which accumulate over ranks."""
+    """Return name -> accuracy [heads, ranks], from the cumulative columns ``train/medusa{h}_top{r}`` of a CSV file."""
     found = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -43,7 +44,7 @@ def main() -> None:
         published = load_tree(args.tree, len(accuracy))
         searched = search_tree(accuracy, published.num_draft_tokens)
         report[name] = {
-            "guesses": published.num_draft_tokens,
+            "num_draft_tokens": published.num_draft_tokens,
             "published": round(expected_tokens(published, accuracy), 4),
             "searched": round(expected_tokens(searched, accuracy), 4),
         }

@@ -1,9 +1,9 @@
-"""Models of real shapes with random weights, by name: for measuring steps, not for reading answers.
+"""Engines with random weights and the shapes of real models, for measuring steps.
 
-Nothing is written to disk: a checkpoint that makes up every tensor it is asked for stands in for the files.
+Nothing is written to disk: RandomCheckpoint generates every requested tensor.
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import LlamaConfig
@@ -13,6 +13,7 @@ from euryale.parallel.sharding import Layout, Shard
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
 from euryale.runtime.kv_cache import KVCache
+from euryale.runtime.model.checkpoint import Checkpoint
 from euryale.runtime.model.config import ModelConfig
 from euryale.runtime.model.decoder import SHARDING, Decoder
 from euryale.runtime.model.medusa_checkpoint import HeadTensors
@@ -34,24 +35,25 @@ SHAPES = {
 }
 
 
-@dataclass
-class RandomCheckpoint:
-    """Every tensor, of whatever shape is asked for; norms are ones."""
+class RandomCheckpoint(Checkpoint):
+    """Generates tensors of the requested shapes: norms are ones, matrices are normal with deviation 0.02."""
 
-    device: torch.device
+    def __init__(self, device: torch.device) -> None:
+        """``device``: that of the generated tensors."""
+        self.device = device
 
     def read(self, name: str, shape: tuple[int, ...], shard: Shard, dtype: torch.dtype) -> torch.Tensor:
-        """This rank's part of a tensor."""
-        shape = list(shape)
+        """Return this rank's shard of a tensor."""
+        sizes = list(shape)
         if shard.dim is not None:
-            shape[shard.dim] = shard.length
-        if len(shape) == 1:
-            return torch.ones(shape, dtype=dtype, device=self.device)
-        return torch.empty(shape, dtype=dtype, device=self.device).normal_(0, 0.02)
+            sizes[shard.dim] = shard.length
+        if len(sizes) == 1:
+            return torch.ones(sizes, dtype=dtype, device=self.device)
+        return torch.empty(sizes, dtype=dtype, device=self.device).normal_(0, 0.02)
 
 
 def model_config(name: str, dtype: torch.dtype, max_positions: int) -> ModelConfig:
-    """The configuration of a shape."""
+    """Return the configuration of a named shape."""
     hidden, layers, heads, kv_heads, width, vocab = SHAPES[name]
     return ModelConfig(
         family="llama",
@@ -82,10 +84,13 @@ def make_runner(
     eager: bool,
     num_candidates: int = 8,
     quantization: str = "none",
-    seats: int = 1,
+    num_seqs: int = 1,
 ) -> StepRunner:
-    """A step runner with four Medusa heads that share the backbone's lm_head, and room for ``seats`` requests of
-    ``context`` tokens and a tree, whose pages hold random keys and values."""
+    """Return a step runner with four Medusa heads that use the backbone's lm_head.
+
+    The KV cache has pages for ``num_seqs`` requests of ``context`` tokens and a tree each, and holds random keys and
+    values.
+    """
     config = model_config(name, dtype, context + 256)
     layout = Layout(group, config.num_heads, config.num_kv_heads, config.head_dim)
     weights = Weights(RandomCheckpoint(group.device), layout, SHARDING, dtype, quantization)
@@ -94,7 +99,7 @@ def make_runner(
     block = [torch.zeros(hidden, hidden) for _ in range(num_heads)], [torch.zeros(hidden) for _ in range(num_heads)]
     tensors = HeadTensors(weights=[block[0]], biases=[block[1]], lm_heads=[], num_heads=num_heads)
     heads = MedusaHeads(tensors, weights, decoder.lm_head, decoder.shard)
-    pages = seats * (-(-(context + 128) // PAGE) + 1)
+    pages = num_seqs * (-(-(context + 128) // PAGE) + 1)
     cache = KVCache(config, layout, pages, PAGE, ROWS)
     cache.pages.normal_()
     graphs = None if eager else make_graphs(cache, config, ROWS, group)
@@ -102,14 +107,15 @@ def make_runner(
 
 
 def make_engine(
-    name: str, dtype: torch.dtype, tree: TreeShape | None, max_len: int, group: Group, seats: int = 1, **options
+    name: str, dtype: torch.dtype, tree: TreeShape | None, max_len: int, group: Group, num_seqs: int = 1, **options: Any
 ) -> Engine:
-    """An engine for ``seats`` requests of up to ``max_len`` tokens at a time; ``options`` are EngineConfig's."""
-    runner = make_runner(name, dtype, max_len, group, False, tree.num_candidates if tree else 0, seats=seats)
+    """Return an engine for ``num_seqs`` concurrent requests of up to ``max_len`` tokens; ``options`` are those of
+    EngineConfig."""
+    runner = make_runner(name, dtype, max_len, group, False, tree.num_candidates if tree else 0, num_seqs=num_seqs)
     runner.heads = runner.heads if tree else None
     limits = SchedulerLimits(
         max_model_len=max_len,
-        max_num_seqs=seats,
+        max_num_seqs=num_seqs,
         max_num_batched_tokens=ROWS,
         vocab_size=runner.decoder.shard.vocab_size,
         num_pages=runner.cache.num_pages,
@@ -119,7 +125,7 @@ def make_engine(
     loaded = Loaded(
         runner=runner,
         limits=limits,
-        trees=tree and TreeChoice(shape=tree),
+        trees=TreeChoice(shape=tree) if tree else None,
         text=None,
         acceptance_stats=None,
         model=model,

@@ -1,10 +1,10 @@
-"""What happens when the workload changes: dynamic trees calibrated for one kind of text, served another.
+"""Dynamic trees under a change of workload: calibrated for one kind of text, used on another.
 
 ``python -m euryale.benchmarks.shift --model DIR --first code.npz --second gsm8k.npz --text FILE`` replays recorded
-answers (``record_heads.py``) with the real drafter. One drafter begins with what lies beside the heads and serves
-the first recording, then half of the second. Others meet that half with a fresh calibration: n-grams of ``--text``,
-which is like the second recording, and estimates learned from its other half. Reported is, for one stretch of served
-tokens after the other, what share of the freshly calibrated one's tokens per step the others reach.
+answers (``record_heads.py``) with the real drafter. One drafter starts from the calibration beside the heads, and
+serves the first recording and then half of the second. Another is calibrated for the second workload: on n-grams of
+``--text``, and on the other half of the second recording. The report gives their tokens per step in consecutive
+stretches of served tokens, also as a fraction of the newly calibrated drafter's.
 """
 
 import argparse
@@ -21,27 +21,28 @@ from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.speculation.acceptance_stats import AcceptanceStats
 from euryale.scheduler.speculation.dynamic_drafter import DynamicDrafter
 from euryale.scheduler.speculation.ngram_table import NgramTable
-from euryale.training.replay import Recorded, replay
+from euryale.training.replay import AnswerRecord, replay
 
 
-def load(path: Path) -> list[Recorded]:
-    """The answers of a recording."""
+def load(path: Path) -> list[AnswerRecord]:
+    """Return the answers of a recording."""
     answers = RecordedAnswers(path)
     made = [answers.make(key) for key in range(len(answers))]
-    return [Recorded(a.prompt, a.truth, a.ids[1:], a.logits[1:]) for a in made]
+    return [AnswerRecord(a.prompt, a.truth, a.ids[1:], a.logits[1:]) for a in made]
 
 
 def count_ngrams(args: argparse.Namespace) -> NgramTable:
-    """Of the strings of a JSONL file's lines, each line a document."""
+    """Return the n-grams of the strings in a JSONL file; each line is a document."""
     tokenizer = load_tokenizer(args.model)
     with args.text.open(encoding="utf-8") as file:
         lines = ["\n".join(v for v in json.loads(line).values() if isinstance(v, str)) for line in file]
     return NgramTable.of_text([np.asarray(tokenizer.encode(line), dtype=np.int32) for line in lines])
 
 
-def stretches(recorded: list[Recorded], edges: list[int]) -> list[list[Recorded]]:
-    """The answers in parts that begin where at least so many tokens were served."""
-    parts, served = [[] for _ in edges], 0
+def stretches(recorded: list[AnswerRecord], edges: list[int]) -> list[list[AnswerRecord]]:
+    """Return the answers in groups that begin once ``edges`` tokens were served. ValueError if a group is empty."""
+    parts: list[list[AnswerRecord]] = [[] for _ in edges]
+    served = 0
     for record in recorded:
         parts[sum(served >= edge for edge in edges) - 1].append(record)
         served += len(record.answer)
@@ -50,8 +51,8 @@ def stretches(recorded: list[Recorded], edges: list[int]) -> list[list[Recorded]
     return parts
 
 
-def measure(args: argparse.Namespace) -> tuple[list[list[Recorded]], dict[str, list[float]]]:
-    """The stretches, and for each drafter its tokens per step in them."""
+def measure(args: argparse.Namespace) -> tuple[list[list[AnswerRecord]], dict[str, list[float]]]:
+    """Return the stretches, and every drafter's tokens per step in each of them."""
     first, second = load(args.first), load(args.second)
     measured, learned, num_heads = second[::2], second[1::2], second[0].ids_PKR.shape[1]
     params, heads = SamplingParams(temperature=args.temperature), Path(args.medusa or args.model)
@@ -62,7 +63,7 @@ def measure(args: argparse.Namespace) -> tuple[list[list[Recorded]], dict[str, l
     def make(text: NgramTable, acceptance_stats: AcceptanceStats) -> DynamicDrafter:
         return DynamicDrafter(num_heads, args.nodes, text=text, stats=acceptance_stats)
 
-    def learn(text: NgramTable, acceptance_stats: AcceptanceStats, recorded: list[Recorded]) -> AcceptanceStats:
+    def learn(text: NgramTable, acceptance_stats: AcceptanceStats, recorded: list[AnswerRecord]) -> AcceptanceStats:
         replay(make(text, acceptance_stats), recorded, args.nodes, params)
         return acceptance_stats
 
@@ -85,13 +86,13 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--medusa", default="")
-    parser.add_argument("--first", type=Path, required=True, help="recording of the workload calibrated for")
-    parser.add_argument("--second", type=Path, required=True, help="recording of the workload that comes")
-    parser.add_argument("--text", type=Path, required=True, help="JSONL whose strings are like the second workload")
-    parser.add_argument("--nodes", type=number(1, 127), default=16, help="guesses of a step")
-    parser.add_argument("--temperature", type=float, default=0.0, help="with which the recordings were made")
+    parser.add_argument("--first", type=Path, required=True, help="recording of the calibrated workload")
+    parser.add_argument("--second", type=Path, required=True, help="recording of the new workload")
+    parser.add_argument("--text", type=Path, required=True, help="JSONL with strings that resemble the second workload")
+    parser.add_argument("--nodes", type=number(1, 127), default=16, help="draft tokens per step")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature of the recordings")
     parser.add_argument(
-        "--edges", type=number(0), nargs="+", default=[0, 500, 1000, 2000], help="stretches' beginnings"
+        "--edges", type=number(0), nargs="+", default=[0, 500, 1000, 2000], help="tokens served before each stretch"
     )
     return parser
 
@@ -102,10 +103,10 @@ def main(args: argparse.Namespace) -> None:
     print("| tokens per step from token | " + " | ".join(f"{edge:,}" for edge in args.edges) + " |")
     print("|---" * (1 + len(args.edges)) + "|")
     for name, values in found.items():
-        shares = [
+        cells = [
             f"{v:.2f}" if values is fresh else f"{v:.2f} ({v / f:.2f})" for v, f in zip(values, fresh, strict=True)
         ]
-        print(f"| {name} | " + " | ".join(shares) + " |")
+        print(f"| {name} | " + " | ".join(cells) + " |")
     tokens = [sum(len(record.answer) for record in part) for part in parts]
     print(json.dumps({"nodes": args.nodes, "edges": args.edges, "tokens": tokens, "rows": found}))
 

@@ -1,9 +1,9 @@
-"""Tokens per step of every kind of tree, one request at a time: static ones, and dynamic ones with and without each of
-the sources they learn from.
+"""Tokens per step of static trees, and of dynamic trees with and without each of their sources, for one request at a
+time.
 
 ``python -m euryale.benchmarks.trees --model DIR --medusa DIR --gsm8k FILE --published TREE.json`` decodes held-out code
-and GSM8K questions, greedily and sampled with seeds. Every run starts with what calibration left beside the heads, and
-learns from its own answers only.
+and GSM8K questions, greedily and sampled with seeds. Every run starts with the calibration beside the heads and learns
+from its own answers only.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from euryale.scheduler.sampling_params import SamplingParams
 
 SOURCES = ("text", "traffic", "context")
 _OFF = {f"draft_from_{source}": False for source in SOURCES}
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "heads alone": _OFF,
     "and text": _OFF | {"draft_from_text": True},
     "and traffic": _OFF | {"draft_from_traffic": True},
@@ -40,20 +41,22 @@ KINDS = {
 
 
 def tokens_per_step(config: EngineConfig, prompts: list[list[int]], params: SamplingParams) -> float:
-    """Of answers given one after the other; the step that ends a prompt counts too."""
+    """Return the mean tokens per step of consecutive answers; the steps that end a prompt count too."""
     engine, tokens, steps = Engine(config, single()), 0, 0
+    scheduler = engine.scheduler
+    assert scheduler is not None, "this rank is the leader"
     for key, prompt in enumerate(prompts):
         seeded = dataclasses.replace(params, seed=key)
         request = Request(key=key, prompt=np.asarray(prompt, dtype=np.int32), params=seeded)
-        engine.scheduler.add(request)
-        while engine.scheduler.has_work:
+        scheduler.add(request)
+        while scheduler.has_work:
             engine.step()
         tokens, steps = tokens + len(request.output), steps + len(request.tokens_per_step)
     return tokens / steps
 
 
 def static_trees(args: argparse.Namespace, directory: Path) -> dict[int, dict[str, str]]:
-    """By number of guesses: name -> --tree. The searched ones come with the heads' calibration."""
+    """Return number of draft tokens -> name -> --tree, from the heads' calibration. ValueError for a size it lacks."""
     calibration = json.loads(Path(args.medusa or args.model, "calibration.json").read_text())
     found: dict[int, dict[str, str]] = {}
     for row in calibration["trees"]:
@@ -62,12 +65,14 @@ def static_trees(args: argparse.Namespace, directory: Path) -> dict[int, dict[st
             path.write_text(json.dumps(row["paths"]))
             found[row["nodes"]] = {"searched": f"static:{path}"}
     if missing := [size for size in args.sizes if size not in found]:
-        raise ValueError(f"the calibration has no trees of {missing} guesses: it has those of tree_search.TREE_SIZES")
+        raise ValueError(
+            f"the calibration has no trees of {missing} draft tokens: give --sizes of tree_search.TREE_SIZES"
+        )
     return found
 
 
 def measure(args: argparse.Namespace, prompts: list[list[int]], params: SamplingParams, trees: dict) -> dict:
-    """Rows of one workload: name -> size -> tokens per step."""
+    """Return the rows of one workload: name -> size -> tokens per step."""
     base = EngineConfig(model=args.model, medusa=args.medusa, dtype=args.dtype, max_num_seqs=1, tree="chain")
     rows: dict[str, dict] = {"chain": {"": tokens_per_step(base, prompts, params)}}
     if args.published:
@@ -84,8 +89,8 @@ def measure(args: argparse.Namespace, prompts: list[list[int]], params: Sampling
 
 
 def show(title: str, rows: dict, sizes: list[int]) -> None:
-    """Markdown, and what was asked: dynamic over searched."""
-    print(f"\n{title}\n\n| tokens per step | " + " | ".join(f"{n} guesses" for n in sizes) + " |")
+    """Print the rows as Markdown, and the gain of dynamic over searched trees."""
+    print(f"\n{title}\n\n| tokens per step | " + " | ".join(f"{n} draft tokens" for n in sizes) + " |")
     print("|---" * (1 + len(sizes)) + "|")
     for name, row in rows.items():
         cells = [f"{row[n]:.2f}" for n in sizes] if "" not in row else [f"{row['']:.2f}", *[""] * (len(sizes) - 1)]
@@ -98,11 +103,11 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--medusa", default="")
-    parser.add_argument("--published", type=Path, help="a published tree no deeper than there are heads")
-    parser.add_argument("--gsm8k", type=Path, help="GSM8K questions, JSONL; left out without it")
+    parser.add_argument("--published", type=Path, help="a published tree, at most as deep as the number of heads")
+    parser.add_argument("--gsm8k", type=Path, help="JSONL of GSM8K questions, an additional workload")
     parser.add_argument("--sizes", type=number(1, 127), nargs="+", default=[8, 16, 63])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
-    parser.add_argument("--count", type=number(1), default=24, help="prompts of each kind")
+    parser.add_argument("--count", type=number(1), default=24, help="prompts per workload")
     parser.add_argument("--max-tokens", type=number(1), default=128)
     parser.add_argument("--dtype", default="float32")
     return parser
@@ -112,7 +117,8 @@ def main(args: argparse.Namespace) -> None:
     texts = {"held-out code": code_prompts(args.count)}
     if args.gsm8k:
         texts["GSM8K"] = gsm8k_prompts(args.gsm8k, args.count)
-    tokenizer, report = load_tokenizer(args.model), {"machine": describe(), "sizes": args.sizes, "rows": {}}
+    tokenizer = load_tokenizer(args.model)
+    report: dict[str, Any] = {"machine": describe(), "sizes": args.sizes, "rows": {}}
     print(report["machine"])
     with tempfile.TemporaryDirectory() as directory:
         trees = static_trees(args, Path(directory))

@@ -1,1 +1,1 @@
-"""Training of backbones' Medusa heads and of the demo checkpoint."""
+"""Training of Medusa heads and backbones, and of the demo checkpoint."""

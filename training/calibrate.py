@@ -1,10 +1,11 @@
-"""Measure trained heads on held-out data and search their static tree (Medusa paper, arXiv 2401.10774, section 2.3.3).
+"""Calibration: accuracy of trained heads on held-out data, and the search of their static tree (Medusa paper, arXiv
+2401.10774, section 2.3.3).
 
-A greedy step accepts a guess when it is what the *backbone* would have written, so trees are searched on the
-backbone's own greedy answers to held-out prompts. Accuracies against the held-out text are reported too. Written beside
-the heads: ``tree.json``, ``calibration.json``, ``ngrams.safetensors``, ``tree.png``, ``accuracy.png``.
+Greedy decoding accepts a draft token when it equals the *backbone's* next token. Trees are therefore searched on the
+backbone's own greedy answers to held-out prompts. Accuracy on the held-out text is reported too. The results are
+written beside the heads: ``tree.json``, ``calibration.json``, ``ngrams.safetensors``, ``tree.png``, ``accuracy.png``.
 
-Shape suffixes as in ``tree_search``; B rows, L positions.
+Shape suffixes as in ``tree_search``; B rows, L positions, W windows.
 """
 
 import io
@@ -26,46 +27,50 @@ from euryale.training import answers, losses, pictures, tree_search
 from euryale.training import backbone as backbones
 from euryale.training.data import load_documents
 from euryale.training.heads import Heads
-from euryale.training.model import MedusaModel
+from euryale.training.model import BackboneWithHeads
 from euryale.training.options import CalibrateOptions
 from euryale.training.packing import Batch, Windows, pack
-from euryale.training.replay import Recorded, replay
+from euryale.training.replay import AnswerRecord, replay
 from euryale.training.tree_search import NUM_RANKS, Continuations
 
-# Trees are searched on the other answers, so that what is reported of them was not fitted.
-_EVERY_NTH_MEASURES = 4
+# Every fourth answer is held back to measure trees that were searched on the others.
+_MEASURED_STRIDE = 4
 DYNAMIC_SIZES = (8, 16, 63)
-_MOST_TEXT = 1_000_000  # tokens that n-grams are counted in
+_MAX_TEXT_TOKENS = 1_000_000  # tokens of text in the n-gram table
 
 
-class Ranker(MedusaModel):
-    """What the heads say along given tokens."""
+class HeadRanker(BackboneWithHeads):
+    """Ranks given tokens among the heads' candidates."""
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """At position t and head k the rank of token t + 2 + k, int64 [B, L, K], at most NUM_RANKS (also where there is
-        no such token), and the likeliest guesses, int64 [B, L, K, R], with their logits, float32 [B, L, K, R]."""
+        """Return ``(ranks, ids, logits)`` for every position t and head k.
+
+        ``ranks`` int64 [B, L, K]: rank of token t + 2 + k at head k, at most NUM_RANKS, which also stands for a missing
+        token. ``ids`` int64 and ``logits`` float32 [B, L, K, R]: the heads' top-R candidates.
+        """
         hidden_BLD = self.hidden_states(batch)
-        ranks, guesses = [], []
+        ranks, candidates = [], []
         with torch.no_grad():
             for k, head in enumerate(self.heads):
                 logits_BLV = self._head_logits(head, hidden_BLD.float()).float()
-                wanted_BL = torch.zeros_like(batch.tokens)
-                wanted_BL[:, : -2 - k] = batch.tokens[:, 2 + k :]
-                rank_BL = losses.rank_of(logits_BLV, wanted_BL).clamp(max=NUM_RANKS)
+                tokens_BL = torch.zeros_like(batch.tokens)
+                tokens_BL[:, : -2 - k] = batch.tokens[:, 2 + k :]
+                rank_BL = losses.rank_of(logits_BLV, tokens_BL).clamp(max=NUM_RANKS)
                 rank_BL[:, -2 - k :] = NUM_RANKS
                 ranks.append(rank_BL)
-                guesses.append(logits_BLV.topk(NUM_RANKS))
+                candidates.append(logits_BLV.topk(NUM_RANKS))
         return (
             torch.stack(ranks, dim=2),
-            torch.stack([g.indices for g in guesses], dim=2),
-            torch.stack([g.values for g in guesses], dim=2),
+            torch.stack([c.indices for c in candidates], dim=2),
+            torch.stack([c.values for c in candidates], dim=2),
         )
 
 
 def own_answers(
     args: CalibrateOptions, prompts: list[np.ndarray], group: Group, temperature: float = 0.0
 ) -> list[dict]:
-    """The backbone's answers, the same list of ``prompt_tokens`` and ``tokens`` on every rank."""
+    """Return the backbone's answers, one row with ``prompt_tokens`` and ``tokens`` per prompt, the same on every rank.
+    Prompts that the KV cache cannot hold are left out."""
     config = EngineConfig(
         model=args.model,
         tree="off",
@@ -73,31 +78,32 @@ def own_answers(
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=max(512, args.max_num_seqs),
     )
-    written = io.StringIO()
+    out = io.StringIO()
     answers.write_answers(
-        config, group, prompts, SamplingParams(max_tokens=args.max_tokens, temperature=temperature, seed=0), written
+        config, group, prompts, SamplingParams(max_tokens=args.max_tokens, temperature=temperature, seed=0), out
     )
-    content = np.frombuffer(written.getvalue().encode(), dtype=np.uint8).astype(np.int32)
+    content = np.frombuffer(out.getvalue().encode(), dtype=np.uint8).astype(np.int32)
     content = group.broadcast(content if group.is_leader else None).astype(np.uint8)
     rows = [json.loads(line) for line in content.tobytes().decode().split("\n") if line]
-    return [row for row in rows if "prompt_tokens" in row]  # a prompt the KV cache cannot hold has an error instead
+    return [row for row in rows if "prompt_tokens" in row]  # the others have an error
 
 
-def rank_windows(model: Ranker, windows: Windows, group: Group) -> list[np.ndarray]:
-    """What the Ranker says along every window: [W, L, K] and twice [W, L, K, R], worked out by all ranks together."""
-    count = -(-len(windows) // group.size) * group.size  # FSDP wants every rank to run the model equally often
-    found: tuple[list, list, list] = ([], [], [])
+def rank_windows(model: HeadRanker, windows: Windows, group: Group) -> list[np.ndarray]:
+    """Return the HeadRanker's three outputs for every window, [W, L, K] and twice [W, L, K, R], computed by all ranks
+    together."""
+    count = -(-len(windows) // group.size) * group.size  # FSDP requires the same number of model runs on every rank
+    found: tuple[list[torch.Tensor], ...] = ([], [], [])
     for number in range(count)[group.own_items(count)]:
         batch = windows.batch(np.asarray([number % len(windows)])).to(group.device)
         for parts, part in zip(found, model(batch), strict=True):
             parts.append(part[0])
-    # Dealt out one by one and stacked rank by rank: [size, count / size, ...] back to the order of the windows.
-    whole = (group.all_gather(torch.stack(parts)).transpose(0, 1).flatten(0, 1) for parts in found)
-    return [part[: len(windows)].cpu().numpy() for part in whole]
+    # Ranks took windows in turn: [size, count / size, ...] is transposed back to the order of the windows.
+    tree = (group.all_gather(torch.stack(parts)).transpose(0, 1).flatten(0, 1) for parts in found)
+    return [part[: len(windows)].cpu().numpy() for part in tree]
 
 
 def as_windows(written: list[dict]) -> Windows:
-    """Prompts with their answers, one a window."""
+    """Return one padded window per answer, the prompt followed by the answer."""
     rows = [row["prompt_tokens"] + row["tokens"] for row in written]
     shape = (len(rows), max(map(len, rows)))
     tokens, is_padding = np.zeros(shape, dtype=np.int32), np.ones(shape, dtype=bool)
@@ -107,70 +113,81 @@ def as_windows(written: list[dict]) -> Windows:
 
 
 def measure_answers(
-    args: CalibrateOptions, model: Ranker, written: list[dict], group: Group
-) -> tuple[Continuations, list[Recorded]]:
-    """What the heads would have said along the answers."""
+    args: CalibrateOptions, model: HeadRanker, written: list[dict], group: Group
+) -> tuple[Continuations, list[AnswerRecord]]:
+    """Return the ranks of the answers' tokens, and the answers with the heads' candidates along them."""
     num_heads = len(model.heads)
     shape = (len(written), args.max_tokens, num_heads)
-    ranks, valid, recorded = np.full(shape, NUM_RANKS), np.zeros(shape[:2], dtype=bool), []
+    ranks, valid = np.full(shape, NUM_RANKS), np.zeros(shape[:2], dtype=bool)
+    recorded: list[AnswerRecord] = []
     along = zip(written, *rank_windows(model, as_windows(written), group), strict=True)
     for s, (row, ranks_LK, ids_LKR, logits_LKR) in enumerate(along):
-        first, count = len(row["prompt_tokens"]) - 1, len(row["tokens"])  # the prompt's last token guesses first
+        first, count = (
+            len(row["prompt_tokens"]) - 1,
+            len(row["tokens"]),
+        )  # the first draft follows the prompt's last token
         here = slice(first, first + count)
         ranks[s, :count] = ranks_LK[here]
-        valid[s, : max(0, count - num_heads)] = True  # the last of the tokens guessed there lies K further
-        texts = (np.asarray(row[name], dtype=np.int32) for name in ("prompt_tokens", "tokens"))
-        recorded.append(Recorded(*texts, ids_LKR[here].astype(np.int32), logits_LKR[here]))
+        valid[s, : max(0, count - num_heads)] = True  # the last head's target lies K positions further
+        prompt, answer = (np.asarray(row[name], dtype=np.int32) for name in ("prompt_tokens", "tokens"))
+        recorded.append(AnswerRecord(prompt, answer, ids_LKR[here].astype(np.int32), logits_LKR[here]))
     return Continuations(ranks, valid), recorded
 
 
-def measure_text(model: Ranker, windows: Windows, group: Group) -> np.ndarray:
-    """Ranks [N, K] of the text's own tokens, where all those guessed at a position are of its document. ValueError if
-    they nowhere are."""
+def measure_text(model: HeadRanker, windows: Windows, group: Group) -> np.ndarray:
+    """Return the ranks [N, K] of the text's own tokens at positions whose next K + 1 tokens belong to the same
+    document. ValueError if there is no such position."""
     ahead = len(model.heads) + 1
     ranks_WLK, *_ = rank_windows(model, windows, group)
     learned = np.lib.stride_tricks.sliding_window_view(windows.learned[:, 1:], ahead, axis=1).all(axis=2)
     found = ranks_WLK[:, :-ahead][learned & (windows.documents[:, ahead:] == windows.documents[:, :-ahead])]
     if not len(found):
-        raise ValueError("the held-out documents are shorter than the heads look ahead: give longer ones")
+        raise ValueError(f"the held-out documents are shorter than the heads' {ahead} tokens: give longer documents")
     return found
 
 
-def make_model(args: CalibrateOptions, group: Group) -> Ranker:
-    """Backbone and heads in float32, sharded over the ranks."""
+def make_model(args: CalibrateOptions, group: Group) -> HeadRanker:
+    """Return the backbone and heads in float32, sharded over the ranks."""
     backbone = backbones.load_backbone(args.model, torch.float32)
     vocab_size, hidden_size = backbone.get_output_embeddings().weight.shape
     heads = Heads.load(args.heads, args.model, vocab_size, hidden_size).requires_grad_(False)
-    model = Ranker(backbone, heads, "text", joint=False, distilled=False)
+    model = HeadRanker(backbone, heads)
     fsdp.shard_parameters(model, model.blocks, [], False, group)
     return model
 
 
 def compare_with(args: CalibrateOptions, searched: Continuations, measured: Continuations) -> list[dict]:
-    """Rows of the trees of --compare, cut to the depth of the heads, beside the searched ones of as many guesses."""
+    """Return one row per tree of --compare, cut to the number of heads, with the tokens per step of a searched tree of
+    the same size. ValueError for a tree whose ranks are not measured."""
     rows, num_heads = [], measured.ranks_SPK.shape[-1]
     for source in args.compare:
-        whole = load_tree(source, num_heads=1 << 10)
-        if whole.num_candidates > NUM_RANKS:
-            raise ValueError(f"{source} asks for rank {whole.num_candidates - 1}: ranks below {NUM_RANKS} are measured")
-        paths = whole.limited(whole.num_draft_tokens, num_heads).paths()
+        tree = load_tree(source, num_heads=1 << 10)
+        if tree.num_candidates > NUM_RANKS:
+            raise ValueError(
+                f"{source} uses rank {tree.num_candidates - 1} but only ranks below {NUM_RANKS} are measured: prune it"
+            )
+        paths = tree.limited(tree.num_draft_tokens, num_heads).paths()
         best = tree_search.search_walked_tree(searched, len(paths))
-        row = {"tree": Path(source).stem, "nodes": len(paths), "nodes_before_cut": whole.num_draft_tokens}
+        row = {"tree": Path(source).stem, "nodes": len(paths), "nodes_before_cut": tree.num_draft_tokens}
         row["tokens_per_step"] = round(tree_search.tokens_per_step(measured, paths), 4)
         rows.append(row | {"searched": round(tree_search.tokens_per_step(measured, best), 4)})
     return rows
 
 
 def is_measured(count: int) -> np.ndarray:
-    """Which of so many answers trees are measured on, bool; they are searched, and learn, on the others."""
-    return np.arange(count) % _EVERY_NTH_MEASURES == _EVERY_NTH_MEASURES - 1
+    """Return which of ``count`` answers trees are measured on, bool [count]; trees are searched and trained on the
+    others."""
+    return np.arange(count) % _MEASURED_STRIDE == _MEASURED_STRIDE - 1
 
 
-def learn_dynamic(recorded: list[Recorded], text: NgramTable) -> tuple[AcceptanceStats, list[dict]]:
-    """What dynamic trees learn of all answers, and tokens per step by number of guesses, measured on answers that they
-    had not learned from."""
+def learn_dynamic(recorded: list[AnswerRecord], text: NgramTable) -> tuple[AcceptanceStats, list[dict]]:
+    """Train dynamic trees on all answers.
+
+    Returns their acceptance statistics, and tokens per step by number of draft tokens, measured on answers before
+    training on them.
+    """
     num_heads, measures = recorded[0].ids_PKR.shape[1], is_measured(len(recorded))
-    halves = [[r for r, m in zip(recorded, measures, strict=True) if m == wanted] for wanted in (False, True)]
+    halves = [[r for r, m in zip(recorded, measures, strict=True) if m == is_wanted] for is_wanted in (False, True)]
     rows = []
     for size in DYNAMIC_SIZES:
         drafter = DynamicDrafter(num_heads, size, text=text)
@@ -180,13 +197,13 @@ def learn_dynamic(recorded: list[Recorded], text: NgramTable) -> tuple[Acceptanc
 
 
 def result_of(args: CalibrateOptions, own: Continuations, text_NK: np.ndarray) -> dict:
-    """The content of ``calibration.json`` without what dynamic trees learned."""
+    """Return ``calibration.json``'s content without the results of dynamic trees. ValueError for too few answers."""
     measures = is_measured(len(own.valid_SP))
-    searched, measured = own.some(~measures), own.some(measures)
+    searched, measured = own.select(~measures), own.select(measures)
     if not searched.valid_SP.any() or not measured.valid_SP.any():
         raise ValueError(
             f"{len(own.valid_SP)} answers with {own.valid_SP.sum()} positions are too few: give more held-out prompts, "
-            "or others if the backbone ends its answers at once"
+            "or other prompts if the backbone ends its answers immediately"
         )
     paths = tree_search.search_walked_tree(searched, args.nodes)
     chain = [[0] * depth for depth in range(1, own.ranks_SPK.shape[-1] + 1)]
@@ -210,32 +227,33 @@ def result_of(args: CalibrateOptions, own: Continuations, text_NK: np.ndarray) -
 
 
 def run(args: CalibrateOptions, group: Group) -> dict:
-    """Measure, search and write; returns the content of ``calibration.json``. ValueError for bad input."""
+    """Measure, search and write the results; returns the content of ``calibration.json``. ValueError for bad input."""
     model = make_model(args, group)
     vocab_size, max_positions = model.vocab_size, model.backbone.config.max_position_embeddings
     learned, held, tokenizer = load_documents(args, vocab_size)
-    prompts = answers.choose_prompts(held, args.num_prompts, args.prompt_tokens, max_positions)
+    prompts = answers.select_prompts(held, args.num_prompts, args.prompt_tokens, max_positions)
     own, recorded = measure_answers(args, model, own_answers(args, prompts, group), group)
     windows = pack(held, min(args.length, max_positions), tokenizer.eos_token_id or 0)
-    text_NK = measure_text(model, windows.some(windows.chosen(args.text_windows)), group)
+    text_NK = measure_text(model, windows.select(windows.spaced_indices(args.text_windows)), group)
     result = result_of(args, own, text_NK)
     with group.agreed():
         if group.is_leader:
-            text = NgramTable.of_text(_some_text([d.tokens for d in learned]))
+            text = NgramTable.of_text(_sample_text([d.tokens for d in learned]))
             acceptance_stats, result["dynamic"] = learn_dynamic(recorded, text)
             _write(Path(args.out), result | {"acceptance_stats": acceptance_stats.to_json()}, text)
     return result
 
 
-def _some_text(documents: list[np.ndarray]) -> list[np.ndarray]:
-    """At most ``_MOST_TEXT`` tokens, from documents all over the text."""
-    kept, room = [], _MOST_TEXT
-    for place in np.random.default_rng(0).permutation(len(documents)):
-        kept.append(documents[place][:room].astype(np.int32))
-        room -= len(kept[-1])
-        if not room:
+def _sample_text(documents: list[np.ndarray]) -> list[np.ndarray]:
+    """Return at most ``_MAX_TEXT_TOKENS`` tokens, from documents in random order."""
+    selected: list[np.ndarray] = []
+    num_left = _MAX_TEXT_TOKENS
+    for index in np.random.default_rng(0).permutation(len(documents)):
+        selected.append(documents[index][:num_left].astype(np.int32))
+        num_left -= len(selected[-1])
+        if not num_left:
             break
-    return kept
+    return selected
 
 
 def _write(out: Path, result: dict, text: NgramTable) -> None:

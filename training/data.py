@@ -1,8 +1,8 @@
-"""Training text: from files to documents of token ids, each token marked as learned from or only read.
+"""Training data: files are read into documents of token ids with a loss mask.
 
-Sources are JSONL files whose rows hold ``text``, ``prompt`` and ``completion``, chat ``messages``, or the
-``prompt_tokens`` and ``tokens`` that ``launch/train.py distill`` writes; plain text files; and the word ``stdlib``,
-the Python standard library's source. This file does not know batches, nor models but their tokenizers.
+Sources are JSONL files, plain text files, and the word ``stdlib`` for the Python standard library's source. A JSONL row
+has ``text``, ``prompt`` and ``completion``, chat ``messages``, or the ``prompt_tokens`` and ``tokens`` of
+``launch/train.py distill``. This module knows tokenizers, but neither batches nor models.
 """
 
 import json
@@ -22,9 +22,12 @@ from euryale.training.options import DataOptions
 
 @dataclass(frozen=True)
 class Piece:
-    """One source document before tokenization: ``text``, or ``tokens`` where they are known. ``learned``: which
-    characters, or tokens, to learn from, as (start, stop). ``key`` decides whether it is held out. A ``chat``'s
-    template writes all special tokens itself."""
+    """One source document before tokenization.
+
+    Has ``text``, or ``tokens`` if they are known. ``learned`` holds the (start, stop) ranges of characters, or tokens,
+    that contribute to the loss. ``key`` decides whether the document is held out. The template of a ``chat`` writes all
+    special tokens itself.
+    """
 
     key: str
     text: str = ""
@@ -34,25 +37,26 @@ class Piece:
 
     @property
     def is_all_learned(self) -> bool:
+        """Whether all characters contribute to the loss."""
         return self.learned == ((0, len(self.text)),)
 
 
 @dataclass(frozen=True)
 class Document:
-    """``tokens`` int32 [n], ``learned`` bool [n]: which of them are predicted in training, not only read."""
+    """``tokens`` int32 [n]; ``learned`` bool [n], the loss mask."""
 
     tokens: np.ndarray
     learned: np.ndarray
 
     @property
     def prompt(self) -> np.ndarray:
-        """All tokens if the last is not an answer's, else those before the last answer."""
+        """The tokens before the last answer, or all tokens if the last token belongs to no answer."""
         unlearned = np.flatnonzero(~self.learned)
         return self.tokens[: unlearned[-1] + 1] if len(unlearned) else self.tokens[:0]
 
 
 def read_pieces(sources: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
-    """Every document of the sources in order; ValueError, naming file and line, for what cannot be used."""
+    """Yield every document of the sources in order. ValueError with file and line for invalid input."""
     for source in sources:
         path = Path(source)
         if source == STANDARD_LIBRARY:
@@ -78,7 +82,7 @@ def _text_of(path: Path) -> str:
 
 
 def _read_jsonl(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
-    # Not splitlines(): JSON strings may hold other line separators than the newline.
+    # splitlines() would also split at other line separators, which JSON strings may hold.
     for number, line in enumerate(_text_of(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -92,13 +96,16 @@ def _read_jsonl(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piec
 
 
 def _pieces(key: str, row: dict, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
-    """The documents of a JSONL row: one, several of a chat whose template forgets, none of an answer that failed."""
+    """Return the documents of a JSONL row: usually one.
+
+    A chat can give several if its template drops earlier content; a failed answer gives none.
+    """
     if row.get("error"):
         return []
     if "prompt_tokens" in row:
-        prompt, answer = _ids(row, "prompt_tokens"), _ids(row, "tokens") if "tokens" in row else []
-        learned = ((len(prompt), len(prompt) + len(answer)),)
-        return [Piece(key, tokens=(*prompt, *answer), learned=learned)]
+        ids, answer_ids = _ids(row, "prompt_tokens"), _ids(row, "tokens") if "tokens" in row else []
+        learned = ((len(ids), len(ids) + len(answer_ids)),)
+        return [Piece(key, tokens=(*ids, *answer_ids), learned=learned)]
     if "messages" in row:
         return chat_pieces(key, row["messages"], tokenizer)
     if "prompt" in row:
@@ -122,9 +129,12 @@ def _ids(row: dict, name: str) -> list[int]:
 
 
 def chat_pieces(key: str, messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
-    """A chat in the tokenizer's template. What the template adds behind the generation prompt is an answer; only
-    answers are learned from. A template that renders earlier turns differently later on, as those that drop a model's
-    thoughts do, makes every answer a document of its own."""
+    """Return the documents of a chat, rendered with the tokenizer's template.
+
+    Only answers contribute to the loss: the text that follows each generation prompt. Some templates render earlier
+    turns differently later, for example without a model's reasoning. Then every answer becomes a separate document.
+    ValueError for invalid messages.
+    """
     if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise ValueError('messages must be a list of {"role", "content"} objects')
     if tokenizer.chat_template is None:
@@ -133,15 +143,15 @@ def chat_pieces(key: str, messages: list[dict], tokenizer: PreTrainedTokenizerBa
     def render(count: int, is_asking: bool) -> str:
         try:
             return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=is_asking)
-        except Exception as error:  # templates raise errors of their own
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
+        except Exception as error:  # templates raise many kinds of errors
+            raise ValueError(f"the chat template rejects these messages: {error}") from error
 
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     pieces = []
     for i in turns:
         asked, answered = render(i, True), render(i + 1, False)
         if not answered.startswith(asked):
-            raise ValueError("the chat template changes the question once it is answered: give prompt and completion")
+            raise ValueError("the chat template changes a question after its answer: give prompt and completion")
         pieces.append(Piece(key, answered, learned=((len(asked), len(answered)),), chat=True))
     whole = pieces[-1].text if turns and turns[-1] == len(messages) - 1 else render(len(messages), True)
     if all(whole.startswith(piece.text) for piece in pieces):
@@ -150,15 +160,18 @@ def chat_pieces(key: str, messages: list[dict], tokenizer: PreTrainedTokenizerBa
 
 
 def tokenize(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[Document]:
-    """The documents' token ids. What is not a chat gets the tokenizer's special tokens in front, and if its end is
-    learned from, the end-of-sequence token behind. ValueError for ids the model does not have."""
+    """Return the pieces as documents.
+
+    Text outside chats gets the tokenizer's special tokens in front. It also gets the end-of-sequence token if its last
+    token contributes to the loss. ValueError for ids outside the vocabulary.
+    """
     kinds = {(p.chat, p.is_all_learned) for p in pieces if not p.tokens}
     encoded = {kind: _encode([p for p in pieces if _is_of(p, kind)], tokenizer, *kind) for kind in kinds}
     documents = []
     for piece in pieces:
         if piece.tokens:
             tokens = list(piece.tokens)
-            learned = _marked(piece, [(place, place + 1) for place in range(len(tokens))])
+            learned = _marked(piece, [(i, i + 1) for i in range(len(tokens))])
         else:
             tokens, learned = next(encoded[piece.chat, piece.is_all_learned])
             if not piece.chat and tokenizer.eos_token_id is not None and learned and learned[-1]:
@@ -166,7 +179,7 @@ def tokenize(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase, vocab_size
         if wrong := [t for t in tokens if not 0 <= t < vocab_size]:
             raise ValueError(
                 f"the data hold token {wrong[0]} but the model's vocabulary has {vocab_size}: "
-                "they were written with another model's tokenizer"
+                "use data of this model's tokenizer"
             )
         documents.append(Document(np.asarray(tokens, dtype=np.int32), np.asarray(learned, dtype=bool)))
     return documents
@@ -176,38 +189,42 @@ def _is_of(piece: Piece, kind: tuple[bool, bool]) -> bool:
     return not piece.tokens and (piece.chat, piece.is_all_learned) == kind
 
 
-def _marked(piece: Piece, places: list[tuple[int, int]]) -> list[bool]:
-    """Whether tokens at these (start, stop) begin in what is learned; an empty place is a special token's."""
-    return [any(start <= first < stop for start, stop in piece.learned) and last > first for first, last in places]
+def _marked(piece: Piece, offsets: list[tuple[int, int]]) -> list[bool]:
+    """Return whether each token, given as (start, stop), starts inside a learned range; empty ranges are special
+    tokens."""
+    return [any(start <= first < stop for start, stop in piece.learned) and last > first for first, last in offsets]
 
 
 def _encode(
     pieces: list[Piece], tokenizer: PreTrainedTokenizerBase, is_chat: bool, is_all_learned: bool, part: int = 256
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """Token ids of every piece, all of one kind, and whether each is learned. The tokenizer's special tokens are added
-    to what is no chat, but never its end."""
+    """Yield the token ids and the loss mask of every piece; all pieces are of one kind.
+
+    Pieces outside chats get the tokenizer's special tokens, except the end-of-sequence token. ``part``: texts per call.
+    """
     if not is_all_learned and not tokenizer.is_fast:
-        raise ValueError("the model's tokenizer cannot say where its tokens lie in the text: give text, or token ids")
+        raise ValueError("the model's tokenizer gives no character offsets of tokens: give rows with text or token ids")
     special = not is_chat
-    # The places of every token of running text would take gigabytes.
+    # Offsets of running text are not needed and would take gigabytes.
     options = {"add_special_tokens": special, "return_offsets_mapping": not is_all_learned}
     with tqdm(total=len(pieces), desc="tokenizing", unit="text", disable=len(pieces) < part, leave=False) as bar:
         for first in range(0, len(pieces), part):
-            chosen = pieces[first : first + part]
-            # Not verbose: texts may well be longer than the model's context.
-            found = tokenizer([p.text for p in chosen], verbose=False, **options)
-            for i, (piece, ids) in enumerate(zip(chosen, found["input_ids"], strict=True)):
+            batch = pieces[first : first + part]
+            # verbose warns of texts beyond the model's context.
+            found = tokenizer([p.text for p in batch], verbose=False, **options)
+            for i, (piece, ids) in enumerate(zip(batch, found["input_ids"], strict=True)):
                 if special and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
                     ids = ids[:-1]
-                places = None if is_all_learned else found["offset_mapping"][i][: len(ids)]
-                yield ids, [True] * len(ids) if places is None else _marked(piece, places)
-            bar.update(len(chosen))
+                offsets = None if is_all_learned else found["offset_mapping"][i][: len(ids)]
+                yield ids, [True] * len(ids) if offsets is None else _marked(piece, offsets)
+            bar.update(len(batch))
 
 
 def load_documents(
     args: DataOptions, vocab_size: int, needs_held_out: bool = True
 ) -> tuple[list[Document], list[Document], PreTrainedTokenizerBase]:
-    """Documents to train on and documents held out, with the tokenizer; ValueError if either are none."""
+    """Return the training documents, the held-out documents and the tokenizer. ValueError if either list is empty;
+    held-out documents may be missing unless ``needs_held_out``."""
     tokenizer = load_tokenizer(args.model, vocab_size)
     pieces = list(read_pieces(args.data, tokenizer))
     if args.held_out:

@@ -1,4 +1,4 @@
-"""Self-distillation's first half: the backbone answers the prompts of the data, and its answers become training text
+"""First half of self-distillation: the backbone answers the prompts of the data, and the answers become training text
 (Medusa paper, arXiv 2401.10774, section 2.3.2)."""
 
 import json
@@ -16,8 +16,10 @@ from euryale.training.options import DistillOptions
 
 
 def run(args: DistillOptions, group: Group) -> dict | None:
-    """Write the answers to ``args.out``, a JSONL file; a run that was killed goes on behind the last whole line.
-    Returns the leader's summary. ValueError for bad input."""
+    """Write the answers to ``args.out``, a JSONL file, and return the leader's summary, None on other ranks.
+
+    An interrupted run continues after the last complete line. ValueError for bad input.
+    """
     config = EngineConfig(
         model=args.model,
         medusa=args.medusa,
@@ -34,27 +36,29 @@ def run(args: DistillOptions, group: Group) -> dict | None:
         seed=args.seed,
         ignore_eos=args.ignore_eos,
     )
-    out, prompts, done = Path(args.out), [], 0
+    out, done = Path(args.out), 0
+    prompts: list[np.ndarray] = []
     with group.agreed():
         if group.is_leader:
             prompts = _prompts(args)
-            _remember(args, out)
-            done = _keep_whole_lines(out, prompts)
+            _store_options(args, out)
+            done = _truncate_to_whole_lines(out, prompts)
     if not group.is_leader:
         return answers.write_answers(config, group, [], params, None)
     with out.open("a", encoding="utf-8") as file:
         summary = answers.write_answers(config, group, prompts, params, file, done)
+    assert summary is not None, "the leader has a summary"
     return summary | {"out": str(out), "answers": len(prompts)}
 
 
 def _prompts(args: DistillOptions) -> list[np.ndarray]:
     config = load_model_config(args.model, "auto")
     documents, _, _ = load_documents(args, config.vocab_size, needs_held_out=False)
-    return answers.choose_prompts(documents, args.num_prompts, args.prompt_tokens, config.max_positions)
+    return answers.select_prompts(documents, args.num_prompts, args.prompt_tokens, config.max_positions)
 
 
-def _remember(args: DistillOptions, out: Path) -> None:
-    """Store the settings beside ``out``; ValueError if it was begun with others."""
+def _store_options(args: DistillOptions, out: Path) -> None:
+    """Store the options beside ``out``. ValueError if ``out`` was begun with different options."""
     path = out.with_name(out.name + ".options.json")
     if out.exists() and path.exists() and (differing := options.changed(vars(args), json.loads(path.read_text()))):
         raise ValueError(
@@ -64,9 +68,9 @@ def _remember(args: DistillOptions, out: Path) -> None:
     path.write_text(json.dumps(vars(args), indent=1) + "\n")
 
 
-def _keep_whole_lines(out: Path, prompts: list[np.ndarray]) -> int:
-    """Cut off a line that a killed run left unfinished; the number of answers that are there. ValueError if they
-    answer other prompts."""
+def _truncate_to_whole_lines(out: Path, prompts: list[np.ndarray]) -> int:
+    """Remove an incomplete last line and return the number of answers in ``out``. ValueError if they answer other
+    prompts."""
     if not out.exists():
         return 0
     content = out.read_bytes()

@@ -1,4 +1,4 @@
-"""Medusa-1: heads on a frozen backbone (Medusa paper, arXiv 2401.10774, section 2.2.1)."""
+"""Medusa-1: training of heads on a frozen backbone (Medusa paper, arXiv 2401.10774, section 2.2.1)."""
 
 import dataclasses
 import time
@@ -20,9 +20,12 @@ from euryale.training.packing import load_windows
 
 
 def run(args: Medusa1Options, group: Group) -> dict:
-    """Train, and write the heads to ``args.out``; returns what ``loop.report`` does. ValueError for bad input."""
+    """Train the heads and write them to ``args.out``; returns the report of ``loop.report``.
+
+    ValueError for bad input.
+    """
     out, started = Path(args.out), time.monotonic()
-    loop.remember(args, out, group)
+    loop.store_options(args, out, group)
     torch.manual_seed(args.seed)
     backbone = backbones.load_backbone(args.model, None)
     config = backbone.config

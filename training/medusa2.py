@@ -1,5 +1,8 @@
-"""Medusa-2: heads and backbone trained together (Medusa paper, arXiv 2401.10774, section 2.2.2), and with its own
-answers as text and itself without adapters as teacher, self-distillation (section 2.3.2)."""
+"""Medusa-2: joint training of heads and backbone (Medusa paper, arXiv 2401.10774, section 2.2.2).
+
+With self-distillation (section 2.3.2) the text is the backbone's own answers, and the teacher is the backbone without
+adapters.
+"""
 
 import dataclasses
 import shutil
@@ -20,7 +23,7 @@ from euryale.training.model import MedusaModel
 from euryale.training.options import Medusa2Options
 from euryale.training.packing import load_windows
 
-_BESIDE = (
+_COPIED_FILES = (
     "tokenizer*",
     "added_tokens.json",
     "chat_template*",
@@ -32,39 +35,38 @@ _BESIDE = (
 
 
 def head_weight(step: int, args: Medusa2Options) -> float:
-    """Weight of the heads' loss beside the backbone's: it rises linearly, so that heads which do not fit the backbone
-    yet cannot spoil it."""
+    """Return the weight of the heads' loss; it rises linearly, so that untrained heads do not harm the backbone."""
     return args.head_weight * min(1.0, (step + 1) / max(1, args.head_warmup_steps))
 
 
 def save_merged(args: Medusa2Options, trained: dict[str, torch.Tensor]) -> None:
-    """Write backbone and heads as one Hugging Face checkpoint, the third published layout; tokenizer and generation
-    defaults are copied."""
+    """Write backbone and heads as one Hugging Face checkpoint, the third published layout, with copies of the tokenizer
+    and the generation defaults."""
     out = Path(args.out)
-    of_backbone = {n.removeprefix("backbone."): t for n, t in trained.items() if n.startswith("backbone.")}
+    backbone_weights = {n.removeprefix("backbone."): t for n, t in trained.items() if n.startswith("backbone.")}
     adapter_to = out / "adapters" if args.save_adapters else None
-    backbone = backbones.merged(args.model, of_backbone, args.lora_rank, adapter_to)
+    backbone = backbones.load_trained(args.model, backbone_weights, args.lora_rank, adapter_to)
     dtype = backbones.stored_dtype(args.model)
     state = {name: tensor.to(dtype) for name, tensor in backbone.state_dict().items()}
     if backbone.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    of_heads = {n.removeprefix("heads."): t for n, t in trained.items() if n.startswith("heads.")}
-    state |= {MERGED_PREFIX + name: tensor.to(dtype).clone() for name, tensor in of_heads.items()}
+    heads_weights = {n.removeprefix("heads."): t for n, t in trained.items() if n.startswith("heads.")}
+    state |= {MERGED_PREFIX + name: tensor.to(dtype).clone() for name, tensor in heads_weights.items()}
     save_torch_state_dict(state, out, filename_pattern="model{suffix}.safetensors", metadata={"format": "pt"})
     backbone.config.dtype = dtype
     backbone.config.use_cache = True
     backbone.config.update(heads.describe(args.num_heads, args.num_layers))
     backbone.config.save_pretrained(out)
-    for pattern in _BESIDE:
+    for pattern in _COPIED_FILES:
         for file in Path(args.model).glob(pattern):
             shutil.copyfile(file, out / file.name)
 
 
 def run(args: Medusa2Options, group: Group) -> dict:
-    """Train, and write the merged checkpoint to ``args.out``; returns what ``loop.report`` does. ValueError for
-    bad input."""
+    """Train and write the merged checkpoint to ``args.out``; returns the result of ``loop.report``. ValueError for bad
+    input."""
     out, started = Path(args.out), time.monotonic()
-    loop.remember(args, out, group)
+    loop.store_options(args, out, group)
     if not args.heads:
         stage_one = args.stage_one()
         medusa1.run(stage_one, group)
@@ -72,16 +74,16 @@ def run(args: Medusa2Options, group: Group) -> dict:
     torch.manual_seed(args.seed)
     backbone = backbones.load_backbone(args.model, torch.float32)
     config = backbone.config
-    started_heads = heads.make_heads(args, backbone.get_output_embeddings().weight.detach())
+    initial_heads = heads.make_heads(args, backbone.get_output_embeddings().weight.detach())
     windows, held_out = load_windows(args, config.vocab_size, config.max_position_embeddings)
     if args.gradient_checkpointing:
-        backbone.train()  # transformers computes activations twice in training mode only
+        backbone.train()  # transformers recomputes activations in training mode only
         backbone.gradient_checkpointing_enable()
     backbone = backbones.add_adapters(backbone, args.lora_rank) if args.lora_rank else backbone.requires_grad_(True)
-    model = MedusaModel(backbone, started_heads, args.labels, joint=True, distilled=args.self_distill)
+    model = MedusaModel(backbone, initial_heads, args.labels, joint=True, distilled=args.self_distill)
     model.prepare(args, group)
-    of_backbone = torch.tensor([1.0, *[0.0] * args.num_heads])
-    of_heads = torch.tensor([0.0, *(args.head_decay**k for k in range(args.num_heads))])
+    backbone_weights = torch.tensor([1.0, *[0.0] * args.num_heads])
+    heads_weights = torch.tensor([0.0, *(args.head_decay**k for k in range(args.num_heads))])
     parts = ((args.lr, model.backbone), (args.lr * args.heads_lr_factor, model.heads))
     training = Training(
         options=args,
@@ -90,7 +92,7 @@ def run(args: Medusa2Options, group: Group) -> dict:
         optimizer=loop.make_optimizer(args, *parts),
         windows=windows,
         held_out=held_out,
-        weights=lambda step: of_backbone + head_weight(step, args) * of_heads,
+        weights=lambda step: backbone_weights + head_weight(step, args) * heads_weights,
     )
     found = loop.train(training, out)
     state = fsdp.whole_state(model)

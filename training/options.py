@@ -1,4 +1,4 @@
-"""Settings of the training commands: one frozen dataclass per command, from which its flags are generated."""
+"""Options of the training commands: one frozen dataclass per command, from which its flags are generated."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ RATE = number(0, 1e3, above=True)
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Which model, on what, and where to."""
+    """The model, the data and the output."""
 
     model: str = flag("", MODEL_HELP, DATA, required=True)
     out: str = flag("", "directory of the result", DATA, required=True)
@@ -52,7 +52,7 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions(DataOptions):
-    """Prompts from the data: a row's own, or pieces of running text."""
+    """Prompts from the data: the rows' own prompts, or excerpts of running text."""
 
     num_prompts: int = flag(2048, "most prompts to use, evenly spaced in the data", PROMPTS, COUNT)
     prompt_tokens: int = flag(64, "tokens of a prompt that is a piece of running text", PROMPTS, TOKENS)
@@ -90,9 +90,11 @@ class DistillOptions(PromptOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateOptions(PromptOptions):
-    """Accuracy of heads, acceptance probabilities of draft tokens and the best static tree (section 2.3.3), on held-out
-    prompts and the backbone's greedy answers to them. --out is where tree.json and its companions go (default: beside
-    the heads)."""
+    """Accuracy of the heads, acceptance probabilities of draft tokens, and the best static tree (section 2.3.3).
+
+    They are measured on held-out prompts and the backbone's greedy answers. --out is the directory of tree.json and the
+    other results (default: that of the heads).
+    """
 
     heads: str = flag("", "directory of the heads", DATA, empty="those merged into --model")
     out: str = flag("", "directory of the results", DATA, empty="that of the heads")
@@ -112,7 +114,7 @@ class CalibrateOptions(PromptOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(DataOptions):
-    """What both methods share."""
+    """Options of both training methods."""
 
     num_heads: int = flag(4, "Medusa heads", HEADS, whole(1, 64, "heads"))
     num_layers: int = flag(1, "residual blocks of each head", HEADS, whole(0, 64, "blocks"))
@@ -152,7 +154,7 @@ class TrainOptions(DataOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shared_lm_head and not self.num_layers:
-            raise ValueError("--shared-lm-head needs --num-layers of at least 1: nothing else would be learned")
+            raise ValueError("--shared-lm-head needs --num-layers of at least 1: the heads would have no parameters")
         if self.length < self.num_heads + 2:
             raise ValueError(
                 f"{self.num_heads} heads look {self.num_heads + 1} tokens ahead and windows have {self.length}: "
@@ -160,18 +162,18 @@ class TrainOptions(DataOptions):
             )
 
     def steps(self, num_windows: int, size: int) -> int:
-        """Optimizer steps of the whole training on ``size`` ranks."""
+        """Return the optimizer steps of the whole training on ``size`` ranks."""
         windows = self.tokens / self.length if self.tokens else self.epochs * num_windows
         return max(1, math.ceil(windows / self.windows_per_step(size)))
 
     def windows_per_step(self, size: int) -> int:
-        """Windows whose gradients make one optimizer step on ``size`` ranks."""
+        """Return the windows whose gradients make one optimizer step on ``size`` ranks."""
         return self.batch * self.accumulate * size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Medusa1Options(TrainOptions):
-    """Heads on a frozen backbone (Medusa paper, arXiv 2401.10774, section 2.2.1)."""
+    """Training of heads on a frozen backbone (Medusa paper, arXiv 2401.10774, section 2.2.1)."""
 
     quantize: str = flag(
         "none", "of the frozen backbone's linear weights, to save memory", BACKBONE, choices=QUANTIZATIONS
@@ -181,8 +183,7 @@ class Medusa1Options(TrainOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Medusa2Options(TrainOptions):
-    """Heads and backbone together (section 2.2.2), stage two; stage one, the heads alone, comes first unless --heads
-    brings its result."""
+    """Joint training of heads and backbone (section 2.2.2), stage two.
 
     stage_one_lr: float = flag(1e-3, "learning rate of stage one, which is as long as stage two", TRAINING, RATE)
     lr: float = flag(1e-4, "learning rate of the backbone", TRAINING, RATE)
@@ -199,24 +200,31 @@ class Medusa2Options(TrainOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.self_distill or self.save_adapters) and not self.lora_rank:
-            raise ValueError(
-                "--self-distill and --save-adapters need --lora-rank: the teacher is the model without them"
-            )
+            raise ValueError("--self-distill and --save-adapters need adapters: give --lora-rank")
 
     def stage_one(self) -> Medusa1Options:
-        """The same training of the heads alone, beside the result."""
-        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainOptions)}
-        return Medusa1Options(**shared | {"lr": self.stage_one_lr, "out": str(Path(self.out, "stage-one"))})
+        """Return the options of stage one, whose output is a subdirectory of --out."""
+        common = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainOptions)}
+        return Medusa1Options(**common | {"lr": self.stage_one_lr, "out": str(Path(self.out, "stage-one"))})
 
 
-# Settings that change no result, or only one that ``windows_per_step`` stands for.
-_FREE = ("device", "out", "checkpoint_steps", "held_out_windows", "batch", "accumulate", "compile", "medusa")
-_FREE += ("gradient_checkpointing", "max_num_seqs", "cache_hidden_states")
+# Options that do not affect the result, or only through ``windows_per_step``.
+_NO_EFFECT: tuple[str, ...] = (
+    "device",
+    "out",
+    "checkpoint_steps",
+    "held_out_windows",
+    "batch",
+    "accumulate",
+    "compile",
+    "medusa",
+)
+_NO_EFFECT += ("gradient_checkpointing", "max_num_seqs", "cache_hidden_states")
 
 
 def changed(settings: dict, saved: dict) -> list[str]:
-    """Flags whose ``saved`` value, read from JSON, is another one and means another result."""
+    """Return the flags whose value differs from ``saved``, read from JSON, and affects the result."""
     now = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-    differing = [name for name, value in now.items() if name not in _FREE and saved.get(name, value) != value]
+    differing = [name for name, value in now.items() if name not in _NO_EFFECT and saved.get(name, value) != value]
     named = {"windows_per_step": "--batch times --accumulate times ranks"}
     return [named.get(name, f"--{name.replace('_', '-')}") for name in differing]

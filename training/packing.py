@@ -1,7 +1,7 @@
-"""Documents packed into windows of one length, and the seeded order in which training sees them.
+"""Packing of documents into windows of one length, and the seeded order of windows in training.
 
-A document that fits is never cut; a longer one is cut into full windows and a rest. Documents in one window do not see
-each other: every one counts its positions from 0. Shape suffixes: W windows, L positions.
+A document that fits in a window is never cut; a longer one is cut into full windows and a remainder. Positions restart
+at 0 in every document of a window, and documents do not attend to each other. Shape suffixes: W windows, L positions.
 """
 
 import bisect
@@ -19,9 +19,12 @@ logger = logging.getLogger("euryale.training")
 
 
 class Batch(NamedTuple):
-    """Windows of one step on one rank, each tensor [B, L]: ``tokens`` int64; ``learned`` bool; ``documents`` int32,
-    which document of the window a token belongs to; ``positions`` int64 within the document; ``windows`` int64 [B],
-    their numbers."""
+    """Windows of one step on one rank.
+
+    ``tokens`` int64 [B, L]. ``learned`` bool [B, L]: the loss mask. ``documents`` int32 [B, L]: index of the token's
+    document in the window. ``positions`` int64 [B, L]: position within the document. ``windows`` int64 [B]: indices of
+    the windows.
+    """
 
     tokens: torch.Tensor
     learned: torch.Tensor
@@ -30,13 +33,14 @@ class Batch(NamedTuple):
     windows: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
+        """Return the batch on ``device``."""
         return Batch(*(tensor.to(device) for tensor in self))
 
 
 @dataclass(frozen=True)
 class Windows:
-    """``tokens`` int32 [W, L], ``learned`` bool [W, L], ``documents`` int32 [W, L]. Padding is a document of its own of
-    which nothing is learned."""
+    """``tokens`` int32 [W, L], ``learned`` bool [W, L], ``documents`` int32 [W, L]. Padding is a separate document
+    outside the loss mask."""
 
     tokens: np.ndarray
     learned: np.ndarray
@@ -47,10 +51,11 @@ class Windows:
 
     @property
     def num_learned(self) -> int:
+        """Number of tokens in the loss mask."""
         return int(self.learned.sum())
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """The windows of these numbers."""
+        """Return the windows with these indices, int64 [B]."""
         documents = self.documents[indices]
         places = np.arange(documents.shape[1])
         begins = np.diff(documents, axis=1, prepend=-1) != 0
@@ -58,19 +63,19 @@ class Windows:
         parts = (self.tokens[indices].astype(np.int64), self.learned[indices], documents, positions, indices)
         return Batch(*map(torch.from_numpy, parts))
 
-    def some(self, indices: np.ndarray) -> "Windows":
-        """Only the windows of these numbers."""
+    def select(self, indices: np.ndarray) -> "Windows":
+        """Return only the windows with these indices."""
         return Windows(self.tokens[indices], self.learned[indices], self.documents[indices])
 
-    def chosen(self, count: int) -> np.ndarray:
-        """Numbers of at most ``count`` evenly spaced windows."""
+    def spaced_indices(self, count: int) -> np.ndarray:
+        """Return the indices of at most ``count`` evenly spaced windows, int64."""
         return np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.int64))
 
 
 def pack(documents: list[Document], length: int, padding: int) -> Windows:
-    """Best fit, longest first: every piece goes to the fullest window that still has room for it.
+    """Pack by best fit, longest first: every piece goes to the fullest window with enough room.
 
-    ValueError if nothing is learned from any of the documents.
+    ``padding``: token id of padding. ValueError if all loss masks are empty.
     """
     pieces = [
         (document.tokens[start : start + length], document.learned[start : start + length])
@@ -81,7 +86,7 @@ def pack(documents: list[Document], length: int, padding: int) -> Windows:
     if not pieces:
         raise ValueError("there is nothing to learn from: every document is empty or has no answer")
     bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
+    rooms: list[tuple[int, int]] = []  # (tokens left, bin), sorted
     for i in sorted(range(len(pieces)), key=lambda i: (-len(pieces[i][0]), i)):
         size = len(pieces[i][0])
         place = bisect.bisect_left(rooms, (size, 0))
@@ -106,9 +111,10 @@ def pack(documents: list[Document], length: int, padding: int) -> Windows:
 
 
 def order(num_windows: int, first: int, count: int, seed: int) -> np.ndarray:
-    """Places ``first`` to ``first + count`` of an endless order that shuffles all windows anew in every epoch, int64.
+    """Return entries ``first`` to ``first + count`` of an endless order that shuffles all windows in every epoch,
+    int64.
 
-    A function of its arguments alone, so that a resumed training sees what an undisturbed one would have seen.
+    The result depends on the arguments only, so that a resumed training sees the same windows.
     """
     epochs = range(first // num_windows, (first + count - 1) // num_windows + 1)
     shuffled = np.concatenate([np.random.default_rng((seed, epoch)).permutation(num_windows) for epoch in epochs])
@@ -117,9 +123,9 @@ def order(num_windows: int, first: int, count: int, seed: int) -> np.ndarray:
 
 
 def load_windows(args: TrainOptions, vocab_size: int, max_positions: int) -> tuple[Windows, Windows]:
-    """Windows to train on and to measure on."""
+    """Return the windows to train on and to measure on. ValueError for bad input."""
     if args.length > max_positions:
-        raise ValueError(f"--length {args.length} is more than the {max_positions} tokens the model was made for")
+        raise ValueError(f"--length {args.length} exceeds the model's {max_positions} positions: lower it")
     trained, held, tokenizer = load_documents(args, vocab_size)
     padding = tokenizer.eos_token_id or 0
     windows, held_out = pack(trained, args.length, padding), pack(held, args.length, padding)

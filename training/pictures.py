@@ -1,29 +1,30 @@
-"""Pictures of trainings, heads and trees (matplotlib, drawn without a screen)."""
+"""Plots of losses, head accuracies and trees (matplotlib, without a display)."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from euryale.training.backbone import library
+from euryale.training.backbone import import_library
 
 
 def check() -> None:
-    """ValueError if nothing can be drawn: better at the start than at the first checkpoint."""
-    library("matplotlib.pyplot")
+    """Import matplotlib before a long training starts. ValueError if it is missing."""
+    import_library("matplotlib.pyplot")
 
 
-def _axes(width: float, height: float):
-    library("matplotlib").use("Agg")
-    return library("matplotlib.pyplot").subplots(figsize=(width, height), layout="constrained")
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    import_library("matplotlib").use("Agg")
+    return import_library("matplotlib.pyplot").subplots(figsize=(width, height), layout="constrained")
 
 
-def _save(figure, path: Path) -> None:
+def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=110)
-    library("matplotlib.pyplot").close(figure)
+    import_library("matplotlib.pyplot").close(figure)
 
 
 def draw_losses(path: Path, rows: list[dict], num_heads: int) -> None:
-    """Losses by step from the rows of a Journal: lines in training, dots on held-out text."""
+    """Plot losses by step from the rows of a Journal: lines in training, dots on held-out text."""
     figure, axes = _axes(8, 4.5)
     for number, name in enumerate(["backbone_loss", *(f"loss_{k}" for k in range(num_heads))]):
         label = "backbone" if number == 0 else f"head {number - 1}"
@@ -45,7 +46,7 @@ def draw_losses(path: Path, rows: list[dict], num_heads: int) -> None:
 
 
 def draw_accuracy(path: Path, accuracy_KR: np.ndarray) -> None:
-    """How often each head's guess of a rank is right: one group of bars per head, stacked ranks."""
+    """Plot how often the target has each rank at each head, one stacked bar per head."""
     figure, axes = _axes(7, 4)
     below = np.zeros(len(accuracy_KR))
     for rank in range(accuracy_KR.shape[1]):
@@ -54,15 +55,16 @@ def draw_accuracy(path: Path, accuracy_KR: np.ndarray) -> None:
         below += accuracy_KR[:, rank]
     heads = [f"head {k}\n(token t+{k + 2})" for k in range(len(below))]
     axes.set_xticks(range(len(below)), heads)
-    axes.set(ylim=(0, 1), ylabel="share of positions", title="where the right token stands among a head's guesses")
+    axes.set(ylim=(0, 1), ylabel="fraction of positions", title="rank of the target among the head candidates")
     axes.legend(fontsize=7, ncols=2)
     _save(figure, path)
 
 
 def draw_tree(path: Path, paths: list[list[int]], acceptance_probability: list[float]) -> None:
-    """A tree with its guesses shaded by how often they are accepted; rank below each guess."""
+    """Draw a tree whose draft tokens are coloured by acceptance probability and labelled with their rank."""
     places: dict[tuple[int, ...], tuple[float, int]] = {}
-    nodes = {(): 1.0} | {tuple(p): s for p, s in zip(paths, acceptance_probability, strict=True)}
+    nodes: dict[tuple[int, ...], float] = {(): 1.0}
+    nodes |= {tuple(p): s for p, s in zip(paths, acceptance_probability, strict=True)}
     leaves = 0
 
     def place(node: tuple[int, ...]) -> float:
@@ -85,7 +87,7 @@ def draw_tree(path: Path, paths: list[list[int]], acceptance_probability: list[f
     dots = axes.scatter(
         xs, ys, c=list(nodes.values()), cmap="viridis_r", vmin=0, vmax=1, s=90, zorder=2, edgecolors="0.3"
     )
-    figure.colorbar(dots, ax=axes, label="share of steps that accept it")
-    axes.set(ylim=(-depth - 0.6, 0.4), title=f"{len(paths)} guesses; numbers are ranks")
+    figure.colorbar(dots, ax=axes, label="acceptance probability")
+    axes.set(ylim=(-depth - 0.6, 0.4), title=f"{len(paths)} draft tokens, labelled with their rank")
     axes.axis("off")
     _save(figure, path)

@@ -1,10 +1,11 @@
-"""Recorded answers decoded again with dynamic trees, without a model: the tokens are known, and so is what the heads
-would say at each of them. What the trees learn on the way is what serving begins with.
+"""Replay of recorded answers with dynamic trees, without a model: their tokens and head candidates are known.
 
-Shape suffixes: P positions, K heads, R ranks.
+Replay measures dynamic trees, and trains the statistics that serving starts with. Shape suffixes: P positions, K heads,
+R ranks.
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +17,12 @@ from euryale.scheduler.step_result import HeadCandidates
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """``prompt`` and ``answer`` int32; ``ids_PKR`` int32 and ``logits_PKR`` float32: what the heads say at the prompt's
-    last token, then at each token of the answer but for the last."""
+class AnswerRecord:
+    """An answer with the head candidates along it.
+
+    ``prompt`` and ``answer`` int32. ``ids_PKR`` int32 and ``logits_PKR`` float32: the heads' top-R candidates at the
+    prompt's last token and at each token of the answer except the last.
+    """
 
     prompt: np.ndarray
     answer: np.ndarray
@@ -29,29 +33,34 @@ class Recorded:
 _KEYS = itertools.count()
 
 
-def replay(drafter: Drafter, recorded: list[Recorded], each: int, params: SamplingParams | None = None) -> float:
-    """Decode the answers one after the other, with ``each`` guesses a step; returns tokens per step, without the steps
-    that end prompts and those that end answers, as an answer's end cuts off what else was accepted. NaN if there are no
-    such steps. ``params``: with which the answers were drawn (default: greedily)."""
+def replay(
+    drafter: Drafter, recorded: list[AnswerRecord], num_draft_tokens: int, params: SamplingParams | None = None
+) -> float:
+    """Decode the answers one after the other with ``num_draft_tokens`` per step, and return the mean tokens per step.
+
+    The first step of an answer, which ends its prompt, is not counted. Neither is its last step, because the answer's
+    end truncates the accepted tokens. NaN if no steps are left. ``params``: sampling parameters of the answers
+    (default: greedy).
+    """
     tokens = steps = 0
     for record in recorded:
-        given = params or SamplingParams()
-        fields = {name: getattr(given, name) for name in given.__dataclass_fields__}
+        sampling = params or SamplingParams()
+        fields = {name: getattr(sampling, name) for name in sampling.__dataclass_fields__}
         request = Request(
             key=next(_KEYS), prompt=record.prompt, params=SamplingParams(**fields | {"max_tokens": 1 << 20})
         )
-        for emitted in _decode(drafter, request, record, each):
+        for emitted in _decode(drafter, request, record, num_draft_tokens):
             tokens, steps = tokens + emitted, steps + 1
     return tokens / steps if steps else float("nan")
 
 
-def _decode(drafter: Drafter, request: Request, record: Recorded, each: int):
-    """The tokens of each step but for the first and the last."""
+def _decode(drafter: Drafter, request: Request, record: AnswerRecord, num_draft_tokens: int) -> Iterator[int]:
+    """Yield the number of tokens of each step except the first and the last."""
     answer = record.answer.tolist()
-    _take(drafter, Drafts(trees=[NO_DRAFT], wants_heads=True), request, record, answer[:1], [])
+    _advance(drafter, Drafts(trees=[NO_DRAFT], wants_heads=True), request, record, answer[:1], [])
     while len(request.output) < len(answer):
         begun = len(request.output)
-        drafts = drafter.draft([request], [min(drafter.depth, len(answer) - begun - 1)], each, 0)
+        drafts = drafter.draft([request], [min(drafter.depth, len(answer) - begun - 1)], num_draft_tokens, 0)
         draft = drafts.trees[0]
         children = {
             (p, t): i + 1
@@ -64,14 +73,15 @@ def _decode(drafter: Drafter, request: Request, record: Recorded, each: int):
                 break
             path.append(node)
         emitted = answer[begun : begun + len(path) + 1]
-        _take(drafter, drafts, request, record, emitted, path[: len(emitted)])
+        _advance(drafter, drafts, request, record, emitted, path[: len(emitted)])
         if not request.finish_reason:
             yield len(emitted)
 
 
-def _take(
-    drafter: Drafter, drafts: Drafts, request: Request, record: Recorded, emitted: list[int], path: list[int]
+def _advance(
+    drafter: Drafter, drafts: Drafts, request: Request, record: AnswerRecord, emitted: list[int], path: list[int]
 ) -> None:
+    """Append the emitted tokens to the request and let the drafter learn from the step."""
     request.output.extend(emitted)
     at = len(request.output) - 1
     if at == len(record.answer) - 1:

@@ -1,9 +1,9 @@
-"""Search of the static tree that a decoder's own answers ask for (Medusa paper, arXiv 2401.10774, section 2.3.3).
+"""Search of the static tree that fits a backbone's own answers (Medusa paper, arXiv 2401.10774, section 2.3.3).
 
-The *rank* of a token at a head is how many tokens that head likes better, NUM_RANKS standing for "too many". This
-file sees ranks only, no model.
+The *rank* of a token at a head is the number of tokens with higher logits; NUM_RANKS stands for all ranks from
+NUM_RANKS on. This module sees ranks only, no model.
 
-Shape suffixes: S answers, P positions of an answer, N positions of all, K heads, R ranks.
+Shape suffixes: S answers, P positions of an answer, N positions of all answers, K heads, R ranks.
 """
 
 import heapq
@@ -21,9 +21,9 @@ TREE_SIZES = (4, 8, 12, 16, 24, 32, 63)
 
 @dataclass(frozen=True)
 class Continuations:
-    """What the heads would have said along the backbone's own greedy answers.
+    """Ranks of the backbone's own greedy answers at the heads.
 
-    ``ranks_SPK`` int64: rank of the token that came ``k + 2`` later; ``valid_SP`` bool: whether all K of these
+    ``ranks_SPK`` int64: rank at head k of the token k + 2 positions later. ``valid_SP`` bool: whether all K of these
     tokens belong to the answer. Position 0 is the prompt's last token.
     """
 
@@ -31,28 +31,26 @@ class Continuations:
     valid_SP: np.ndarray
 
     def flat(self) -> np.ndarray:
-        """Ranks at the valid positions, [N, K]."""
+        """Return the ranks at the valid positions, [N, K]."""
         return self.ranks_SPK[self.valid_SP]
 
-    def some(self, answers_S: np.ndarray) -> "Continuations":
-        """Those of the chosen answers alone."""
+    def select(self, answers_S: np.ndarray) -> "Continuations":
+        """Return only the given answers; ``answers_S`` bool."""
         return Continuations(self.ranks_SPK[answers_S], self.valid_SP[answers_S])
 
 
 def accuracy_by_rank(ranks_NK: np.ndarray) -> np.ndarray:
-    """Probability that a head's guess of rank r is right, float64 [K, R]."""
+    """Return the probability that the target has rank r at head k, float64 [K, R]."""
     return np.stack([(ranks_NK == r).mean(axis=0) for r in range(NUM_RANKS)], axis=1)
 
 
 def search_joint_tree(ranks_NK: np.ndarray, num_draft_tokens: int, prior_count: float = 64.0) -> list[list[int]]:
-    """The paths of the best static tree, in decreasing order of gain: any prefix of the list is the best tree of
-    its size.
+    """Return the paths of the best static tree in decreasing order of gain: every prefix is the best tree of its size.
 
-    A path adds to the expected accepted length the probability that all its guesses are right *together*. The
-    paper multiplies the heads' accuracies as if they were independent; here the paths are counted. Below a path
-    seen n times, the next guess's probability is its count plus ``prior_count`` times the head's accuracy, over n +
-    ``prior_count``: rare paths fall back to the product. As a child never gains more than its parent, taking the
-    largest gain next is optimal.
+    A path's gain is the probability that all its draft tokens are right together. The paper multiplies the accuracies
+    of the heads, as if they were independent; here paths are counted. Below a path with count n, the next token's
+    probability is its count plus ``prior_count`` times the head's accuracy, divided by n + ``prior_count``. Rare paths
+    thus fall back to the product. A child never gains more than its parent, so the greedy order is optimal.
     """
     num_heads = ranks_NK.shape[1]
     accuracy = accuracy_by_rank(ranks_NK)
@@ -73,8 +71,10 @@ def search_joint_tree(ranks_NK: np.ndarray, num_draft_tokens: int, prior_count: 
 
 
 def num_accepted_tokens(ranks: np.ndarray, paths: list[list[int]]) -> np.ndarray:
-    """How many guesses of a tree with all prefixes listed are accepted at each position: int64 [...] for ranks
-    [..., K]."""
+    """Return how many draft tokens of a tree are accepted at each position: int64 [...] for ranks [..., K].
+
+    ``paths`` must list every prefix of a path.
+    """
     base = NUM_RANKS + 1
     lengths = np.zeros(ranks.shape[:-1], dtype=np.int64)
     for depth in range(1, ranks.shape[-1] + 1):
@@ -84,9 +84,11 @@ def num_accepted_tokens(ranks: np.ndarray, paths: list[list[int]]) -> np.ndarray
     return lengths
 
 
-def visited(measured: Continuations, paths: list[list[int]]) -> np.ndarray:
-    """Where decoding steps start when every answer is walked as the engine would, bool [S, P]: after a step that
-    accepted n guesses the next one starts n + 1 positions further."""
+def step_starts(measured: Continuations, paths: list[list[int]]) -> np.ndarray:
+    """Return the positions at which decoding steps start, bool [S, P].
+
+    A step that accepts n draft tokens is followed by one that starts n + 1 positions later.
+    """
     starts = np.zeros_like(measured.valid_SP)
     for row, lengths, valid in zip(
         starts, num_accepted_tokens(measured.ranks_SPK, paths), measured.valid_SP, strict=True
@@ -99,41 +101,45 @@ def visited(measured: Continuations, paths: list[list[int]]) -> np.ndarray:
 
 
 def tokens_per_step(measured: Continuations, paths: list[list[int]]) -> float:
-    """Mean tokens of the steps that decode the answers."""
-    starts = visited(measured, paths)
+    """Return the mean number of tokens per step when the answers are decoded, bonus tokens included."""
+    starts = step_starts(measured, paths)
     return 1 + float(num_accepted_tokens(measured.ranks_SPK[starts], paths).mean())
 
 
 def search_walked_tree(measured: Continuations, num_draft_tokens: int, rounds: int = 6) -> list[list[int]]:
-    """The best of a few joint trees, in decreasing order of gain.
+    """Return the best of several joint trees, in decreasing order of gain.
 
-    A decoder does not stop everywhere: it skips what it accepted, so that steps start where guessing is harder than on
-    average. So every round searches on the positions where the previous round's tree stops.
+    Steps skip the tokens they accept, so that they start at positions that are harder to predict than the average. Each
+    round therefore searches at the positions where steps with the previous round's tree start.
     """
-    best, candidates = [], measured.flat()
+    best: list[list[int]] = []
+    ranks_NK = measured.flat()
     for _ in range(rounds):
-        paths = search_joint_tree(candidates, num_draft_tokens)
+        paths = search_joint_tree(ranks_NK, num_draft_tokens)
         if not best or tokens_per_step(measured, paths) > tokens_per_step(measured, best):
             best = paths
-        candidates = measured.ranks_SPK[visited(measured, paths)]
+        ranks_NK = measured.ranks_SPK[step_starts(measured, paths)]
     return best
 
 
 def acceptance_probability(measured: Continuations, paths: list[list[int]]) -> list[float]:
-    """How often each guess of a tree is accepted: its share of the steps that decode the answers."""
-    ranks_NK = measured.ranks_SPK[visited(measured, paths)]
+    """Return the fraction of decoding steps that accept each draft token of a tree."""
+    ranks_NK = measured.ranks_SPK[step_starts(measured, paths)]
     return [float((ranks_NK[:, : len(path)] == path).all(axis=1).mean()) for path in paths]
 
 
 def compare_trees(searched: Continuations, measured: Continuations, sizes: Sequence[int] = TREE_SIZES) -> list[dict]:
-    """One row per tree size, the trees searched on one set of answers and measured on another. ``expected``:
-    1 + mean accepted length over all positions; ``tokens_per_step``: over those where steps start; ``independent``:
-    the same of the tree that assumes independent heads; ``paths``: the tree."""
+    """Return one row per tree size, for trees searched on one set of answers and measured on another.
+
+    ``expected``: mean tokens per step if steps started at all positions. ``tokens_per_step``: the same over the
+    positions where steps start. ``independent``: the same for the tree that assumes independent heads. ``paths``: the
+    tree.
+    """
     accuracy = accuracy_by_rank(searched.flat())
     rows = []
     for size in sizes:
         paths = search_walked_tree(searched, size)
-        row = {"nodes": len(paths), "expected": 1 + float(tokens_per_step(measured.flat(), paths).mean())}
+        row = {"nodes": len(paths), "expected": 1 + float(num_accepted_tokens(measured.flat(), paths).mean())}
         row["tokens_per_step"] = tokens_per_step(measured, paths)
         row["independent"] = tokens_per_step(measured, search_tree(accuracy, size).paths())
         rows.append({name: round(value, 4) for name, value in row.items()} | {"paths": paths})

@@ -1,1 +1,1 @@
-"""Other systems and the transformers oracle, beside this one."""
+"""Comparisons with other systems and with the transformers oracle."""

@@ -1,7 +1,7 @@
-"""A Hugging Face Llama checkpoint as the GGUF file that llama.cpp reads: ``gguf_file.py MODEL DTYPE OUT.gguf``.
+"""Converts a Hugging Face Llama checkpoint to a GGUF file for llama.cpp: ``gguf_file.py MODEL DTYPE OUT.gguf``.
 
-Runs as a script where the ``gguf`` package is, in the environment of the peer, and knows nothing of Euryale. No
-vocabulary is written: tokens go in and come out as ids.
+Runs as a script in the peer's environment, which has the ``gguf`` package, and does not import Euryale. The file has no
+vocabulary: tokens go in and come out as ids.
 """
 
 import json
@@ -31,7 +31,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 def metadata(config: dict) -> dict:
-    """GGUF's keys for a ``config.json``; ValueError for what this conversion does not carry over."""
+    """Return the GGUF metadata for a ``config.json``. ValueError for unsupported models."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if config["model_type"] != "llama" or rope.get("rope_type", "default") != "default":
         raise ValueError("only Llama models with plain rotary positions are converted for llama.cpp")
@@ -55,7 +55,7 @@ def metadata(config: dict) -> dict:
 
 
 def read_safetensors(directory: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the directory as float32. (The library's numpy half does not know bfloat16.)"""
+    """Yield every tensor of the directory as float32; safetensors' numpy interface does not support bfloat16."""
     for path in sorted(directory.glob("model*.safetensors")):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -70,14 +70,16 @@ def read_safetensors(directory: Path) -> Iterator[tuple[str, np.ndarray]]:
             yield name, values.reshape(info["shape"])
 
 
-def paired(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key projection [heads * head_dim, D] in llama.cpp's order: it rotates neighbours (2i, 2i + 1)
-    of a head where Hugging Face rotates (i, i + head_dim / 2)."""
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder the rows of a query or key projection [heads * head_dim, D] for llama.cpp.
+
+    llama.cpp rotates the pair (2i, 2i + 1) of a head, Hugging Face (i, i + head_dim / 2).
+    """
     return weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def tensors(directory: Path, config: dict) -> Iterator[tuple[str, np.ndarray]]:
-    """GGUF name and float32 values of every tensor; ValueError for one that llama.cpp would not be given."""
+    """Yield the GGUF name and the float32 values of every tensor. ValueError for a tensor without GGUF counterpart."""
     keys = metadata(config)
     heads = {
         "self_attn.q_proj": keys["llama.attention.head_count"],
@@ -91,11 +93,11 @@ def tensors(directory: Path, config: dict) -> Iterator[tuple[str, np.ndarray]]:
         module, _, kind = rest.rpartition(".")
         if module not in NAMES or kind != "weight":
             raise ValueError(f"tensor {name} has no counterpart in the GGUF file of a Llama model")
-        yield f"{prefix}{NAMES[module]}.weight", paired(values, heads[module]) if module in heads else values
+        yield f"{prefix}{NAMES[module]}.weight", interleaved(values, heads[module]) if module in heads else values
 
 
 def write(directory: Path, dtype: str, out: Path) -> None:
-    """Write the GGUF file with matrices in ``dtype`` (float32 or bfloat16); norms are float32, as llama.cpp wants."""
+    """Write the GGUF file with matrices in ``dtype`` (float32 or bfloat16) and norms in float32."""
     import gguf
 
     config = json.loads((directory / "config.json").read_text())

@@ -1,10 +1,11 @@
-"""transformers as the oracle: its greedy answers, and the proof that a mismatch is a tie.
+"""transformers as the oracle: its greedy answers, and the check whether two answers differ by rounding only.
 
-Rows of a matrix product change in the last bits with the number of rows, so two right implementations may choose
-differently where two tokens score the same within that rounding, and nowhere else.
+The last bits of a matrix product depend on its number of rows. Two correct implementations may therefore select
+different tokens where two logits differ by no more than that rounding.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,34 +13,39 @@ from transformers import AutoModelForCausalLM
 
 @dataclass(frozen=True)
 class Tie:
-    """Two answers part at ``position``: the logits of the two tokens are ``gap`` apart, while the same logits
-    computed in two ways (all rows at once, row by row) differ by up to ``discrepancy``."""
+    """The first difference of two answers, at ``position``.
+
+    The logits of the two tokens are ``gap`` apart. The same logits computed in two ways (all rows at once, and the last
+    row alone) differ by up to ``discrepancy``.
+    """
 
     position: int
     gap: float
     discrepancy: float
 
     @property
-    def is_proven(self) -> bool:
+    def is_rounding(self) -> bool:
+        """Whether the gap is within the rounding of both logits."""
         return self.gap < 2 * self.discrepancy
 
 
 class Oracle:
-    """A transformers model of a directory, in ``dtype``, greedy."""
+    """A transformers model with greedy decoding."""
 
     def __init__(self, directory: str, dtype: torch.dtype = torch.float32) -> None:
+        """Load the model in ``directory`` in ``dtype``."""
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True).eval()
         self.model.generation_config.do_sample = False
 
-    def greedy(self, prompt: list[int], max_tokens: int, ignore_eos: bool = False, **options) -> list[int]:
-        """The answer's tokens, the end-of-sequence token included."""
+    def greedy(self, prompt: list[int], max_tokens: int, ignore_eos: bool = False, **options: Any) -> list[int]:
+        """Return the tokens of the answer with its end-of-sequence token; ``options`` are those of ``generate``."""
         return self.greedy_batch([prompt], max_tokens, ignore_eos, **options)[0]
 
     @torch.inference_mode()
     def greedy_batch(
-        self, prompts: list[list[int]], max_tokens: int, ignore_eos: bool = False, **options
+        self, prompts: list[list[int]], max_tokens: int, ignore_eos: bool = False, **options: Any
     ) -> list[list[int]]:
-        """The answers' tokens, padded with 0 behind end-of-sequence tokens to the longest."""
+        """Return the tokens of the answers, padded with 0 after end-of-sequence tokens to the longest."""
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -55,13 +61,13 @@ class Oracle:
         return out[:, width:].tolist()
 
     @torch.inference_mode()
-    def explain(self, prompt: list[int], a: list[int], b: list[int]) -> Tie | None:
-        """Where and how closely two answers part; None if they are the same."""
+    def compare(self, prompt: list[int], a: list[int], b: list[int]) -> Tie | None:
+        """Return the first difference of two answers to ``prompt``; None if they are equal."""
         if a == b:
             return None
         position = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
         if position >= min(len(a), len(b)):
-            return Tie(position, float("inf"), 0.0)  # one stopped although all tokens agree: no tie
+            return Tie(position, float("inf"), 0.0)  # one answer is a prefix of the other: not rounding
         past = torch.tensor([prompt + a[:position]])
         whole = self.model(past).logits[0, -1].double()
         cached = self.model(past[:, :-1], use_cache=True)

@@ -1,4 +1,4 @@
-"""A checkpoint with Medusa heads as vLLM wants it: a backbone without heads in it, and heads in its own format."""
+"""Converts a checkpoint with Medusa heads for vLLM: a backbone without heads, and heads in vLLM's format."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def write(model: str, medusa: str, directory: Path) -> tuple[Path, Path | None]:
 
     backbone = directory / "backbone"
     backbone.mkdir(parents=True, exist_ok=True)
-    # vLLM refuses tensors and takes note of keys that its Llama does not know.
+    # vLLM rejects tensors that its Llama does not know, and interprets unknown keys.
     (backbone / "config.json").write_text(json.dumps({k: v for k, v in config.items() if not k.startswith("medusa")}))
     names = [name for name in checkpoint.names if not name.startswith(MERGED_PREFIX)]
     save_file({name: read(name) for name in names}, backbone / "model.safetensors", metadata=_PLAIN)
@@ -36,8 +36,10 @@ def write(model: str, medusa: str, directory: Path) -> tuple[Path, Path | None]:
 
 
 def write_heads(heads: HeadTensors, lm_head: torch.Tensor, dtype: torch.dtype, directory: Path) -> Path:
-    """The heads in vLLM's format. Heads without lm_heads of their own share ``lm_head`` [V, D], which vLLM reads from
-    their file and keeps once."""
+    """Write the heads in vLLM's format and return ``directory``.
+
+    Heads without their own lm_heads use ``lm_head`` [V, D], which vLLM reads from their file and stores once.
+    """
     directory.mkdir(exist_ok=True)
     tensors = {}
     for layer, (weights, biases) in enumerate(zip(heads.weights, heads.biases, strict=True)):
@@ -56,7 +58,7 @@ def write_heads(heads: HeadTensors, lm_head: torch.Tensor, dtype: torch.dtype, d
         "vocab_size": vocab_size,
         "truncated_vocab_size": vocab_size,
         "original_lm_head": not heads.lm_heads,
-        "medusa_fc_bias": True,  # without it the biases are dropped in silence
+        "medusa_fc_bias": True,  # without it vLLM ignores the biases
         "dtype": str(dtype).removeprefix("torch."),
     }
     (directory / "config.json").write_text(json.dumps(config))

@@ -1,1 +1,1 @@
-"""What kernels, collectives and whole steps cost."""
+"""Benchmarks of kernels, collectives and whole steps."""

@@ -1,13 +1,15 @@
-"""All-reduce over shared memory against gloo, by size, interleaved in one run.
+"""All-reduce over shared memory and over gloo, by size, interleaved in one run.
 
-``torchrun --nproc-per-node 4 -m euryale.benchmarks.kernels.collectives``; the smallest of the medians over some rounds,
-since other work on a shared machine only ever adds.
+``torchrun --nproc-per-node 4 -m euryale.benchmarks.kernels.collectives`` reports the smallest of the rounds' medians,
+because other work on the machine only adds time.
 """
 
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -18,8 +20,8 @@ from euryale.parallel.torch_collectives import TorchCollectives
 SIZES = {"2 KiB": 512, "32 KiB": 8192, "1 MiB": 1 << 18}
 
 
-def seconds(function, x: torch.Tensor, calls: int) -> float:
-    """Median time of a call."""
+def seconds(function: Callable[[torch.Tensor], object], x: torch.Tensor, calls: int) -> float:
+    """Return the median seconds of a call."""
     found = []
     for _ in range(calls):
         started = time.perf_counter()
@@ -34,10 +36,10 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=100)
     args = parser.parse_args()
     group = join(device="cpu")
-    if group.size == 1 or isinstance(group.collectives, TorchCollectives):
-        raise SystemExit("start this with torchrun and several ranks on one host, the CPU kernels built")
+    if group.collectives is None or isinstance(group.collectives, TorchCollectives):
+        raise SystemExit("start this with torchrun and several ranks on one host, with the CPU kernels built")
     shared, gloo = group.collectives, TorchCollectives(group.size, group.device)
-    report = {"machine": describe(), "ranks": group.size, "all_reduce": {}}
+    report: dict[str, Any] = {"machine": describe(), "ranks": group.size, "all_reduce": {}}
     for name, count in SIZES.items():
         x = torch.ones(count)
         rounds = []

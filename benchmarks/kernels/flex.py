@@ -1,8 +1,8 @@
-"""PyTorch's FlexAttention, compiled for one shape, doing the same work as our tree attention.
+"""PyTorch's FlexAttention, compiled for one shape, with the same work as our tree attention.
 
-It reads contiguous keys, so that gathering the pages is part of its call, as with SDPA; PyTorch's own paged helper
-wants a cache that lies the other way round, heads before pages. The tree is a ``mask_mod`` and its blocks are worked
-out once per step, outside of the call.
+It reads contiguous keys, so that a call gathers the pages first, as with SDPA. PyTorch's own paged helper needs another
+cache layout, with heads before pages. The tree is a ``mask_mod``; its block mask is built once per step, outside the
+call.
 """
 
 import time
@@ -17,10 +17,10 @@ from euryale.kernels.step_metadata import WORD, SegmentShape, tree_tables
 def compiled(
     segment: SegmentShape, q: torch.Tensor, scratch: torch.Tensor, caches: list[torch.Tensor], scale: float
 ) -> tuple[Callable[[int], torch.Tensor] | None, str]:
-    """A function of the number of a cache, and how long it took to compile; or None, and why it is not available.
+    """Return a function of a cache's index and the compilation time; or None and the reason of a failure.
 
-    ``segment`` has one row of a known token; q [nodes, heads, dim], scratch [2, nodes, kv_heads, dim], a cache
-    [2, pages, kv_heads, page_size, dim].
+    ``segment`` has one known token. q [nodes, heads, dim], scratch [2, nodes, kv_heads, dim], a cache [2, pages,
+    kv_heads, page_size, dim].
     """
     page = caches[0].shape[3]
     used = -(-segment.context // page)
@@ -29,12 +29,12 @@ def compiled(
     nodes, keys = torch.arange(len(q), device=q.device), used * page + len(q)
     tree = (bits[:, nodes // WORD] >> nodes % WORD & 1).bool()
 
-    def is_seen(_batch, _head, row, key):
+    def is_seen(_batch: torch.Tensor, _head: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         node = key - used * page
         return (key < segment.context) | ((node >= 0) & tree[row, node.clamp(min=0)])
 
     def run(copy: int) -> torch.Tensor:
-        # Outside of what is compiled: on a CPU it takes the sizes of what lies under a view for the view's.
+        # Gathered outside the compiled function, which on a CPU confuses a view's sizes with those of its base.
         seen = caches[copy][:, pages].transpose(1, 2).flatten(2, 3)  # [2, kv_heads, keys, dim]
         k, v = torch.cat([seen, scratch.transpose(1, 2)], dim=2)
         queries = q.transpose(0, 1)[None]
@@ -43,11 +43,11 @@ def compiled(
 
     started = time.perf_counter()
     try:
-        torch.compiler.reset()  # shapes seen before count towards a limit
+        torch.compiler.reset()  # earlier shapes count towards the recompilation limit
         mask = create_block_mask(is_seen, None, None, len(q), keys, device=q.device)
         flex = torch.compile(flex_attention, dynamic=False, fullgraph=True)
         run(0)
-    except Exception as error:  # the compiler's own: missing tools, unsupported shapes
+    except Exception as error:  # the compiler raises many kinds of errors
         return None, f"not available: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
     seconds = time.perf_counter() - started
     return run, f"compiled in {seconds:.0f} s"

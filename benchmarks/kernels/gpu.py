@@ -1,8 +1,8 @@
-"""All that is worth measuring on a single GPU, in under nine minutes.
+"""All tests and benchmarks for a single GPU, in under nine minutes.
 
-``python -m euryale.benchmarks.kernels.gpu --out DIR`` runs the kernels' tests compiled, token identity of the serving
-path, the kernels' and the steps' benchmarks and the two loops, each in a process of its own with a limit of its own,
-and leaves their output in DIR. What fails or takes too long is said and does not keep the rest from running.
+``python -m euryale.benchmarks.kernels.gpu --out DIR`` runs the compiled kernels' tests, token identity, the benchmarks
+of kernels and steps, and both engine loops. Each runs in its own process with its own time limit and writes its output
+to DIR. A failure or timeout is reported and does not stop the others.
 """
 
 import argparse
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Section:
-    """One command: ``seconds`` it may take."""
+    """One command and its limit in ``seconds``."""
 
     name: str
     seconds: int
@@ -31,15 +31,17 @@ class Section:
 
 
 def benchmark(name: str, *arguments: str) -> list[str]:
+    """Return the command of a benchmark."""
     return [sys.executable, "-m", f"euryale.benchmarks.{name}", *arguments]
 
 
 def tests(*arguments: str) -> list[str]:
+    """Return the command of tests."""
     return [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--timeout=300", *arguments]
 
 
 def sections() -> list[Section]:
-    """In the order of what matters most."""
+    """Return the sections, most important first."""
     contexts, nodes = ("--contexts", "128", "1000", "4000", "16000"), ("--nodes", "1", "4", "16", "64")
     grouped, whole = ("--heads", "32", "8", "--head-dim", "128"), ("--heads", "32", "32", "--head-dim", "128")
     model = str(ROOT / "demo" / "model")
@@ -59,24 +61,24 @@ def sections() -> list[Section]:
         Section("identity", 45, benchmark("compare.identity", "--model", model, "--sizes", "1", "--max-num-seqs", "4")),
     ]
     if sanitizer := shutil.which("compute-sanitizer"):
-        chosen = tests(cases, "-k", "commit or accept or sample or (head_groups and heads1)")
-        found.append(Section("sanitizer", 50, [sanitizer, "--error-exitcode", "9", *chosen]))
+        command = tests(cases, "-k", "commit or accept or sample or (head_groups and heads1)")
+        found.append(Section("sanitizer", 50, [sanitizer, "--error-exitcode", "9", *command]))
     return found
 
 
 def run(section: Section, out: Path) -> str:
-    """How the section ended; its output goes to a file of its name."""
+    """Run the section with its output in a file of its name; returns its result."""
     log, started = out / f"{section.name}.txt", time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(section.command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = process.wait(section.seconds)
-            ended = "passed" if code == 0 else f"failed with exit code {code}"
+            result = "passed" if code == 0 else f"failed with exit code {code}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its own processes too: they would disturb the next section
+            os.killpg(process.pid, signal.SIGKILL)  # its child processes too, which would disturb the next section
             process.wait()
-            ended = f"stopped after {section.seconds} s"
-    return f"{ended}, {time.monotonic() - started:.0f} s: {log}"
+            result = f"stopped after {section.seconds} s"
+    return f"{result}, {time.monotonic() - started:.0f} s: {log}"
 
 
 def main() -> None:
@@ -84,14 +86,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.exit(2, "error: torch finds no GPU here; benchmarks.kernels.operations and .step run on CPUs too\n")
+        parser.exit(
+            2, "error: torch finds no GPU; benchmarks.kernels.operations and benchmarks.kernels.step run on CPUs too\n"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     ends = {}
     for section in sections():
         ends[section.name] = run(section, args.out)
         print(f"{section.name:<14}{ends[section.name]}", flush=True)
     if "sanitizer" not in ends:
-        print("sanitizer     compute-sanitizer is not on the path: not run")
+        print("sanitizer     not run: compute-sanitizer is not on the PATH")
     print(json.dumps({"gpu": torch.cuda.get_device_name(), "sections": ends}))
 
 

@@ -1,14 +1,16 @@
-"""The plain loop and the overlapped one: what the host adds to the device's time in a whole decoding step.
+"""The plain and the overlapped engine loop: the host's part of the time of a decoding step.
 
-``python -m euryale.benchmarks.kernels.loop --model llama-7b --nodes 64`` decodes one request on random weights with
-both loops, interleaved, and compares the time of a step with what its recorded kernels take alone. On a CPU the device
-is the host's own cores, so that there is little to overlap.
+``python -m euryale.benchmarks.kernels.loop --model llama-7b --nodes 64`` decodes one request with random weights in
+both loops, interleaved. It compares the time of a step with that of its recorded kernels alone. On a CPU, host and
+device share the cores, so that little overlaps.
 """
 
 import argparse
 import json
 import statistics
 import time
+from functools import partial
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -26,34 +28,42 @@ from euryale.scheduler.request import Request
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.speculation.tree import default_tree
 from euryale.scheduler.step_plan import StepPlan
+from euryale.scheduler.step_result import RequestOutput
 
 PROMPT = 32  # tokens
 
 
 def decode(engine: Engine, loop: str, steps: int, key: int, plans: list[StepPlan] | None = None) -> float:
-    """Median seconds of a decoding step of one request; the steps' plans are added to ``plans``."""
+    """Return the median seconds of a decoding step of one request; the steps' plans are appended to ``plans``."""
+    scheduler = engine.scheduler
+    assert scheduler is not None, "this rank is the leader"
     engine.overlaps = loop == "overlapped"
     prompt = np.arange(1, PROMPT + 1, dtype=np.int32)
-    params = SamplingParams(max_tokens=engine.scheduler.limits.max_model_len - PROMPT, ignore_eos=True)
-    engine.scheduler.add(Request(key=key, prompt=prompt, params=params))
+    params = SamplingParams(max_tokens=scheduler.limits.max_model_len - PROMPT, ignore_eos=True)
+    scheduler.add(Request(key=key, prompt=prompt, params=params))
     engine.step()
-    found, outputs = [], []
+    found: list[float] = []
+    outputs: list[RequestOutput] = []
     for _ in range(steps):
         started = time.perf_counter()
-        # What the server sends of a step is packed likewise.
-        step = engine.step(lambda last=outputs: msgpack.packb([(o.key, o.tokens) for o in last]))
+        step = engine.step(partial(_pack, outputs))
         outputs = step.outputs
         if plans is not None:
             plans.append(step.planned.plan)
         found.append(time.perf_counter() - started)
         if any(o.finish_reason for o in outputs):
             break
-    engine.scheduler.cancel(key)
+    scheduler.cancel(key)
     return statistics.median(found)
 
 
+def _pack(outputs: list[RequestOutput]) -> None:
+    """Pack the previous step's tokens, as the server does while a step runs."""
+    msgpack.packb([(o.key, o.tokens) for o in outputs])
+
+
 def run(args: argparse.Namespace, group: Group) -> dict:
-    """Both loops, and the device's part of a step."""
+    """Run both loops and return their milliseconds per step, and those of the device."""
     tree = default_tree(4, args.nodes - 1) if args.nodes > 1 else None
     engine = make_engine(args.model, DTYPES[args.dtype], tree, args.max_len, group, device=group.device.type)
     found: dict[str, list[float]] = {"plain": [], "overlapped": []}
@@ -62,7 +72,13 @@ def run(args: argparse.Namespace, group: Group) -> dict:
     for key in range(args.rounds):
         for loop, seconds in found.items():
             seconds.append(decode(engine, loop, args.steps, 2 * key + (loop == "plain"), plans))
-    report = {"machine": describe(), "model": args.model, "dtype": args.dtype, "nodes": args.nodes, "loops": {}}
+    report: dict[str, Any] = {
+        "machine": describe(),
+        "model": args.model,
+        "dtype": args.dtype,
+        "nodes": args.nodes,
+        "loops": {},
+    }
     last = next(plan for plan in reversed(plans) if plan.num_rows == args.nodes)
     found_parts = parts(engine.runner, last, args.steps)
     del found_parts[STEP]
@@ -80,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"{report['machine']}\n{args.model}, {args.dtype}, {args.nodes} nodes, one request")
     print(f"the device's part of a step: {report['device_ms']} ms")
     for loop, row in report["loops"].items():
-        print(f"{loop:<12}{row['ms']:>9.3f} ms a step, of which the host {100 * row['host_gap']:.1f} %")
+        print(f"{loop:<12}{row['ms']:>9.3f} ms per step, of which host {100 * row['host_gap']:.1f} %")
     print(json.dumps(report))
 
 
@@ -89,7 +105,7 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=SHAPES, default="llama-110m")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument(
-        "--nodes", type=number(1, 128), default=16, help="nodes of the tree, its root included; 1: no speculation"
+        "--nodes", type=number(1, 128), default=16, help="tree nodes, the root included; 1: no speculation"
     )
     parser.add_argument("--max-len", type=number(2 * PROMPT), default=512, help="tokens of prompt and answer")
     parser.add_argument("--steps", type=number(1), default=60)

@@ -1,10 +1,10 @@
-"""What every kernel costs beside the limits of this machine, and beside what PyTorch offers for the same work.
+"""Time of every kernel compared with the machine's limits, and with PyTorch's functions for the same work.
 
 ``python -m euryale.benchmarks.kernels.operations`` measures attention by context and tree size, and the small
-operations. SchedulerLimits are measured in the same run: memory by reading, arithmetic by a large matrix product. A
-case's fraction is its least possible time (bytes over bandwidth or products over their rate, whichever is longer) over
-the time it took. Every call works on another copy of its data, as many as exceed the caches. ``--flex`` puts compiled
-FlexAttention beside attention; compiling takes a CPU up to a minute a shape.
+operations. The limits are measured in the same run: memory by reading, arithmetic by a large matrix product. A case's
+fraction of the limit is its least possible time over its time; the former is the longer of memory traffic and
+arithmetic. Calls rotate over copies of the data that together exceed the caches. ``--flex`` adds compiled
+FlexAttention, which takes up to a minute per shape to compile on a CPU.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,12 +38,15 @@ from euryale.kernels.tree_attention import tree_attention
 from euryale.runtime.model.config import DTYPES
 
 PAGE = 16
-CACHES = 96 << 20  # bytes that no cache here holds
+CACHES = 96 << 20  # bytes, more than the caches hold
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One kernel on one shape. ``runs``: name -> function(copy); ``num_bytes`` and ``flops`` of a call."""
+    """One kernel and one shape.
+
+    ``runs``: name -> function of a copy's index. ``num_bytes`` and ``flops``: work of a call.
+    """
 
     name: str
     runs: dict[str, Callable[[int], object]]
@@ -51,18 +56,26 @@ class Case:
 
 
 def copies_of(num_bytes: int) -> int:
+    """Return the number of copies of ``num_bytes`` that exceed the caches, at most 64."""
     return min(64, -(-CACHES // max(num_bytes, 1)))
 
 
 def attention_case(
-    context: int, nodes: int, heads: int, kv_heads: int, dim: int, dtype, device, with_flex: bool
+    context: int,
+    nodes: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    with_flex: bool,
 ) -> Case:
-    """One request's tree over its context; beside it the same by gathering pages and SDPA with a dense mask."""
+    """Return one request's tree attention; the alternative gathers the pages and calls SDPA with a dense mask."""
     pages = -(-(context + nodes) // PAGE)
     parents = np.asarray([max(0, (node - 1) // 2) for node in range(1, nodes)], dtype=np.int32)
     shuffled = np.random.default_rng(0).permutation(pages).astype(np.int32)
     segment = SegmentShape(num_new_tokens=1, context=context, parents=parents, pages=shuffled)
-    kind = {"dtype": dtype, "device": device}
+    kind: dict[str, Any] = {"dtype": dtype, "device": device}
     num_bytes = 2 * context * kv_heads * dim * dtype.itemsize
     caches = [torch.randn(2, pages, kv_heads, PAGE, dim, **kind) for _ in range(copies_of(num_bytes))]
     q, scratch = torch.randn(nodes, heads, dim, **kind), torch.randn(2, nodes, kv_heads, dim, **kind)
@@ -73,16 +86,17 @@ def attention_case(
             return tree_attention(q, scratch, caches[copy], theirs, dim**-0.5)
 
     name = f"attention {heads}/{kv_heads}x{dim}, context {context}, {nodes} nodes"
-    runs = {
+    runs: dict[str, Callable[[int], object]] = {
         "ours": lambda copy: tree_attention(q, scratch, caches[copy], ours, dim**-0.5),
         "gather + SDPA": reference,
-        # The least that any implementation must do.
+        # A lower bound of every implementation.
         "reading the keys and values": lambda copy: caches[copy].view(torch.int32).sum(dtype=torch.int32),
     }
     if with_flex:
         run, note = flex.compiled(segment, q, scratch, caches, dim**-0.5)
         print(f"{name}: FlexAttention {note}", flush=True)
-        runs |= {"gather + FlexAttention": run} if run else {}
+        if run:
+            runs["gather + FlexAttention"] = run
     return Case(
         name=name,
         runs=runs,
@@ -92,54 +106,59 @@ def attention_case(
     )
 
 
-def linear_case(rows: int, out: int, width: int, dtype, device) -> Case:
-    """A matrix product; beside it PyTorch's, and ours with quantized weights."""
+def linear_case(rows: int, out: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """Return a matrix product; the alternatives are PyTorch's, and ours with quantized weights."""
     num_bytes = out * width * dtype.itemsize
     weights = [torch.randn(out, width, dtype=dtype, device=device) for _ in range(copies_of(num_bytes))]
     ours = [FrozenLinear(weight) for weight in weights]
     x = torch.randn(rows, width, dtype=dtype, device=device)
-    runs = {"ours": lambda copy: ours[copy](x), "F.linear": lambda copy: F.linear(x, weights[copy])}
-    if device.type == "cpu" or dtype == torch.bfloat16:  # as `quantize.check` says
+
+    def run(layers: list[FrozenLinear], copy: int) -> torch.Tensor:
+        return layers[copy](x)
+
+    runs: dict[str, Callable[[int], object]] = {"ours": partial(run, ours)}
+    runs["F.linear"] = lambda copy: F.linear(x, weights[copy])
+    if device.type == "cpu" or dtype == torch.bfloat16:  # the condition of `quantize.check`
         for kind in ("int8", "int4"):
             small = [FrozenLinear(quantize(weight, kind)) for weight in weights]
-            runs[kind] = lambda copy, small=small: small[copy](x)
+            runs[kind] = partial(run, small)
     name = f"linear {out}x{width}, {rows} rows"
     return Case(name=name, runs=runs, copies=len(weights), num_bytes=num_bytes, flops=2 * rows * out * width)
 
 
-def small_cases(dtype, device) -> list[Case]:
-    """What surrounds the matrix products, 8 rows of a hidden size of 768."""
-    kind = {"dtype": dtype, "device": device}
+def small_cases(dtype: torch.dtype, device: torch.device) -> list[Case]:
+    """Return the operations between the matrix products, with 8 rows of a hidden size of 768."""
+    kind: dict[str, Any] = {"dtype": dtype, "device": device}
     x, residual, weight = torch.randn(8, 768, **kind), torch.randn(8, 768, **kind), torch.ones(768, **kind)
     gate_up, logits = torch.randn(8, 4096, **kind), torch.randn(8, 32000, device=device)
     cache, scratch = torch.zeros(12, 2, 64, 12, PAGE, 64, **kind), torch.randn(12, 2, 16, 12, 64, **kind)
     slots = torch.tensor([7, -1, 8, -1, -1, 9], device=device)
 
-    def case(name: str, num_bytes: int, ours, reference) -> Case:
-        def forced(_copy: int):
+    def case(name: str, num_bytes: int, run: Callable[[], object]) -> Case:
+        def forced(_copy: int) -> object:
             with backend.forced("reference"):
-                return reference()
+                return run()
 
-        runs = {"ours": lambda _copy: ours(), "reference": forced}
+        runs: dict[str, Callable[[int], object]] = {"ours": lambda _copy: run(), "reference": forced}
         return Case(name=name, runs=runs, copies=1, num_bytes=num_bytes, flops=0)
 
     norm = lambda: add_rms_norm(x, residual, weight, 1e-5)  # noqa: E731
     gate, top = lambda: silu_mul(gate_up), lambda: top_k(logits, 8)
     move = lambda: commit(cache, scratch, slots)  # noqa: E731
-    heat, keys = torch.ones(8, device=device), torch.arange(8, device=device)
-    sampled = lambda: sample(logits, heat, keys, 32000, 0)  # noqa: E731
+    temperature, keys = torch.ones(8, device=device), torch.arange(8, device=device)
+    sample_logits = lambda: sample(logits, temperature, keys, 32000, 0)  # noqa: E731
     moved = 2 * 3 * 12 * 2 * 12 * 64 * dtype.itemsize
     return [
-        case("add_rms_norm 8x768", 3 * x.nbytes, norm, norm),
-        case("silu_mul 8x2048", gate_up.nbytes, gate, gate),
-        case("top_k 8 of 8x32000", logits.nbytes, top, top),
-        case("sample from 8x32000", logits.nbytes, sampled, sampled),
-        case("commit 3 rows, 12 layers", moved, move, move),
+        case("add_rms_norm 8x768", 3 * x.nbytes, norm),
+        case("silu_mul 8x2048", gate_up.nbytes, gate),
+        case("top_k 8 of 8x32000", logits.nbytes, top),
+        case("sample from 8x32000", logits.nbytes, sample_logits),
+        case("commit 3 rows, 12 layers", moved, move),
     ]
 
 
 def measure(case: Case, rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of a call, the alternatives interleaved."""
+    """Return the median seconds of a call, the alternatives interleaved."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     found: dict[str, list[float]] = {name: [] for name in case.runs}
     copies = itertools.cycle(range(case.copies))
@@ -156,7 +175,7 @@ def measure(case: Case, rounds: int, device: torch.device) -> dict[str, float]:
 
 
 def product_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second of a large matrix product."""
+    """Return the FLOP per second of a large matrix product."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(n, n, dtype=dtype, device=device), torch.randn(n, n, dtype=dtype, device=device)
 
@@ -174,17 +193,23 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--heads {args.heads[0]} {args.heads[1]}: the KV heads must divide the query heads")
     dtype, device = DTYPES[args.dtype], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bandwidth, rate = read_bandwidth(device), product_rate(dtype, device)
-    report = {"machine": describe(), "dtype": args.dtype, "threads": torch.get_num_threads(), "cases": {}}
+    report: dict[str, Any] = {
+        "machine": describe(),
+        "dtype": args.dtype,
+        "threads": torch.get_num_threads(),
+        "cases": {},
+    }
     report |= {"read_GBps": round(bandwidth / 1e9, 1), "product_GFLOPps": round(rate / 1e9)}
     print(f"{report['machine']}, {args.dtype}, {report['threads']} threads")
     print(f"reads {report['read_GBps']} GB/s, products {report['product_GFLOPps']} GFLOP/s")
-    print(f"{'case':<46}{'us':>10}{'GB/s':>8}{'GFLOP/s':>9}{'of limit':>9}  beside it")
+    print(f"{'case':<46}{'us':>10}{'GB/s':>8}{'GFLOP/s':>9}{'of limit':>9}  alternatives")
     shapes = itertools.product(args.contexts, args.nodes)
-    cases = (attention_case(c, n, *args.heads, args.head_dim, dtype, device, args.flex) for c, n in shapes)
+    heads, kv_heads = args.heads
+    cases = (attention_case(c, n, heads, kv_heads, args.head_dim, dtype, device, args.flex) for c, n in shapes)
     products = itertools.product((1, 8, 32), ((512, 256), (2304, 768), (4096, 4096)))
-    more = (linear_case(rows, *shape, dtype, device) for rows, shape in products)
+    linear_cases = (linear_case(rows, *shape, dtype, device) for rows, shape in products)
     with torch.inference_mode():
-        for case in itertools.chain(cases, more, small_cases(dtype, device)):
+        for case in itertools.chain(cases, linear_cases, small_cases(dtype, device)):
             seconds = measure(case, args.rounds, device)
             ours = seconds.pop("ours")
             least = max(case.num_bytes / bandwidth, case.flops / rate)
@@ -205,7 +230,12 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--contexts", type=number(1), nargs="+", default=[128, 1000, 4000, 16000])
     parser.add_argument("--nodes", type=number(1, 128), nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--rounds", type=number(1), default=15)
-    parser.add_argument("--flex", action="store_true", default=torch.cuda.is_available(), help="default with a GPU")
+    parser.add_argument(
+        "--flex",
+        action="store_true",
+        default=torch.cuda.is_available(),
+        help="measure FlexAttention too; default on a GPU",
+    )
     return parser
 
 

@@ -1,8 +1,8 @@
-"""What a recorded step is made of: seconds by part, native call by native call on a CPU, kernel by kernel on a GPU."""
+"""Time of a recorded step by part: native calls on a CPU, kernels on a GPU."""
 
 import statistics
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -12,8 +12,8 @@ from euryale.kernels import graph
 from euryale.runtime.step import StepRunner
 from euryale.scheduler.step_plan import StepPlan
 
-STEP = "step"  # the whole
-# Part -> native calls on a CPU, and words in the names of kernels on a GPU.
+STEP = "step"  # the whole step
+# Part -> names of native calls on a CPU, and parts of kernel names on a GPU.
 _PARTS = {
     "products": (("linear_run", "quantized_run"), ("gemm", "gemv", "cutlass", "nvjet", "splitK", "cublas")),
     "attention": (("tree_attention",), ("_attend", "_merge_splits")),
@@ -23,7 +23,7 @@ _PARTS = {
 
 
 def part_of(name: str, on_gpu: bool) -> str:
-    """The part that a native call or a kernel belongs to; "small kernels" for those around the named ones."""
+    """Return the part that a native call or a kernel belongs to; "small kernels" is the rest."""
     for part, names in _PARTS.items():
         if any(word in name for word in names[1]) if on_gpu else name in names[0]:
             return part
@@ -31,12 +31,12 @@ def part_of(name: str, on_gpu: bool) -> str:
 
 
 def _of_recording(recording: graph.Recording, run: Callable[[], object], rounds: int) -> dict[str, float]:
-    """Median seconds by part, and of the whole step, ``run``, in turn with them: the machine's mood meets both."""
+    """Return median seconds by part and of the whole step ``run``, interleaved."""
     found: dict[str, list[float]] = {}
     for _ in range(rounds):
         started = time.perf_counter()
         run()
-        seconds = Counter({STEP: time.perf_counter() - started})
+        seconds = defaultdict(float, {STEP: time.perf_counter() - started})
         for name, spent in recording.time().items():
             seconds[part_of(name, False)] += spent
         for part, spent in seconds.items():
@@ -45,13 +45,13 @@ def _of_recording(recording: graph.Recording, run: Callable[[], object], rounds:
 
 
 def _of_kernels(run: Callable[[], object], rounds: int) -> dict[str, float]:
-    """Mean seconds by part of what ``run`` launches, and of the whole, without the profiler."""
+    """Return mean seconds by part of the kernels that ``run`` launches, and of the whole step without the profiler."""
     torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(rounds):
         run()
     torch.cuda.synchronize()
-    found = Counter({STEP: (time.perf_counter() - started) / rounds})
+    found = defaultdict(float, {STEP: (time.perf_counter() - started) / rounds})
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(rounds):
             run()
@@ -61,21 +61,28 @@ def _of_kernels(run: Callable[[], object], rounds: int) -> dict[str, float]:
     return dict(found)
 
 
+def _measure(recording: graph.Recording | graph.CudaGraph, run: Callable[[], object], rounds: int) -> dict[str, float]:
+    if isinstance(recording, graph.Recording):
+        return _of_recording(recording, run, rounds)
+    return _of_kernels(run, rounds)
+
+
 def parts(runner: StepRunner, plan: StepPlan, rounds: int) -> dict[str, float]:
-    """Seconds by part of a decoding step that ``runner`` has run before, and of all of it (STEP); empty if it is not
-    recorded. The heads are a part of their own, whatever they are made of."""
+    """Return seconds by part of a decoding step that ``runner`` has run before, and of the whole step (STEP).
+
+    The heads are a part of their own. Empty if the step is not recorded.
+    """
     recording = runner.graphs.recording(plan) if runner.graphs else None
     if recording is None:
         return {}
-    device = runner.decoder.shard.group.device
-    on_gpu = device.type == "cuda"
-    run = lambda: runner.run(plan)  # noqa: E731
-    found = _of_kernels(run, rounds) if on_gpu else _of_recording(recording, run, rounds)
+    found = _measure(recording, lambda: runner.run(plan), rounds)
     if plan.segments[0].wants_head_candidates:
+        medusa_heads, device = runner.heads, runner.decoder.shard.group.device
+        assert medusa_heads is not None, "the plan asks for head candidates"
         hidden = torch.zeros(1, runner.decoder.lm_head.in_features, dtype=runner.cache.pages.dtype, device=device)
         rows = torch.zeros(1, dtype=torch.int32, device=device)
-        heads = graph.record(lambda: (runner.heads.candidates(hidden, rows, runner.num_candidates),), device)
-        of_heads = _of_kernels(heads.replay, rounds) if on_gpu else _of_recording(heads, heads.replay, rounds)
+        heads = graph.record(lambda: (medusa_heads.candidates(hidden, rows, runner.num_candidates),), device)
+        of_heads = _measure(heads, heads.replay, rounds)
         del of_heads[STEP]
         found = {part: seconds - of_heads.get(part, 0.0) for part, seconds in found.items()}
         found["heads"] = sum(of_heads.values())

@@ -1,11 +1,12 @@
-"""What quantized weights cost in quality: the loss on held-out code and how often the likeliest token stays the same.
+"""Quality of quantized weights: loss on held-out code, and how often the argmax token is unchanged.
 
 ``python -m euryale.benchmarks.kernels.quantization --model demo/model`` runs windows of the standard library's held-out
-files through the serving decoder itself, once for every quantization, and decodes prompts for the tokens per step.
+files through the serving decoder, once per quantization. It also decodes prompts to measure the tokens per step.
 """
 
 import argparse
 import json
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 
 from euryale.benchmarks import arguments
 from euryale.benchmarks.arguments import number
-from euryale.benchmarks.compare.peers import run_engine
+from euryale.benchmarks.compare.peers import run_engine, steps_of
 from euryale.benchmarks.heads import held_out_windows
 from euryale.benchmarks.prompts import code_prompts
 from euryale.frontend.tokenizer import load_tokenizer
@@ -29,7 +30,7 @@ from euryale.scheduler.step_plan import Segment, StepPlan
 
 @torch.inference_mode()
 def logits_of(engine: Engine, tokens: torch.Tensor) -> torch.Tensor:
-    """Float32 logits [T, vocabulary] of a text as one prompt."""
+    """Return float32 logits [T, vocabulary] of a text, run as one prompt."""
     runner = engine.runner
     size, decoder = runner.cache.page_size, runner.decoder
     segment = Segment(
@@ -49,12 +50,14 @@ def logits_of(engine: Engine, tokens: torch.Tensor) -> torch.Tensor:
 
 def main(args: argparse.Namespace) -> None:
     windows, tokenizer = held_out_windows(args.model), load_tokenizer(args.model)
-    asked = [tokenizer.encode(text) for text in code_prompts(args.prompts)]
-    # Of every window its first document.
-    texts = [windows.tokens[i][windows.documents[i] == windows.documents[i][0]] for i in windows.chosen(args.windows)]
+    prompts = [tokenizer.encode(text) for text in code_prompts(args.prompts)]
+    # The first document of every window.
+    texts = [
+        windows.tokens[i][windows.documents[i] == windows.documents[i][0]] for i in windows.spaced_indices(args.windows)
+    ]
     texts = [torch.from_numpy(text.astype(np.int64)) for text in texts]
-    report: dict = {"dtype": args.dtype, "tokens": sum(map(len, texts)), "variants": {}}
-    likeliest: list[torch.Tensor] = []  # without quantization
+    report: dict[str, Any] = {"dtype": args.dtype, "tokens": sum(map(len, texts)), "variants": {}}
+    argmax: list[torch.Tensor] = []  # without quantization
     for kind in ("none", *args.quantizations):
         engine = Engine(EngineConfig(model=args.model, dtype=args.dtype, quantization=kind), single())
         loss, count, same = 0.0, 0, 0
@@ -63,10 +66,10 @@ def main(args: argparse.Namespace) -> None:
             loss += float(F.cross_entropy(logits, tokens[1:], reduction="sum"))
             count += len(logits)
             if kind == "none":
-                likeliest.append(logits.argmax(dim=1))
-            same += int((logits.argmax(dim=1) == likeliest[i]).sum())
-        round_ = run_engine(engine, asked, args.max_tokens, 1)
-        tokens_per_step = sum(map(len, round_.answers)) / round_.steps
+                argmax.append(logits.argmax(dim=1))
+            same += int((logits.argmax(dim=1) == argmax[i]).sum())
+        round_ = run_engine(engine, prompts, args.max_tokens, 1)
+        tokens_per_step = sum(map(len, round_.answers)) / steps_of(round_)
         found = {"loss": round(loss / count, 4), "same_argmax": round(same / count, 4)}
         report["variants"][kind] = found | {"tokens_per_step": round(tokens_per_step, 3)}
         print(kind, report["variants"][kind], flush=True)
@@ -78,7 +81,7 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     parser.add_argument("--quantizations", nargs="+", choices=QUANTIZATIONS[1:], default=["int8", "int4"])
-    parser.add_argument("--windows", type=number(1), default=64, help="of 512 tokens")
+    parser.add_argument("--windows", type=number(1), default=64, help="windows of 512 tokens")
     parser.add_argument("--prompts", type=number(1), default=16)
     parser.add_argument("--max-tokens", type=number(1), default=128)
     return parser

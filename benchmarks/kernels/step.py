@@ -1,14 +1,15 @@
-"""What a step costs, by the number of its rows and the length of the context, and what it is made of.
+"""Time of a step by its number of rows and the length of the context, and its parts.
 
 ``python -m euryale.benchmarks.kernels.step --model llama-110m --dtype bfloat16`` times whole steps of one request with
-a tree: attention over a context of random keys, verification, commit, Medusa heads. Rounds go through all row counts
-one after the other, so that noise meets them alike; medians. Under torchrun the ranks share the model.
+a tree: attention over random keys, verification, commit and Medusa heads. Each round runs all row counts, so that noise
+affects them alike; reported are medians. Under torchrun the model is sharded over the ranks.
 """
 
 import argparse
 import json
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +29,11 @@ from euryale.scheduler.step_plan import Segment, StepPlan
 
 
 def make_plan(runner: StepRunner, rows: int, context: int) -> StepPlan:
-    """One request whose tree has ``rows`` nodes, five guesses below the root, chains below these; 0: one row and no
-    heads, which is a step of plain decoding."""
+    """Return the plan of one request whose tree has ``rows`` nodes: five draft tokens below the root, and chains below
+    these.
+
+    With 0 ``rows`` it is a plain decoding step: one row and no heads.
+    """
     wants_head_candidates, rows = rows > 0, max(rows, 1)
     parents = np.asarray([max(0, node - 5) for node in range(1, rows)], dtype=np.int32)
     pages = np.random.default_rng(0).permutation(runner.cache.pages.shape[2]).astype(np.int32)
@@ -47,7 +51,7 @@ def make_plan(runner: StepRunner, rows: int, context: int) -> StepPlan:
 
 
 def measure(runner: StepRunner, plans: dict[int, StepPlan], rounds: int) -> dict[int, float]:
-    """Median seconds of a step for every number of rows."""
+    """Return the median seconds of a step for every number of rows."""
     found: dict[int, list[float]] = {rows: [] for rows in plans}
     for plan in plans.values():
         runner.run(plan)
@@ -60,8 +64,8 @@ def measure(runner: StepRunner, plans: dict[int, StepPlan], rounds: int) -> dict
     return {rows: statistics.median(seconds) for rows, seconds in found.items()}
 
 
-def shares(runner: StepRunner, plan: StepPlan, rounds: int) -> dict[str, float]:
-    """Shares of a step by part; what no recorded kernel accounts for is the host's."""
+def fractions(runner: StepRunner, plan: StepPlan, rounds: int) -> dict[str, float]:
+    """Return each part's fraction of a step; "host" is the time outside recorded kernels."""
     found = parts(runner, plan, rounds)
     if not found:
         return {}
@@ -70,11 +74,11 @@ def shares(runner: StepRunner, plan: StepPlan, rounds: int) -> dict[str, float]:
 
 
 def weight_bytes(runner: StepRunner, quantization: str) -> int:
-    """Bytes of the backbone's matrices on this rank, the embedding's rows not counted."""
+    """Return the bytes of the backbone's matrices on this rank, without the embedding."""
     linears = []
     for layer in runner.decoder.layers:
         linears += [layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj]
-    # Of int4: 4 bits, and for every 32 inputs a scale and a zero of 16 each; its lm_head is int8.
+    # int4 has 4 bits, and per 32 inputs a scale and a zero point of 16 bits each; its lm_head is int8.
     whole = 8 * runner.cache.pages.element_size()
     bits, of_head = {"none": (whole, whole), "int8": (8, 8), "int4": (5, 8), "fp8": (8, 8)}[quantization]
     head = runner.decoder.lm_head
@@ -83,8 +87,9 @@ def weight_bytes(runner: StepRunner, quantization: str) -> int:
 
 
 def run(args: argparse.Namespace, group: Group) -> dict:
-    """All contexts of one model; what is printed and returned is the leader's."""
-    dtype, report = DTYPES[args.dtype], {"machine": describe(), "model": args.model, "dtype": args.dtype}
+    """Return the figures of one model for all contexts."""
+    dtype = DTYPES[args.dtype]
+    report: dict[str, Any] = {"machine": describe(), "model": args.model, "dtype": args.dtype}
     report["quantization"] = args.quantization
     bandwidth = read_bandwidth(group.device)
     report |= {"world_size": group.size, "threads": torch.get_num_threads(), "read_GBps": round(bandwidth / 1e9, 1)}
@@ -97,26 +102,26 @@ def run(args: argparse.Namespace, group: Group) -> dict:
         floor = (weight_bytes(runner, args.quantization) + kv) / bandwidth
         found = {}
         for rows, total in seconds.items():
-            of_step = shares(runner, plans[rows], args.rounds)
+            of_step = fractions(runner, plans[rows], args.rounds)
             found[rows] = {
                 "ms": round(total * 1e3, 3),
                 "x_plain": round(total / seconds[0], 3),
                 "x_byte_floor": round(total / floor, 2),
-                "shares": {name: round(part, 4) for name, part in of_step.items()},
+                "fractions": {name: round(part, 4) for name, part in of_step.items()},
             }
         report["contexts"][context] = found
     return report
 
 
 def show(report: dict) -> None:
-    """The table for people."""
+    """Print the table, and the report as JSON."""
     print(f"{report['model']}, {report['dtype']}, quantization {report['quantization']}")
-    print(f"{report['world_size']} ranks, {report['threads']} threads a rank")
+    print(f"{report['world_size']} ranks, {report['threads']} threads per rank")
     print(f"{report['machine']}, reads {report['read_GBps']} GB/s; one request")
     for context, found in report["contexts"].items():
-        print(f"\ncontext {context}\n{'rows':>5}{'ms':>9}{'x plain':>9}{'x floor':>9}  shares of the step, %")
+        print(f"\ncontext {context}\n{'rows':>5}{'ms':>9}{'x plain':>9}{'x floor':>9}  fractions of the step, %")
         for rows, row in found.items():
-            of_step = ", ".join(f"{name} {100 * part:.1f}" for name, part in row["shares"].items())
+            of_step = ", ".join(f"{name} {100 * part:.1f}" for name, part in row["fractions"].items())
             print(f"{rows or 'plain':>5}{row['ms']:>9.3f}{row['x_plain']:>9.2f}{row['x_byte_floor']:>9.2f}  {of_step}")
     print(json.dumps(report))
 

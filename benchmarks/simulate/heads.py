@@ -1,18 +1,20 @@
-"""Answers and what Medusa heads say along them, without a model: drawn from published accuracies, or recorded.
+"""Answers and their head candidates without a model: drawn from published accuracies, or recorded.
 
-**Drawn.** An answer is random tokens; what the heads name is the truth at some rank, and other random tokens. The
-published accuracy of head h at rank r (ranks beyond the fifth go on falling as those before them do) is the mean over
-positions, of which some are easy and some hard: the chance that the head's likeliest token is right at a position is
-``q = low + (1 - low) * Phi(a + SPREAD * z)`` with z standard normal, where ``a`` makes the mean what was published
-(the mean of Phi(a + s z) is Phi(a / sqrt(1 + s^2))) and ``low`` keeps the second token from being likelier than the
-first. What is left over goes to the other ranks in their published proportions. Logits are the logarithms of just
-these chances, so that their softmax is calibrated. Heads hang together: z of a head at a position is a weighted sum
-of three independent ones, of the token it guesses (shared by all heads that guess it, from wherever), of the position
-it guesses from (shared by all heads there), and its own. SPREAD and the weights are assumed; the published 63-guess
-tree comes to 2.45 tokens a step with the published 7B accuracies (independent heads: 2.43; others measured 2.3 to 2.6
-on real text).
+**Drawn.** An answer is a sequence of random tokens. A head's candidates are the true token at some rank, and other
+random tokens. The published accuracy of head h at rank r is the mean over easy and hard positions; ranks beyond the
+fifth are extrapolated. At a position, the probability that the head's top candidate is right is ``q = low + (1 - low) *
+Phi(a + SPREAD * z)`` with z standard normal. The mean of Phi(a + s z) is Phi(a / sqrt(1 + s^2)), and ``a`` is set so
+that the mean of q is the published accuracy. ``low`` keeps the second rank from being more probable than the first. The
+other ranks divide 1 - q in their published proportions. Logits are the logarithms of these probabilities, so that their
+softmax is calibrated.
 
-**Recorded.** Real answers and what real heads named at each of their tokens, from a ``.npz`` (``record_heads.py``).
+Heads are correlated: z is a weighted sum of three independent normal variables. One belongs to the predicted token and
+is common to all heads that predict it. One belongs to the position and is common to all heads there. One belongs to
+head and position. SPREAD and the weights are assumptions. With the published 7B accuracies, the published tree of 63
+draft tokens reaches 2.45 tokens per step (independent heads: 2.43; measured by others on real text: 2.3 to 2.6).
+
+**Recorded.** Answers of a real model and the candidates of its heads at each token, from a ``.npz``
+(``record_heads.py``).
 
 Shape suffixes: L tokens, K heads, R ranks.
 """
@@ -29,14 +31,17 @@ from euryale.scheduler.step_result import HeadCandidates
 
 RANKS = 10
 SPREAD = 1.5
-OF_TOKEN, OF_PLACE = 0.5, 0.25  # shares of the variance
-_STRIDE = 37  # between the wrong tokens that a head names
+TOKEN_VARIANCE, POSITION_VARIANCE = 0.5, 0.25  # fractions of the variance of z
+_STRIDE = 37  # between the ids of a head's wrong candidates
 
 
 @dataclass(frozen=True)
 class Answer:
-    """``prompt`` int32; ``truth`` int32 [L], the answer; ``ids`` int32 and ``logits`` float32 [L + 1, K, R]: what the
-    heads say of the tokens from number n on, once n are known."""
+    """An answer and its head candidates.
+
+    ``prompt`` int32; ``truth`` int32 [L], the answer. ``ids`` int32 and ``logits`` float32 [L + 1, K, R]: candidates of
+    head k for token n + k of the answer once n tokens are known.
+    """
 
     prompt: np.ndarray
     truth: np.ndarray
@@ -44,37 +49,41 @@ class Answer:
     logits: np.ndarray
 
     def head_candidates(self, known: int) -> HeadCandidates:
-        """With so many tokens of the answer known."""
+        """Return the head candidates once ``known`` tokens of the answer are known."""
         return HeadCandidates(self.ids[known], self.logits[known])
 
 
 class Answers(Protocol):
-    """Where answers come from: the same key always gives the same one. ``num_heads``, and ``vocab_size`` tokens."""
+    """A source of answers over ``vocab_size`` tokens with ``num_heads`` heads; a key always gives the same answer."""
 
     num_heads: int
     vocab_size: int
 
-    def make(self, key: int) -> Answer: ...
+    def make(self, key: int) -> Answer:
+        """Return the answer of ``key``."""
+        ...
 
 
 class DrawnAnswers:
-    """Answers whose heads are as accurate as published."""
+    """Random answers whose heads have published accuracies."""
 
     def __init__(
         self, accuracy_KR: np.ndarray, prompts: range, lengths: range, seed: int = 0, vocab: int = 32000
     ) -> None:
-        """``accuracy_KR``: chance of each head's ranks, not cumulated. Lengths in tokens are drawn evenly from the
-        ranges."""
+        """``accuracy_KR``: probability of each rank of each head, not cumulative.
+
+        Lengths in tokens are drawn uniformly from the ranges. ValueError for cumulative accuracies.
+        """
         self.num_heads, self.vocab_size = len(accuracy_KR), vocab
         self._prompts, self._lengths, self._seed = prompts, lengths, seed
         self.accuracy_KR = accuracy_KR
-        top, others_KR = accuracy_KR[:, 0], all_ranks(accuracy_KR)[:, 1:]
+        top, others_KR = accuracy_KR[:, 0], extrapolate_ranks(accuracy_KR)[:, 1:]
         if np.any(top + others_KR.sum(axis=1) >= 1):
             raise ValueError("a head's accuracies add up to 1 or more: give them by rank, not cumulated")
-        self._shares_KR = others_KR / (1 - top)[:, None]
-        self._low = self._shares_KR[:, 0] / (1 + self._shares_KR[:, 0])
+        self._fractions_KR = others_KR / (1 - top)[:, None]
+        self._low = self._fractions_KR[:, 0] / (1 + self._fractions_KR[:, 0])
         means = ((top - self._low) / (1 - self._low)).clip(1e-4, 1 - 1e-4)
-        self._middle = np.array([NormalDist().inv_cdf(m) for m in means]) * math.sqrt(1 + SPREAD**2)
+        self._offsets = np.array([NormalDist().inv_cdf(m) for m in means]) * math.sqrt(1 + SPREAD**2)
 
     def make(self, key: int) -> Answer:
         """See Answers."""
@@ -85,32 +94,36 @@ class DrawnAnswers:
         length, heads = int(rng.integers(self._lengths.start, self._lengths.stop)), self.num_heads
         truth = rng.integers(self.vocab_size, size=length + 1 + heads, dtype=np.int32)
         ahead_LK = np.arange(length + 1)[:, None] + np.arange(heads)
-        of_token, of_place = rng.standard_normal(len(truth)), rng.standard_normal((length + 1, 1))
+        of_token, of_position = rng.standard_normal(len(truth)), rng.standard_normal((length + 1, 1))
         own = rng.standard_normal(ahead_LK.shape)
-        z_LK = math.sqrt(OF_TOKEN) * of_token[ahead_LK] + math.sqrt(OF_PLACE) * of_place
-        z_LK += math.sqrt(1 - OF_TOKEN - OF_PLACE) * own
-        q_LK = self._low + (1 - self._low) * _normal(self._middle + SPREAD * z_LK).clip(0, 1 - 1e-6)
-        chances = np.concatenate([q_LK[..., None], (1 - q_LK)[..., None] * self._shares_KR], axis=2)
-        # The rank of the truth; RANKS, where it is not named.
-        rank_LK = (rng.random((*ahead_LK.shape, 1)) > chances.cumsum(axis=2)).sum(axis=2)
-        wanted = truth[ahead_LK][..., None]
+        z_LK = math.sqrt(TOKEN_VARIANCE) * of_token[ahead_LK] + math.sqrt(POSITION_VARIANCE) * of_position
+        z_LK += math.sqrt(1 - TOKEN_VARIANCE - POSITION_VARIANCE) * own
+        q_LK = self._low + (1 - self._low) * _normal_cdf(self._offsets + SPREAD * z_LK).clip(0, 1 - 1e-6)
+        probabilities = np.concatenate([q_LK[..., None], (1 - q_LK)[..., None] * self._fractions_KR], axis=2)
+        # Rank of the true token; RANKS if it is no candidate.
+        rank_LK = (rng.random((*ahead_LK.shape, 1)) > probabilities.cumsum(axis=2)).sum(axis=2)
+        true_tokens = truth[ahead_LK][..., None]
         ids = (rng.integers(self.vocab_size, size=(*ahead_LK.shape, 1)) + _STRIDE * np.arange(RANKS)) % self.vocab_size
-        ids = np.where(ids == wanted, (ids + 1) % self.vocab_size, ids)
-        ids = np.where(np.arange(RANKS) == rank_LK[..., None], wanted, ids).astype(np.int32)
-        return Answer(prompt, truth[:length], ids, np.log(chances).astype(np.float32))
+        ids = np.where(ids == true_tokens, (ids + 1) % self.vocab_size, ids)
+        ids = np.where(np.arange(RANKS) == rank_LK[..., None], true_tokens, ids).astype(np.int32)
+        return Answer(prompt, truth[:length], ids, np.log(probabilities).astype(np.float32))
 
 
 class RecordedAnswers:
-    """Answers of a real model, each once and then from the first on again."""
+    """Answers of a real model, repeated in order."""
 
     def __init__(self, path: Path) -> None:
-        """``.npz`` of N answers: ``starts`` int64 [N + 1] of each in what follows; ``prompts`` int64 [N], tokens of the
-        prompt, two at least; ``tokens`` int32 [T], prompt and answer; ``ids`` int32 and ``logits`` float16 or float32
-        [T, K, R]: what the heads, run at that token, say of the tokens from two later on; ``vocab_size``."""
+        """Read a ``.npz`` file of N answers with T tokens in all. ValueError if it is not such a file.
+
+        ``starts`` int64 [N + 1]: start of each answer in the following arrays. ``prompts`` int64 [N]: tokens of the
+        prompt, at least two. ``tokens`` int32 [T]: prompts and answers. ``ids`` int32 and ``logits`` float16 or float32
+        [T, K, R]: head candidates at each token, head k's for the token k + 2 positions later. ``vocab_size``: number
+        of tokens.
+        """
         try:
-            with np.load(path, allow_pickle=False) as found:
+            with np.load(path, allow_pickle=False) as arrays:
                 self._file = {
-                    name: found[name] for name in ("starts", "prompts", "tokens", "ids", "logits", "vocab_size")
+                    name: arrays[name] for name in ("starts", "prompts", "tokens", "ids", "logits", "vocab_size")
                 }
         except (OSError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is no recording of heads: {error}. Make one with record_heads") from error
@@ -129,16 +142,16 @@ class RecordedAnswers:
         )
 
 
-def all_ranks(accuracy_KR: np.ndarray) -> np.ndarray:
-    """The same for RANKS ranks, sorted: each beyond the measured ones falls as the last two did in the mean."""
-    found = -np.sort(-accuracy_KR, axis=1)
-    fall = np.sqrt(found[:, -1:] / found[:, -3:-2]).clip(0, 0.95)
-    beyond = found[:, -1:] * fall ** np.arange(1, RANKS + 1 - found.shape[1])
-    return np.concatenate([found, beyond], axis=1)
+def extrapolate_ranks(accuracy_KR: np.ndarray) -> np.ndarray:
+    """Return sorted accuracies [K, RANKS]; ranks beyond the measured ones continue their mean decrease."""
+    arrays = -np.sort(-accuracy_KR, axis=1)
+    decrease = np.sqrt(arrays[:, -1:] / arrays[:, -3:-2]).clip(0, 0.95)
+    beyond = arrays[:, -1:] * decrease ** np.arange(1, RANKS + 1 - arrays.shape[1])
+    return np.concatenate([arrays, beyond], axis=1)
 
 
-def _normal(x: np.ndarray) -> np.ndarray:
-    """The normal distribution's function, to 1e-7 (Abramowitz and Stegun, 26.2.17)."""
+def _normal_cdf(x: np.ndarray) -> np.ndarray:
+    """Return the cumulative normal distribution, to 1e-7 (Abramowitz and Stegun, 26.2.17)."""
     t = 1 / (1 + 0.2316419 * np.abs(x))
     terms = (0.319381530, -0.356563782, 1.781477937, -1.821255978, 1.330274429)
     tail = np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi) * sum(c * t ** (i + 1) for i, c in enumerate(terms))

@@ -1,19 +1,18 @@
-"""How long a step takes on machines that are not here: rooflines of decoder models on one or several H200-class GPUs.
+"""Roofline models of the step time of decoder models on one or several H200-class GPUs.
 
-A step's work is split into products with weights, attention, small kernels and collectives, which come one after the
-other; each takes the longer of its memory traffic and its arithmetic. What the figures rest on:
+A step consists of products with weights, attention, small kernels and collectives, which run one after the other. Each
+takes the longer of its memory traffic and its arithmetic. Sources of the figures:
 
-* NVIDIA's H200 data sheet: 141 GB at 4.8 TB/s, 989 TFLOP/s dense bfloat16. Others' measurements of it: 4.3 TB/s
-  copied and about 790 TFLOP/s in large products; paged decode attention reaches 70 to 90 % of the bandwidth, taken as
-  80 %.
-* All-reduce by NCCL on eight H100 over NVLink as users publish it (ByteDance-Seed/Triton-distributed, issue 57): 19
+* NVIDIA's H200 data sheet: 141 GB at 4.8 TB/s, 989 TFLOP/s dense bfloat16. Published measurements: 4.3 TB/s for copies,
+  about 790 TFLOP/s for large products, and 70 to 90 % of the bandwidth for paged decode attention, taken as 80 %.
+* All-reduce by NCCL on eight H100 over NVLink, as published by users (ByteDance-Seed/Triton-distributed, issue 57): 19
   us for 128 B, 32 us for 1 MiB, 136 us for 16 MiB, taken as 19 us and 144 GB/s.
-* A kernel in a CUDA graph takes about 2 us at least, and about 6 us to be called from Python without one (assumed).
-  Decoding steps are graphs, padded to buckets; steps with prompts are not, and take no less than their calls.
-* The host's part of a step, for which the GPU waits: planning as this simulator's own scheduler took on one core of a
-  shared AMD EPYC (`benchmarks/planning.py`), rounded; 150 us for copying and launching are assumed.
+* A kernel takes at least about 2 us in a CUDA graph, and about 6 us when called from Python (assumed). Decoding steps
+  are graphs, padded to buckets. Steps with prompts are not, and take at least the time of their calls.
+* The host's part of a step, for which the GPU waits: planning as measured with this simulator's scheduler on one core
+  of a shared AMD EPYC (`benchmarks/planning.py`), rounded; 150 us for copies and launches are assumed.
 
-Every figure can be replaced when a machine has been measured.
+Every figure can be replaced by a measurement.
 """
 
 from dataclasses import dataclass
@@ -21,14 +20,14 @@ from dataclasses import dataclass
 from euryale.runtime.step_graphs import bucket
 from euryale.scheduler.step_plan import Segment
 
-_BYTES = 2  # of a bfloat16
-_KERNELS, _SMALL_KERNELS = 11, 6  # of a layer: all, and those with hardly any work
-_PASSES = 12  # of a layer over a row's activations, hidden size each, by small kernels
+_BYTES = 2  # bytes of a bfloat16
+_KERNELS, _SMALL_KERNELS = 11, 6  # kernels of a layer: all, and those bound by latency
+_PASSES = 12  # passes of a layer's small kernels over a row's activations
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A decoder and its Medusa heads, of which each has an lm_head of its own, as published ones do."""
+    """Shape of a decoder with Medusa heads that have their own lm_heads, as published ones do."""
 
     layers: int
     hidden: int
@@ -47,7 +46,11 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """``gpus`` that share one model. Bytes, FLOP and seconds; rates are those of one GPU."""
+    """``gpus`` over which one model is sharded.
+
+    Sizes are in bytes, times in seconds, and rates per second and GPU. ``host_drafting``: the host's time to select
+    draft tokens.
+    """
 
     model: ModelShape
     gpus: int
@@ -62,17 +65,17 @@ class Machine:
     host: float = 150e-6
     host_per_request: float = 6e-6
     host_per_draft_token: float = 0.4e-6
-    host_choosing: float = 80e-6
-    host_choosing_per_request: float = 12e-6
+    host_drafting: float = 80e-6
+    host_drafting_per_request: float = 12e-6
 
     @property
     def kv_bytes(self) -> float:
-        """Of one token, on each GPU."""
+        """Bytes of one token's keys and values on each GPU."""
         model = self.model
         return 2 * model.layers * max(1, model.kv_heads // self.gpus) * model.head_dim * _BYTES
 
     def pages(self, page_size: int, num_medusa: int) -> int:
-        """KV pages in nine tenths of the memory, less the weights and 4 GB of activations."""
+        """Return the KV pages in nine tenths of the memory, less the weights and 4 GB of activations."""
         model = self.model
         lm_head = model.hidden * model.vocab
         weights = model.layers * model.layer_weights + 2 * lm_head + num_medusa * (model.hidden**2 + lm_head)
@@ -80,7 +83,7 @@ class Machine:
         return int(room / self.kv_bytes / page_size)
 
     def seconds(self, segments: list[Segment], num_medusa: int, most_rows: int) -> float:
-        """A step of these segments, from the host's word to the results. ``most_rows`` of any step."""
+        """Return the device's seconds of a step of these segments; ``most_rows``: rows of the largest step."""
         model, rows = self.model, sum(len(s.tokens) for s in segments)
         is_decode = all(s.emits_tokens and s.num_new_tokens == 1 for s in segments)
         requests = sampled = len(segments)
@@ -98,17 +101,17 @@ class Machine:
             device += self._product(num_medusa * model.hidden * model.vocab, requests)
         return device if is_decode else max(device, model.layers * _KERNELS * self.call)
 
-    def host_seconds(self, requests: int, guesses: int, is_choosing: bool) -> float:
-        """What the scheduler adds to a step of so many requests and guesses, chosen for the step or not."""
-        seconds = self.host + self.host_per_request * requests + self.host_per_draft_token * guesses
-        return seconds + is_choosing * (self.host_choosing + self.host_choosing_per_request * requests)
+    def host_seconds(self, requests: int, num_draft_tokens: int, considers_drafts: bool) -> float:
+        """Return the host's seconds of a step; ``considers_drafts``: draft tokens are selected for this step."""
+        seconds = self.host + self.host_per_request * requests + self.host_per_draft_token * num_draft_tokens
+        return seconds + considers_drafts * (self.host_drafting + self.host_drafting_per_request * requests)
 
     def _product(self, weights: float, rows: int) -> float:
-        """Rows times a matrix of so many parameters, shared out."""
+        """Return the seconds of ``rows`` times a matrix of ``weights`` parameters, sharded over the GPUs."""
         return max(_BYTES * weights / self.read, 2 * weights * rows / self.flops) / self.gpus
 
     def _attention(self, segments: list[Segment]) -> float:
-        """Reading each request's context once, or its rows' products with it."""
+        """Return the longer of reading each request's context once and its rows' products with the context."""
         read = 0.0
         per_pair = 4 * self.model.layers * self.model.heads * self.model.head_dim / self.gpus / self.flops
         per_token = self.kv_bytes / self.attention_read

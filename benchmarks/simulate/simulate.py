@@ -1,10 +1,9 @@
-"""Plan what cannot run here: the real scheduler on simulated H200-class GPUs, for many users and several policies.
+"""Simulation of the real scheduler on H200-class GPUs, for many users and several speculation policies.
 
 ``python -m euryale.benchmarks.simulate.simulate --machine 7b --accuracy vicuna_head_accuracy.csv --users 1 8 64 512``
-compares plain decoding, a static tree, a chain and dynamic trees with so many users who ask again as soon as they are
-answered; ``--rates 4 16 --burst 8`` with requests that come so often a second, in bursts. ``--recorded FILE`` takes
-real heads instead of published accuracies. What is simulated how is said in ``simulated_machine`` and
-``simulated_heads``.
+compares plain decoding, a static tree, a chain and dynamic trees. Every user sends the next request when the last one
+is answered. ``--rates 4 16 --burst 8`` has requests arrive at these rates per second, in bursts. ``--recorded FILE``
+takes recorded heads instead of published accuracies. ``machine.py`` and ``heads.py`` describe the models.
 """
 
 import argparse
@@ -17,7 +16,7 @@ import numpy as np
 from euryale.benchmarks import arguments
 from euryale.benchmarks.arguments import number
 from euryale.benchmarks.published_tree import accuracies
-from euryale.benchmarks.simulate.heads import Answers, DrawnAnswers, RecordedAnswers, all_ranks
+from euryale.benchmarks.simulate.heads import Answers, DrawnAnswers, RecordedAnswers, extrapolate_ranks
 from euryale.benchmarks.simulate.machine import MACHINES
 from euryale.benchmarks.simulate.simulation import Load, Setting, Simulation
 from euryale.scheduler import trace
@@ -25,10 +24,10 @@ from euryale.scheduler.speculation.dynamic_drafter import Sources
 from euryale.scheduler.speculation.tree import TreeShape, chain, default_tree, load_tree, search_tree
 
 POLICIES = ("plain", "static", "chain", "dynamic")
-HEADS_OF = {"7b": "7b", "70b": "33b"}  # rows of the accuracies; nobody published any for 70B
+HEADS_OF = {"7b": "7b", "70b": "33b"}  # rows of the accuracies; there are none for 70B
 PROMPTS, LENGTHS = range(64, 257), range(128, 385)
-FEWEST, OF_EACH_USER = 200, 2  # requests of a run
-_COLUMNS = (
+MIN_REQUESTS, REQUESTS_PER_USER = 200, 2  # of a run
+_COLUMNS = [
     "load",
     "policy",
     "tokens/s",
@@ -37,13 +36,15 @@ _COLUMNS = (
     "TTFT p50, p99 ms",
     "TPOT p50, p99 ms",
     "ITL p99 ms",
-)
-_COLUMNS += ("goodput",)
+    "goodput",
+]
 
 
 def measures(simulation: Simulation, ttft: float, tpot: float) -> dict:
-    """What a run came to. Throughput is that of its middle: from a tenth of the way to the moment when the last request
-    came, so that neither an empty nor an emptying machine counts."""
+    """Return the results of a run; ``ttft`` and ``tpot``: limits of goodput, seconds.
+
+    Throughput excludes ramp-up and ramp-down: it is measured from a tenth of the time until the last arrival.
+    """
     timings = list(simulation.timings.values())
     first = np.array([t.ttft for t in timings])
     each = np.array([t.tpot for t in timings])
@@ -67,32 +68,33 @@ def measures(simulation: Simulation, ttft: float, tpot: float) -> dict:
 
 
 def answers_of(args: argparse.Namespace) -> Answers:
+    """Return the answers of --recorded or --accuracy. ValueError if both are missing."""
     if args.recorded:
         return RecordedAnswers(args.recorded)
     if args.accuracy is None:
-        raise ValueError("say how good the heads are: --accuracy FILE.csv or --recorded FILE.npz")
+        raise ValueError("the heads are missing: give --accuracy FILE.csv or --recorded FILE.npz")
     found = accuracies(args.accuracy)
     name = HEADS_OF[args.machine]
     if name not in found:
-        raise ValueError(f"{args.accuracy} has no row {name!r}")
+        raise ValueError(f"{args.accuracy} has no row {name!r}: give another --accuracy or --machine")
     return DrawnAnswers(found[name], PROMPTS, LENGTHS, args.seed)
 
 
 def static_tree(args: argparse.Namespace, answers: Answers) -> TreeShape:
-    """The one asked for, else the best of 63 guesses for drawn heads, or for any."""
+    """Return the tree of --tree; else 63 draft tokens, searched for drawn heads, generic for recorded ones."""
     if args.tree:
         return load_tree(args.tree, answers.num_heads)
     if isinstance(answers, DrawnAnswers):
-        return search_tree(all_ranks(answers.accuracy_KR), 63)
+        return search_tree(extrapolate_ranks(answers.accuracy_KR), 63)
     return default_tree(answers.num_heads, 63)
 
 
 def settings_of(args: argparse.Namespace, answers: Answers, count: int) -> dict[str, Setting]:
-    """By policy."""
+    """Return the setting of every policy."""
     sources = Sources(text=False, traffic=False, context=False)
-    if isinstance(answers, RecordedAnswers):  # an answer that comes twice would be known from the first time
+    if isinstance(answers, RecordedAnswers):  # traffic would know a repeated answer
         sources = Sources(text=False, traffic=count <= len(answers), context=True)
-    trees = {
+    trees: dict[str, TreeShape | str | None] = {
         "plain": None,
         "static": static_tree(args, answers),
         "chain": chain(answers.num_heads),
@@ -100,19 +102,27 @@ def settings_of(args: argparse.Namespace, answers: Answers, count: int) -> dict[
     }
     machine = MACHINES[args.machine]
     if not args.host:
-        names = ("host", "host_per_request", "host_per_draft_token", "host_choosing", "host_choosing_per_request")
-        machine = dataclasses.replace(machine, **dict.fromkeys(names, 0.0))
-    common = {"machine": machine, "answers": answers, "seed": args.seed, "sources": sources}
-    return {name: Setting(tree=trees[name], **common) for name in args.policies}
+        machine = dataclasses.replace(
+            machine,
+            host=0.0,
+            host_per_request=0.0,
+            host_per_draft_token=0.0,
+            host_drafting=0.0,
+            host_drafting_per_request=0.0,
+        )
+    return {
+        name: Setting(machine=machine, answers=answers, tree=trees[name], seed=args.seed, sources=sources)
+        for name in args.policies
+    }
 
 
 def run(args: argparse.Namespace) -> dict:
-    """All policies at all loads; prints a table's rows on the way."""
+    """Run all policies at all loads; prints the table's rows meanwhile."""
     answers = answers_of(args)
-    loads = {f"{n} users": Load(max(args.requests or FEWEST, OF_EACH_USER * n), users=n) for n in args.users}
-    loads |= {f"{r:g}/s": Load(args.requests or FEWEST, rate=r, burst=args.burst) for r in args.rates}
+    loads = {f"{n} users": Load(max(args.requests or MIN_REQUESTS, REQUESTS_PER_USER * n), users=n) for n in args.users}
+    loads |= {f"{r:g}/s": Load(args.requests or MIN_REQUESTS, rate=r, burst=args.burst) for r in args.rates}
     if not loads:
-        raise ValueError("give some load: --users N ... or --rates R ...")
+        raise ValueError("the load is missing: give --users N ... or --rates R ...")
     report: dict = {"machine": args.machine, "seed": args.seed, "host": args.host, "loads": {}}
     print(f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}")
     for name, load in loads.items():
@@ -144,14 +154,15 @@ def _line(load: str, policy: str, row: dict) -> str:
 
 
 def _write_trace(path: Path, simulation: Simulation, name: str) -> None:
-    """As ``--trace`` of a server writes it."""
+    """Append the trace in the format of a server's ``--trace``."""
+    assert simulation.trace is not None, "the simulation keeps its trace"
     with path.open("a", encoding="utf-8") as file:
         for row in ({"trace": trace.VERSION, "simulated": name}, *simulation.trace):
             file.write(json.dumps(row) + "\n")
 
 
 def draw(report: dict, out: Path) -> None:
-    """Throughput and time per token against users, as ``simulated-MACHINE.png``."""
+    """Plot throughput and time per output token against users, as ``simulated-MACHINE.png``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -184,25 +195,23 @@ def main(args: argparse.Namespace) -> None:
 
 def parser_of_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--machine", choices=MACHINES, default="7b", help="7B on one GPU or 70B on eight")
+    parser.add_argument("--machine", choices=MACHINES, default="7b", help="model: 7B on one GPU or 70B on eight")
     parser.add_argument("--accuracy", type=Path, help="CSV of published accuracies by head and rank")
-    parser.add_argument(
-        "--recorded", type=Path, help="recording of real heads, by euryale.benchmarks.simulate.record_heads"
-    )
-    parser.add_argument("--tree", help="JSON of the static tree (default: one of 63 guesses, searched)")
+    parser.add_argument("--recorded", type=Path, help="recording by euryale.benchmarks.simulate.record_heads")
+    parser.add_argument("--tree", help="JSON of the static tree (default: one of 63 draft tokens)")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--users", nargs="+", type=number(1, 1024), default=[])
-    parser.add_argument("--rates", nargs="+", type=float, default=[], help="requests a second")
-    parser.add_argument("--burst", type=float, default=1.0, help="requests that come at once, in the mean (--rates)")
-    parser.add_argument("--requests", type=number(1), help="of each run, at least (default: 200, and 2 of each user)")
-    parser.add_argument("--ttft", type=float, default=500.0, help="milliseconds to the first token that goodput allows")
-    parser.add_argument("--tpot", type=float, default=20.0, help="milliseconds for each further token")
+    parser.add_argument("--rates", nargs="+", type=float, default=[], help="requests per second")
+    parser.add_argument("--burst", type=float, default=1.0, help="mean number of simultaneous arrivals (--rates)")
+    parser.add_argument("--requests", type=number(1), help="minimum requests per run (default: 200, and 2 per user)")
+    parser.add_argument("--ttft", type=float, default=500.0, help="milliseconds to the first token, limit of goodput")
+    parser.add_argument("--tpot", type=float, default=20.0, help="milliseconds per further token, limit of goodput")
     parser.add_argument(
-        "--host", action=argparse.BooleanOptionalAction, default=True, help="count the scheduler's time"
+        "--host", action=argparse.BooleanOptionalAction, default=True, help="include the scheduler's time"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trace", type=Path, help="add all steps to this file, for plot_trace")
-    parser.add_argument("--out", type=Path, help="directory for a picture")
+    parser.add_argument("--trace", type=Path, help="append all steps to this file, for plot_trace")
+    parser.add_argument("--out", type=Path, help="output directory of the plot")
     return parser
 
 

@@ -1,15 +1,16 @@
-"""The real scheduler, step by step, with a machine, a model and a clock that are simulated.
+"""The real scheduler with a simulated machine, model and clock.
 
-A step takes what ``simulated_machine`` says, a little more or less; every tree is walked along the request's hidden
-answer, so that each token comes from the same rules as on a real machine. Measured times go back to the scheduler,
-whose own idea of costs comes from a profile of the same machine, taken by the function that profiles real ones.
+A step takes the time of ``machine.Machine`` with some noise. Every tree is walked along the request's predefined
+answer, with the acceptance rule of greedy decoding. Measured times go back to the scheduler. Its cost profile is taken
+from the same simulated machine, by the function that profiles real machines.
 """
 
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 
@@ -30,13 +31,16 @@ from euryale.scheduler.step_result import RequestOutput, SegmentResult
 from euryale.scheduler.trace import record
 
 PAGE = 16
-_NOISE, _PROFILE_NOISE = 0.02, 0.03  # standard deviations of the logarithm of a step's time
-_HICCUP, _HICCUP_FACTOR = 0.001, 3.0  # how often a step takes how many times as long
+_NOISE, _PROFILE_NOISE = 0.02, 0.03  # standard deviations of the logarithm of step times
+_OUTLIER, _OUTLIER_FACTOR = 0.001, 3.0  # probability of an outlier, and factor on its time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is simulated but for the load. ``tree``: a static tree's shape, "dynamic", or None for no speculation."""
+    """What is simulated, except the load.
+
+    ``tree``: a static tree's shape, "dynamic", or None for no speculation.
+    """
 
     machine: Machine
     answers: Answers
@@ -51,8 +55,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Load:
-    """``count`` requests in all: kept at ``users`` at a time (a closed loop), or, where that is 0, coming at ``rate`` a
-    second in bursts of ``burst`` in the mean (1: a Poisson process)."""
+    """``count`` requests in all.
+
+    A closed loop keeps ``users`` requests running. With 0 ``users``, requests arrive at ``rate`` per second, in bursts
+    of ``burst`` on average (1: a Poisson process). ValueError for an invalid rate or burst.
+    """
 
     count: int
     users: int = 0
@@ -61,10 +68,10 @@ class Load:
 
     def __post_init__(self) -> None:
         if not self.users and not (0 < self.rate < math.inf and 1 <= self.burst < math.inf):
-            raise ValueError(f"requests come at a rate above 0, at least one at once: not {self.rate}, {self.burst}")
+            raise ValueError(f"the rate must be above 0 and the burst at least 1, not {self.rate} and {self.burst}")
 
     def arrivals(self, seed: int) -> Iterator[float]:
-        """Seconds at which requests come in an open loop."""
+        """Yield the arrival times of requests in an open loop, seconds."""
         rng, now = np.random.default_rng([seed, 1]), 0.0
         while True:
             now += rng.exponential(self.burst / self.rate)
@@ -73,7 +80,7 @@ class Load:
 
 @dataclass
 class Timing:
-    """Of one request: when it came, when each delivery of tokens came, and how many tokens in all. Seconds."""
+    """Times of one request in seconds: its ``arrival`` and its ``deliveries``, with ``tokens`` in all."""
 
     arrival: float
     deliveries: list[float] = field(default_factory=list)
@@ -91,8 +98,11 @@ class Timing:
 
 
 class Simulation:
-    """One run; afterwards ``timings`` by request, ``requests``, the steps' ``tokens`` and ``ends``, and, if asked for,
-    ``trace``."""
+    """One run.
+
+    Results: ``timings`` and ``requests`` by key, ``tokens``, ``ends`` and ``host_seconds`` of every step, arrival times
+    ``issued``, and ``trace`` if ``keeps_trace``.
+    """
 
     def __init__(self, setting: Setting, load: Load, keeps_trace: bool = False) -> None:
         self.setting, self.load, self.now = setting, load, 0.0
@@ -102,14 +112,14 @@ class Simulation:
         self.ends: list[float] = []
         self.tokens: list[int] = []
         self.issued: list[float] = []
-        self.host_seconds: list[float] = []  # that the scheduler really took here, by step
+        self.host_seconds: list[float] = []  # measured time of the scheduler, by step
         self._rng = np.random.default_rng([setting.seed, 2])
         self._answers: dict[int, Answer] = {}
         self.limits = make_limits(setting)
         self.scheduler = make_scheduler(setting, self.limits)
 
     def run(self) -> "Simulation":
-        """To the end of the last request."""
+        """Run until the last request ends."""
         arrivals = None if self.load.users else self.load.arrivals(self.setting.seed)
         coming = deque([0.0] * min(self.load.users, self.load.count) if arrivals is None else [next(arrivals)])
         while coming or self.scheduler.has_work:
@@ -129,14 +139,14 @@ class Simulation:
         key = len(self.issued)
         self.issued.append(when)
         answer = self._answers[key] = self.setting.answers.make(key)
-        # The seed tells segments of different requests apart.
+        # The seed identifies the request of a segment.
         params = SamplingParams(max_tokens=len(answer.truth), ignore_eos=True, seed=key)
         self.requests[key] = Request(key=key, prompt=answer.prompt, params=params)
         self.timings[key] = Timing(when)
         self.scheduler.add(self.requests[key])
 
     def _step(self) -> int:
-        """One step; returns how many requests ended in it."""
+        """Run one step; returns the number of requests that ended in it."""
         begun = time.perf_counter()
         planned = self.scheduler.plan(0, 0)
         planning = time.perf_counter() - begun
@@ -154,8 +164,8 @@ class Simulation:
         setting, machine = self.setting, self.setting.machine
         seconds = machine.seconds(planned.plan.segments, setting.answers.num_heads, setting.max_num_batched_tokens)
         seconds *= math.exp(_NOISE * self._rng.standard_normal())
-        if self._rng.random() < _HICCUP:
-            seconds *= _HICCUP_FACTOR
+        if self._rng.random() < _OUTLIER:
+            seconds *= _OUTLIER_FACTOR
         choice, segments = planned.choice, planned.plan.segments
         num_draft_tokens = sum(segment.num_draft_tokens for segment in segments)
         return seconds + machine.host_seconds(
@@ -163,17 +173,18 @@ class Simulation:
         )
 
     def _result(self, segment: Segment) -> SegmentResult:
-        """The longest path of the segment's tree that the hidden answer takes, and the token after it."""
+        """Return the longest path of the segment's tree along the answer, and the token after it."""
         answer, known = self._answers[segment.params.seed], segment.output_index
         root = segment.num_new_tokens - 1
-        guesses = zip(segment.parents.tolist(), segment.tokens[root + 1 :].tolist(), strict=True)
-        children = {guess: node for node, guess in enumerate(guesses, 1)}
-        path, node = [], 0
+        draft_tokens = zip(segment.parents.tolist(), segment.tokens[root + 1 :].tolist(), strict=True)
+        children = {draft: node for node, draft in enumerate(draft_tokens, 1)}
+        path: list[int] = []
+        node = 0
         while children and (node := children.get((node, int(answer.truth[known + len(path)])), 0)):
             path.append(node)
         tokens = answer.truth[known : known + len(path) + 1].tolist()
-        guesses = answer.head_candidates(known + len(tokens)) if segment.wants_head_candidates else None
-        return SegmentResult(tokens=tokens, accepted_nodes=path, head_candidates=guesses)
+        candidates = answer.head_candidates(known + len(tokens)) if segment.wants_head_candidates else None
+        return SegmentResult(tokens=tokens, accepted_nodes=path, head_candidates=candidates)
 
     def _deliver(self, outputs: list[RequestOutput]) -> int:
         ended = 0
@@ -190,7 +201,7 @@ class Simulation:
 
 
 def make_limits(setting: Setting) -> SchedulerLimits:
-    """What the machine's memory allows."""
+    """Return the limits that the machine's memory allows."""
     return SchedulerLimits(
         max_model_len=setting.max_model_len,
         max_num_seqs=setting.max_num_seqs,
@@ -202,8 +213,10 @@ def make_limits(setting: Setting) -> SchedulerLimits:
 
 
 def make_scheduler(setting: Setting, limits: SchedulerLimits) -> Scheduler:
-    """As an engine's leader makes it (``runtime/planning.py``), but that prefixes, being random, are not shared."""
-    costs, drafter = None, None
+    """Return a scheduler as an engine's leader makes it (``runtime/planning.py``), without the prefix cache, because
+    prompts are random."""
+    costs: StepCosts | None = None
+    drafter: Drafter | None = None
     if isinstance(setting.tree, TreeShape):
         drafter = StaticDrafter(setting.tree)
     elif setting.tree == "dynamic":
@@ -218,16 +231,20 @@ def _dynamic(setting: Setting, limits: SchedulerLimits, costs: StepCosts) -> Dra
 
 
 def make_profile(setting: Setting, limits: SchedulerLimits) -> Profile:
-    """What the machine's steps cost, as they would be measured at start."""
+    """Return the profile of the machine's step times, as it would be measured at start."""
     rng = np.random.default_rng([setting.seed, 3])
 
     def seconds(segments: list[Segment]) -> float:
         exact = setting.machine.seconds(segments, setting.answers.num_heads, limits.max_num_batched_tokens)
         return exact * math.exp(_PROFILE_NOISE * rng.standard_normal())
 
-    def choosing(requests: int) -> float:
+    def drafting(requests: int) -> float:
         machine = setting.machine
         return machine.host_seconds(requests, 0, True) - machine.host_seconds(requests, 0, False)
 
     heads = setting.answers.num_heads
-    return profile.measure(seconds, limits, heads, steps=True, time_step=lambda step: step(), time_choice=choosing)
+
+    def time_step(step: Callable[[], object]) -> float:
+        return cast("float", step())
+
+    return profile.measure(seconds, limits, heads, steps=True, time_step=time_step, time_choice=drafting)

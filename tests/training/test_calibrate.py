@@ -1,4 +1,4 @@
-"""Calibration on a tiny backbone: ranks by definition, files that the engine takes, the same on two ranks."""
+"""Calibration on a tiny backbone: ranks by definition, files that the engine reads, the same on two ranks."""
 
 import json
 
@@ -36,8 +36,8 @@ def heads_dir(model_dir, text_file, tmp_path_factory):
 
 
 def options(model_dir, text_file, heads_dir, out, **changes) -> CalibrateOptions:
-    chosen = {"model": model_dir, "data": (text_file,), "heads": heads_dir, "out": str(out), "held_out_percent": 20.0}
-    chosen |= {
+    fields = {"model": model_dir, "data": (text_file,), "heads": heads_dir, "out": str(out), "held_out_percent": 20.0}
+    fields |= {
         "dtype": "float32",
         "nodes": 6,
         "num_prompts": 8,
@@ -46,7 +46,7 @@ def options(model_dir, text_file, heads_dir, out, **changes) -> CalibrateOptions
         "text_windows": 4,
         "length": 64,
     }
-    return CalibrateOptions(**chosen | changes)
+    return CalibrateOptions(**fields | changes)
 
 
 @pytest.fixture(scope="module")
@@ -57,33 +57,33 @@ def calibrated(model_dir, text_file, heads_dir, tmp_path_factory):
     return out, calibrate.run(args, single())
 
 
-def test_ranks_are_places_among_the_sorted_guesses(model_dir, text_file, heads_dir, tmp_path):
+def test_ranks_are_positions_among_the_sorted_logits(model_dir, text_file, heads_dir, tmp_path):
     args = options(model_dir, text_file, heads_dir, tmp_path)
     model = calibrate.make_model(args, single())
     rows = [np.random.default_rng(0).integers(0, VOCAB, n).astype(np.int32) for n in (20, 13)]
     windows = pack(
         [Document(row, np.ones(len(row), bool)) for row in rows], 40, 0
-    )  # both in one window, unseen by the other
+    )  # both in one window, without attention to each other
     along = [part[0] for part in calibrate.rank_windows(model, windows, single())]
     found = [[part[a:b] for part in along] for a, b in ((0, 20), (20, 33))]
     plain = backbone.load_backbone(model_dir, torch.float32)
     heads = Heads.load(heads_dir, model_dir, VOCAB, HIDDEN)
-    for row, (ranks, ids, guesses) in zip(rows, found, strict=True):
+    for row, (ranks, ids, logits) in zip(rows, found, strict=True):
         assert ranks.shape == (len(row), NUM_HEADS)
-        assert ids.shape == guesses.shape == (len(row), NUM_HEADS, NUM_RANKS)
+        assert ids.shape == logits.shape == (len(row), NUM_HEADS, NUM_RANKS)
         with torch.no_grad():
             hidden = plain.model(torch.from_numpy(row.astype(np.int64))[None]).last_hidden_state[0]
             for k, head in enumerate(heads):
-                logits = head(hidden)
+                all_logits = head(hidden)
                 torch.testing.assert_close(
-                    torch.from_numpy(guesses[:, k]), logits.sort(-1, descending=True).values[:, :NUM_RANKS]
+                    torch.from_numpy(logits[:, k]), all_logits.sort(-1, descending=True).values[:, :NUM_RANKS]
                 )
                 torch.testing.assert_close(
-                    logits.gather(1, torch.from_numpy(ids[:, k])), torch.from_numpy(guesses[:, k])
+                    all_logits.gather(1, torch.from_numpy(ids[:, k])), torch.from_numpy(logits[:, k])
                 )
                 for t in range(len(row) - 2 - k):
-                    place = logits[t].argsort(descending=True).tolist().index(int(row[t + 2 + k]))
-                    assert ranks[t, k] == min(place, NUM_RANKS)  # random weights have no ties
+                    rank = all_logits[t].argsort(descending=True).tolist().index(int(row[t + 2 + k]))
+                    assert ranks[t, k] == min(rank, NUM_RANKS)  # random weights have no ties
 
 
 def test_files_beside_the_heads(calibrated):
@@ -100,40 +100,40 @@ def test_files_beside_the_heads(calibrated):
     assert NgramTable.load_text(out, 1 << 20).rows["total"].any()
     assert [row["nodes"] for row in written["dynamic"]] == list(calibrate.DYNAMIC_SIZES)
     assert all(1 <= row["tokens_per_step"] <= 1 + NUM_HEADS for row in written["trees"])
-    assert [row["nodes"] for row in written["compared"]] == [5]  # the guess of a fourth head is cut off
+    assert [row["nodes"] for row in written["compared"]] == [5]  # the fourth head's draft token is cut off
     assert written["compared"][0]["nodes_before_cut"] == 6
     for name in ("tree.png", "accuracy.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_engine_gains_what_the_walk_says(calibrated, model_dir, text_file, heads_dir):
-    """Real decoding of the same answers with the searched tree takes the very steps of the walk, wherever all that the
-    heads guess lies within the answer."""
+def test_the_engine_takes_the_steps_of_the_walk(calibrated, model_dir, text_file, heads_dir):
+    """Real decoding with the searched tree takes the same steps as the walk over the same answers, wherever all heads'
+    targets lie within the answer."""
     out, _ = calibrated
     args = options(model_dir, text_file, heads_dir, out)
     model = calibrate.make_model(args, single())
     documents = load_documents(args, VOCAB)[1]
-    prompts = calibrate.answers.choose_prompts(documents, 8, 12, 256)
+    prompts = calibrate.answers.select_prompts(documents, 8, 12, 256)
     written = calibrate.own_answers(args, prompts, single())
     own, _ = calibrate.measure_answers(args, model, written, single())
     paths = load_tree(out / "tree.json", NUM_HEADS).paths()
     walked = calibrate.tree_search.num_accepted_tokens(own.ranks_SPK, paths)
-    starts = calibrate.tree_search.visited(own, paths)
+    starts = calibrate.tree_search.step_starts(own, paths)
     config = EngineConfig(model=model_dir, medusa=heads_dir, tree=str(out / "tree.json"), dtype="float32")
     found = answer(single(), config, [(p, SamplingParams(max_tokens=16)) for p in prompts])
     assert [row["tokens"] for row in written] == found["outputs"]
     for s, accepted in enumerate(found["tokens_per_step"]):
         wanted = (1 + walked[s][starts[s]]).tolist()
         assert accepted[1 : 1 + len(wanted)] == wanted  # the first step ends the prompt, the last ones the answer
-    assert walked[starts].sum() > 10  # these heads were taught by this backbone: there is something to compare
+    assert walked[starts].sum() > 10  # the heads were trained on this backbone, so that some draft tokens are accepted
 
 
 def test_the_engine_takes_the_steps_of_the_replay(model_dir, text_file, heads_dir, tmp_path):
-    """Real decoding with dynamic trees of a fixed size takes the very steps of recorded answers decoded again, request
-    for request."""
+    """Real decoding with dynamic trees of a fixed size takes the same steps as the replay of the recorded answers,
+    request by request."""
     args = options(model_dir, text_file, heads_dir, tmp_path)
     model = calibrate.make_model(args, single())
-    asked = calibrate.answers.choose_prompts(load_documents(args, VOCAB)[1], 8, 12, 256)
+    asked = calibrate.answers.select_prompts(load_documents(args, VOCAB)[1], 8, 12, 256)
     written = calibrate.own_answers(args, asked, single())
     _, recorded = calibrate.measure_answers(args, model, written, single())
     drafter, taken = DynamicDrafter(NUM_HEADS, 6), []
@@ -150,7 +150,7 @@ def test_the_engine_takes_the_steps_of_the_replay(model_dir, text_file, heads_di
 
 
 def test_two_ranks_measure_the_same(calibrated, ranks, model_dir, text_file, heads_dir, tmp_path):
-    """Sums in another order may move a rank at a tie; of thousands of positions next to none."""
+    """Sums in another order may change ranks at ties, which few of the thousands of positions have."""
     result = ranks(2).run(on_rank, options(model_dir, text_file, heads_dir, tmp_path))[0]
     assert np.abs(np.asarray(result["accuracy"]) - np.asarray(calibrated[1]["accuracy"])).max() < 0.02
     assert result["num_positions"] == calibrated[1]["num_positions"]
@@ -166,7 +166,7 @@ def test_answers_end_at_the_end_of_text(model_dir, text_file, heads_dir, tmp_pat
     model = calibrate.make_model(args, single())
     written = [{"prompt_tokens": [5, 6, 7], "tokens": list(range(10, 10 + n))} for n in (16, 7, 2)]
     measured, _ = calibrate.measure_answers(args, model, written, single())
-    # Position 0 guesses new tokens 1, 2, 3; of 7 tokens the last three are guessed at position 3.
+    # Position 0 predicts new tokens 1, 2, 3; of 7 tokens the last three are predicted at position 3.
     assert measured.valid_SP.sum(axis=1).tolist() == [13, 4, 0]
     assert measured.ranks_SPK.shape == (3, 16, NUM_HEADS)
 
@@ -174,7 +174,7 @@ def test_answers_end_at_the_end_of_text(model_dir, text_file, heads_dir, tmp_pat
 def test_trees_with_unmeasured_ranks_and_too_few_prompts_are_refused(model_dir, text_file, heads_dir, tmp_path):
     (tmp_path / "wide.json").write_text("[[10]]")
     args = options(model_dir, text_file, heads_dir, tmp_path, compare=(str(tmp_path / "wide.json"),))
-    with pytest.raises(ValueError, match="asks for rank 10: ranks below 10 are measured"):
+    with pytest.raises(ValueError, match="uses rank 10 but only ranks below 10 are measured"):
         calibrate.run(args, single())
     asked = tmp_path / "asked.jsonl"
     asked.write_text('{"prompt": "import os"}\n{"prompt": "' + "x = 1 " * 300 + '"}\n')  # the second is too long

@@ -1,4 +1,4 @@
-"""From files to documents: what is read, what is learned from, what is refused."""
+"""Data: how files become documents, what is in the loss mask, and what is refused."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_only_completions_are_learned(tmp_path, tokenizer):
 
 
 def test_generated_answers_are_taken_token_by_token(tmp_path, tokenizer):
-    """No end is added: an answer that was cut off must not be learned as one that ended."""
+    """No end token is added: a truncated answer must not be learned as a complete one."""
     (document,) = documents(
         tmp_path, tokenizer, {"prompt_tokens": [5, 6], "tokens": [7, 8, 9], "text": "x"}, {"error": "too long"}
     )
@@ -50,7 +50,7 @@ def test_generated_answers_are_taken_token_by_token(tmp_path, tokenizer):
 
 
 def test_chats_learn_every_answer(tmp_path, tokenizer):
-    """Tokenized as a whole, which is how the front end does it."""
+    """A chat is tokenized as a whole, as the front end does it."""
     chat = [("user", "one"), ("assistant", "first"), ("user", "two"), ("assistant", "second")]
     messages = [{"role": role, "content": content} for role, content in chat]
     answered, asking = documents(tmp_path, tokenizer, {"messages": messages}, {"messages": messages[:3]})
@@ -59,11 +59,11 @@ def test_chats_learn_every_answer(tmp_path, tokenizer):
     assert tokenizer.decode(answered.tokens[answered.learned]) == "first\nsecond\n"
     assert tokenizer.decode(answered.prompt) == rendered.removesuffix("second\n")
     assert tokenizer.decode(asking.tokens[asking.learned]) == "first\n"
-    assert asking.prompt.tolist() == asking.tokens.tolist()  # it ends with a question
+    assert asking.prompt.tolist() == asking.tokens.tolist()  # the chat ends with a question
 
 
 class Forgetful:
-    """A template that drops the thoughts of every answer but the last, as reasoning models' do."""
+    """A template that drops the reasoning of every answer but the last, as those of reasoning models do."""
 
     chat_template = "x"
 
@@ -92,7 +92,7 @@ def test_a_template_that_changes_the_question_is_refused():
         def apply_chat_template(self, messages, tokenize, add_generation_prompt):
             return f"{len(messages)} messages"
 
-    with pytest.raises(ValueError, match="changes the question"):
+    with pytest.raises(ValueError, match="changes a question after its answer"):
         chat_pieces("", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], Rewriting())
 
 
@@ -104,7 +104,7 @@ def test_a_template_that_changes_the_question_is_refused():
         ('{"question": "x"}', "a row needs text, prompt"),
         ('{"text": 3}', "text must be a string, not int"),
         ('{"prompt_tokens": [1.5]}', "prompt_tokens must be a list of token ids"),
-        ('{"prompt_tokens": [1], "tokens": [384]}', "vocabulary has 384: they were written with another"),
+        ('{"prompt_tokens": [1], "tokens": [384]}', "vocabulary has 384: use data of this model's tokenizer"),
         ('{"messages": [{"content": "x"}]}', "messages must be a list"),
     ],
 )
@@ -126,7 +126,7 @@ def test_other_sources(tmp_path, tokenizer, monkeypatch, few_sources):
 
 
 def test_the_start_token_comes_once_and_the_end_token_last():
-    """A tokenizer that adds special tokens by itself, as Llama's does, and makes every letter a token."""
+    """The tokenizer adds special tokens by itself, as Llama's does; every letter is a token."""
 
     class Adding:
         eos_token_id, is_fast = 99, True

@@ -1,4 +1,4 @@
-"""Answers of the backbone as training data: through the engine, whole after a kill, never of other prompts."""
+"""Distillation: answers come from the engine, are complete after a kill, and belong to the given prompts."""
 
 import json
 
@@ -19,8 +19,8 @@ SIZES = {"num_prompts": 6, "prompt_tokens": 12, "max_tokens": 10, "max_num_seqs"
 
 
 def options(model_dir, text_file, out, **changes) -> DistillOptions:
-    chosen = {"model": model_dir, "data": (text_file,), "out": str(out), "dtype": "float32"}
-    return DistillOptions(**chosen | SIZES | changes)
+    fields = {"model": model_dir, "data": (text_file,), "out": str(out), "dtype": "float32"}
+    return DistillOptions(**fields | SIZES | changes)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_a_killed_run_goes_on_behind_the_last_whole_line(written, model_dir, tex
     lines = written.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:2]) + lines[2][:20])
     summary = distill.run(options(model_dir, text_file, out), single())
-    assert summary["requests"] == 4  # the others were there
+    assert summary["requests"] == 4  # two answers were complete
     assert out.read_text() == written.read_text()
 
 
@@ -89,7 +89,7 @@ def test_other_settings_or_prompts_are_refused(written, model_dir, text_file, tm
 
 
 def test_a_full_disk_is_named(model_dir, text_file):
-    """/dev/full takes no byte."""
+    """Writing to /dev/full always fails."""
     config = EngineConfig(model=model_dir, tree="off")
     prompts = [np.arange(3, 9, dtype=np.int32)]
     with open("/dev/full", "w") as full, pytest.raises(ValueError, match=r"No space left on device\. Make room"):
@@ -98,14 +98,16 @@ def test_a_full_disk_is_named(model_dir, text_file):
 
 def test_prompts_are_the_rows_own_or_pieces_of_text():
     text = [Document(np.arange(n, dtype=np.int32), np.ones(n, bool)) for n in (5, 3, 40)]
-    pieces = answers.choose_prompts(text, 4, 4, 100)
+    pieces = answers.select_prompts(text, 4, 4, 100)
     assert all(len(p) == 4 and (np.diff(p) == 1).all() for p in pieces)
-    assert [int(p[0]) for p in pieces][1:] == [11, 23, 35]  # of the long one; 3 tokens hold no prompt of 4
+    assert [int(p[0]) for p in pieces][1:] == [11, 23, 35]  # from the long one; 3 tokens hold no prompt of 4
     asked = [Document(np.arange(9, dtype=np.int32), np.arange(9) >= 2 + i) for i in range(3)]
-    assert [p.tolist() for p in answers.choose_prompts(asked, 2, 4, 100)] == [[0, 1], [0, 1, 2, 3]]
-    assert [p.tolist() for p in answers.choose_prompts(asked, 9, 4, 3)] == [[0, 1]]  # the others fill the model
-    assert len(answers.choose_prompts([*asked, Document(np.zeros(0, np.int32), np.zeros(0, bool))], 9, 4, 100)) == 3
+    assert [p.tolist() for p in answers.select_prompts(asked, 2, 4, 100)] == [[0, 1], [0, 1, 2, 3]]
+    assert [p.tolist() for p in answers.select_prompts(asked, 9, 4, 3)] == [
+        [0, 1]
+    ]  # the others are too long for the model
+    assert len(answers.select_prompts([*asked, Document(np.zeros(0, np.int32), np.zeros(0, bool))], 9, 4, 100)) == 3
     with pytest.raises(ValueError, match="longer than the model's 2 tokens"):
-        answers.choose_prompts(asked, 4, 4, 2)
+        answers.select_prompts(asked, 4, 4, 2)
     with pytest.raises(ValueError, match="no document has prompts of 50 tokens"):
-        answers.choose_prompts(text, 4, 50, 100)
+        answers.select_prompts(text, 4, 50, 100)

@@ -1,4 +1,4 @@
-"""Targets and losses against their definitions written out position by position."""
+"""Targets and losses against their definitions, position by position."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ VOCAB, HIDDEN = 17, 6
 
 @pytest.fixture
 def batch():
-    """Two windows: three documents with an unlearned start in the first, padding in the second."""
+    """Two windows: three documents, the second of which starts outside the loss mask, and a document with padding."""
     documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1]])
     learned = torch.tensor([[0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0]]).bool()
     tokens = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -19,18 +19,18 @@ def batch():
 
 
 @pytest.mark.parametrize("head", [-1, 0, 1, 3])
-@pytest.mark.parametrize("taught_by", ["text", "backbone"])
-def test_targets_by_definition(batch, head, taught_by):
-    """Head k at t learns token t + 2 + k (the backbone, as head -1, t + 1) if it is learned and of t's document."""
-    choices = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
-    found = losses.next_tokens(batch, choices if taught_by == "backbone" else None)
+@pytest.mark.parametrize("labels", ["text", "backbone"])
+def test_targets_by_definition(batch, head, labels):
+    """Head k at t learns token t + 2 + k if it is in the loss mask and in t's document; head -1 is the backbone."""
+    argmax = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
+    found = losses.next_tokens(batch, argmax if labels == "backbone" else None)
     if head >= 0:
         found = losses.head_targets(found, batch.documents, head)
     for row in range(2):
         for t in range(12):
             wanted, target = losses.IGNORED, t + 2 + head
             if target < 12 and batch.learned[row, target] and batch.documents[row, target] == batch.documents[row, t]:
-                wanted = int(batch.tokens[row, target] if taught_by == "text" else choices[row, target - 1])
+                wanted = int(batch.tokens[row, target] if labels == "text" else argmax[row, target - 1])
             assert found[row, t] == wanted, (row, t)
 
 
@@ -48,27 +48,27 @@ def parts():
 
 def test_sums_by_definition(parts):
     lm_head, x, teacher, targets = parts
-    kept = targets >= 0
-    said, wanted = lm_head(x)[kept].log_softmax(-1), lm_head(teacher)[kept].log_softmax(-1)
+    has_target = targets >= 0
+    student, teacher_logprobs = lm_head(x)[has_target].log_softmax(-1), lm_head(teacher)[has_target].log_softmax(-1)
     found = losses.cross_entropy(lm_head, x, targets, VOCAB)
-    torch.testing.assert_close(found, -said.gather(1, targets[kept][:, None]).sum())
+    torch.testing.assert_close(found, -student.gather(1, targets[has_target][:, None]).sum())
     found = losses.divergence(lm_head, x, teacher, targets, VOCAB)
-    torch.testing.assert_close(found, (wanted.exp() * (wanted - said)).sum())
+    torch.testing.assert_close(found, (teacher_logprobs.exp() * (teacher_logprobs - student)).sum())
     assert losses.divergence(lm_head, x, x, targets, VOCAB).abs() < 1e-5
-    order = lm_head(x)[kept].argsort(-1, descending=True).tolist()
-    ranks = [row.index(int(t)) for row, t in zip(order, targets[kept], strict=True)]
-    assert losses.hits(lm_head, x, targets, VOCAB).tolist() == [ranks.count(r) for r in range(losses.TOP_RANKS)]
-    assert torch.equal(losses.choices(lm_head, x, VOCAB), lm_head(x).argmax(-1))
+    order = lm_head(x)[has_target].argsort(-1, descending=True).tolist()
+    ranks = [row.index(int(t)) for row, t in zip(order, targets[has_target], strict=True)]
+    assert losses.count_ranks(lm_head, x, targets, VOCAB).tolist() == [ranks.count(r) for r in range(losses.TOP_RANKS)]
+    assert torch.equal(losses.argmax_tokens(lm_head, x, VOCAB), lm_head(x).argmax(-1))
 
 
 def test_chunks_change_neither_losses_nor_gradients(parts, monkeypatch):
-    """Chunks add up sums in another order: the last bits of float32 may differ, 1e-6 of values around 10."""
+    """Chunks add sums in another order, which changes the last bits of float32: 1e-6 of values around 10."""
     lm_head, x, teacher, targets = parts
     functions = {
         "cross_entropy": lambda x: losses.cross_entropy(lm_head, x, targets, VOCAB),
         "divergence": lambda x: losses.divergence(lm_head, x, teacher, targets, VOCAB),
-        "hits": lambda x: losses.hits(lm_head, x, targets, VOCAB),
-        "choices": lambda x: losses.choices(lm_head, x, VOCAB),
+        "hits": lambda x: losses.count_ranks(lm_head, x, targets, VOCAB),
+        "argmax_tokens": lambda x: losses.argmax_tokens(lm_head, x, VOCAB),
     }
     found = {}
     for chunk in (1 << 26, 4 * VOCAB):

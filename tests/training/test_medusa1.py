@@ -1,4 +1,4 @@
-"""Medusa-1 end to end on a tiny backbone: what it writes is what the engine serves."""
+"""Medusa-1 end to end on a tiny backbone: the engine serves the written heads."""
 
 import csv
 import dataclasses
@@ -32,8 +32,8 @@ HIDDEN, VOCAB = 32, 384
 
 
 def options(model_dir, text_file, out, **changes) -> Medusa1Options:
-    chosen = {"model": model_dir, "data": (text_file,), "out": str(out), "held_out_percent": 20.0, "lr": 3e-3}
-    return Medusa1Options(**chosen | SIZES | {"warmup_steps": 2, "precision": "float32"} | changes)
+    fields = {"model": model_dir, "data": (text_file,), "out": str(out), "held_out_percent": 20.0, "lr": 3e-3}
+    return Medusa1Options(**fields | SIZES | {"warmup_steps": 2, "precision": "float32"} | changes)
 
 
 def weights(out) -> dict:
@@ -93,12 +93,12 @@ def test_second_layout_shares_the_lm_head(model_dir, text_file, tmp_path):
 def test_training_can_start_from_trained_heads(trained, model_dir, text_file, tmp_path):
     out, report = trained
     found = medusa1.run(options(model_dir, text_file, tmp_path, heads=str(out)), single())
-    # Written in bfloat16, so not the same to the last bits: 8 bits of mantissa move a loss of some nats by under 1 %.
+    # The heads were rounded to bfloat16: 8 bits of mantissa change a loss of a few nats by less than 1 %.
     assert found["first"]["head_losses"] == pytest.approx(report["head_losses"], rel=1e-2)
 
 
 def run_until_killed(args: Medusa1Options) -> None:
-    """A real process that is killed once its first checkpoint is whole."""
+    """Run the training in a process that is killed after its first checkpoint."""
     flags = []
     for name, value in dataclasses.asdict(args).items():
         flag = f"--{name.replace('_', '-')}"
@@ -119,7 +119,7 @@ def run_until_killed(args: Medusa1Options) -> None:
 
 
 def test_a_killed_training_goes_on_as_if_undisturbed(model_dir, text_file, tmp_path):
-    """Bit for bit the weights of the run that was left alone, and every step once in the log."""
+    """The weights equal those of an uninterrupted run bit for bit, and the log holds every step once."""
     whole = options(model_dir, text_file, tmp_path / "whole", tokens=64 * 2 * 40.0)
     killed = dataclasses.replace(whole, out=str(tmp_path / "killed"))
     run_until_killed(killed)
@@ -144,8 +144,10 @@ def on_rank(group, args, chunk=1 << 26):
 
 @pytest.mark.parametrize("chunk", [1 << 26, 50 * VOCAB])
 def test_two_ranks_train_as_one(trained, ranks, model_dir, text_file, tmp_path, chunk):
-    """The same windows in the same steps, half of them on each rank, with losses in one piece or in chunks that are
-    computed twice. Sums are taken in another order, 1e-6 of a loss, which eight steps of AdamW may blow up."""
+    """Each rank has half of the windows, with losses in one piece or in recomputed chunks.
+
+    Sums in another order change a loss by 1e-6, which eight steps of AdamW may amplify.
+    """
     args = options(model_dir, text_file, tmp_path, batch=1)
     reports = ranks(2).run(on_rank, args, chunk)
     one = trained[1]
@@ -173,7 +175,7 @@ def test_stored_hidden_states_train_the_same_heads(trained, model_dir, text_file
     assert report["head_losses"] == pytest.approx(trained[1]["head_losses"], rel=1e-4)
     assert re.search(r"hidden states: 0\.0\d GB in .* GB free", caplog.text)
     assert (tmp_path / "hidden_states.bin").stat().st_size % (64 * HIDDEN * 4) == 0
-    # What is complete is used again; of other data it is not.
+    # A complete file is reused, unless the data differ.
     fills = []
     monkeypatch.setattr(StoredHiddenStates, "_fill", lambda self, training: fills.append(len(training.windows)))
     shutil.rmtree(tmp_path / "state")
@@ -197,9 +199,9 @@ def test_hidden_states_that_do_not_fit_are_refused(model_dir, text_file, tmp_pat
 def test_an_int8_backbone_is_smaller_and_good_enough(trained, model_dir, text_file, tmp_path):
     report = medusa1.run(options(model_dir, text_file, tmp_path, quantize="int8"), single())
     whole = backbone.load_backbone(model_dir, None)
-    # Two bytes a weight become one; of this tiny backbone the embedding, which stays, is a half.
+    # Two bytes per weight become one, except in the embedding, which is half of this tiny backbone.
     assert report["backbone_bytes"] < 0.85 * backbone.size_in_bytes(whole) == 0.85 * trained[1]["backbone_bytes"]
-    # Weights are off by up to 1/254 of a row's largest, so hidden states by about 1 %; heads feel that a little.
+    # Weights change by up to 1/254 of a row's largest, which changes hidden states by about 1 %.
     assert report["head_losses"] == pytest.approx(trained[1]["head_losses"], rel=0.03)
     with pytest.raises(ValueError, match="int4 needs a CUDA GPU"):
         backbone.quantize(whole, "int4", torch.device("cpu"))
@@ -209,7 +211,7 @@ def test_an_int8_backbone_is_smaller_and_good_enough(trained, model_dir, text_fi
     ("changes", "message"),
     [
         ({"length": 4}, r"3 heads look 4 tokens ahead and windows have 4: raise --length"),
-        ({"length": 512}, "more than the 256 tokens"),
+        ({"length": 512}, "exceeds the model's 256 positions"),
         ({"data": ("nowhere",)}, "there is no file nowhere"),
         ({"held_out_percent": 0.0}, "none is held out"),
         ({"model": "nowhere"}, "holds no config.json"),
@@ -233,11 +235,11 @@ def test_a_diverging_training_is_stopped(model_dir, text_file, tmp_path):
 
 
 def test_another_training_in_the_same_place_is_refused(trained, model_dir, text_file):
-    with pytest.raises(ValueError, match=r"other settings \(--lr\): give these, or another --out"):
+    with pytest.raises(ValueError, match=r"other settings \(--lr\): give those, or another --out"):
         medusa1.run(options(model_dir, text_file, trained[0], lr=1e-2), single())
     with pytest.raises(ValueError, match=r"\(--batch times --accumulate times ranks\)"):
         medusa1.run(options(model_dir, text_file, trained[0], batch=1), single())
-    # As many windows a step, cut otherwise: the same training, which is done.
+    # The same number of windows per step in other batches: the same training, which is complete.
     assert medusa1.run(options(model_dir, text_file, trained[0], batch=1, accumulate=2), single())["steps"] == 8
 
 

@@ -1,4 +1,4 @@
-"""Medusa-2 on a tiny backbone: both learn, the merged checkpoint is one that transformers and the engine read."""
+"""Medusa-2 on a tiny backbone: both parts learn, and transformers and the engine read the merged checkpoint."""
 
 import json
 from pathlib import Path
@@ -23,9 +23,9 @@ HIDDEN, VOCAB = 32, 384
 
 
 def options(model_dir, text_file, out, **changes) -> Medusa2Options:
-    chosen = {"model": model_dir, "data": (text_file,), "out": str(out), "held_out_percent": 20.0, "lr": 1e-3}
-    chosen |= {"warmup_steps": 2, "precision": "float32", "head_warmup_steps": 4, "stage_one_lr": 3e-3}
-    return Medusa2Options(**chosen | SIZES | changes)
+    fields = {"model": model_dir, "data": (text_file,), "out": str(out), "held_out_percent": 20.0, "lr": 1e-3}
+    fields |= {"warmup_steps": 2, "precision": "float32", "head_warmup_steps": 4, "stage_one_lr": 3e-3}
+    return Medusa2Options(**fields | SIZES | changes)
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +37,14 @@ def trained(model_dir, text_file, tmp_path_factory):
 def test_both_learn_and_stage_one_comes_first(trained):
     out, report = trained
     stage_one = json.loads((out / "stage-one" / "report.json").read_text())
-    # The same heads, but for their rounding to the bfloat16 of the files between the stages.
+    # The same heads, rounded to bfloat16 in the files between the stages.
     assert report["first"]["head_losses"] == pytest.approx(stage_one["head_losses"], rel=1e-2)
     assert sum(report["head_losses"]) < sum(report["first"]["head_losses"])
     assert report["backbone_loss"] < report["first"]["backbone_loss"]
 
 
 def test_merged_checkpoint_serves(trained):
-    """transformers reads the backbone, the engine both: greedy answers are transformers'."""
+    """transformers reads the backbone and the engine both parts; their greedy answers are equal."""
     out, _ = trained
     read = medusa_checkpoint.load_heads("", checkpoint.Checkpoint(str(out)), HIDDEN, VOCAB)
     assert (read.num_heads, read.num_layers, len(read.lm_heads)) == (3, 1, 3)
@@ -64,7 +64,7 @@ def config_of(out) -> dict:
 
 
 def test_self_distillation_with_adapters_keeps_the_backbone(trained, model_dir, text_file, tmp_path):
-    """At the start the student is the teacher; what is merged is the backbone with the adapters written beside it."""
+    """At the start student and teacher are equal. The merged weights are the backbone with the written adapters."""
     args = options(
         model_dir,
         text_file,
@@ -80,16 +80,16 @@ def test_self_distillation_with_adapters_keeps_the_backbone(trained, model_dir, 
     assert report["backbone_loss"] == pytest.approx(before, rel=0.01)
     assert sum(report["head_losses"]) < sum(report["first"]["head_losses"])
     rows = (tmp_path / "log.csv").read_text().splitlines()[2:]
-    assert float(rows[0].split(",")[3]) == pytest.approx(0, abs=1e-5)  # the divergence of the first step
+    assert float(rows[0].split(",")[3]) == pytest.approx(0, abs=1e-5)  # divergence in the first step
     tokens = torch.arange(3, 40)[None]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     plain = backbones.load_backbone(model_dir, torch.float32)
-    adapted = backbones.library("peft").PeftModel.from_pretrained(plain, tmp_path / "adapters")
+    adapted = backbones.import_library("peft").PeftModel.from_pretrained(plain, tmp_path / "adapters")
     with torch.no_grad():
         wanted, found = adapted(tokens).logits, merged(tokens).logits
         with adapted.disable_adapter():
             unchanged = adapted(tokens).logits
-    # The merged weights are rounded to bfloat16, 8 bits: next to the logits' own size that is little.
+    # The merged weights are rounded to bfloat16, whose 8 bits of mantissa change logits by less than 2 %.
     assert (found - wanted).norm() < 0.02 * wanted.norm()
     assert (unchanged - wanted).norm() > 0
 
@@ -121,8 +121,11 @@ def on_rank_until_the_first_checkpoint(group, args):
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_two_ranks_train_as_one(trained, ranks, model_dir, text_file, tmp_path, lora_rank):
-    """Shards of FSDP on two ranks, the same windows per step: losses differ by the order of float32 sums, blown up by
-    AdamW's first steps, which are as large for a tiny gradient as for any other."""
+    """Two ranks with FSDP run the same windows per step.
+
+    Losses differ by the order of float32 sums, amplified by AdamW's first steps, which are equally large for small
+    gradients.
+    """
     changes = {"heads": str(trained[0] / "stage-one"), "lora_rank": lora_rank, "self_distill": lora_rank > 0}
     two, one = tmp_path / "two", tmp_path / "one"
     reports = ranks(2).run(on_rank, options(model_dir, text_file, two, batch=1, **changes))
@@ -140,7 +143,7 @@ def test_two_ranks_do_both_stages(ranks, model_dir, text_file, tmp_path):
 
 
 def test_two_ranks_go_on_as_if_undisturbed(trained, ranks, model_dir, text_file, tmp_path):
-    """Stopped at the first checkpoint and started again, and once in one go: the same bits."""
+    """A training that is stopped at its first checkpoint and resumed gives the bits of an uninterrupted one."""
     changes = {"heads": str(trained[0] / "stage-one"), "batch": 1, "checkpoint_steps": 4}
     resumed, whole = (options(model_dir, text_file, tmp_path / name, **changes) for name in ("resumed", "whole"))
     ranks(2).run(on_rank_until_the_first_checkpoint, resumed)
@@ -171,11 +174,11 @@ def test_head_weight_rises(model_dir, text_file, tmp_path):
 
 
 def test_self_distillation_needs_adapters(model_dir, text_file, tmp_path):
-    with pytest.raises(ValueError, match="need --lora-rank"):
+    with pytest.raises(ValueError, match="need adapters: give --lora-rank"):
         options(model_dir, text_file, tmp_path, self_distill=True)
 
 
 def test_heads_of_another_size_are_refused(trained, model_dir, text_file, tmp_path):
     args = options(model_dir, text_file, tmp_path, heads=str(trained[0] / "stage-one"), num_heads=2)
-    with pytest.raises(ValueError, match="say --num-heads 3 --num-layers 1"):
+    with pytest.raises(ValueError, match="give --num-heads 3 --num-layers 1"):
         medusa2.run(args, single())

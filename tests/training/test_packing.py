@@ -1,4 +1,4 @@
-"""Windows lose no token, cut no document that fits, and come in an order that can be resumed."""
+"""Packing: windows lose no token and cut no document that fits, and their order can be resumed."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ PADDING = 1
 
 
 def make_documents(lengths: list[int]) -> list[Document]:
-    """Every token is another number, so that it can be found again."""
+    """Return documents of these lengths in which every token has a different id."""
     starts = np.cumsum([10, *lengths])
     return [
         Document(np.arange(s, s + n, dtype=np.int32), np.ones(n, dtype=bool))

@@ -1,4 +1,4 @@
-"""Static trees against their definitions, on made-up ranks."""
+"""Static trees against their definitions, on synthetic ranks."""
 
 import itertools
 import json
@@ -11,8 +11,8 @@ from euryale.training import tree_search
 from euryale.training.tree_search import NUM_RANKS, Continuations
 
 
-def made_up_ranks(count: int = 4000) -> np.ndarray:
-    """Dependent heads: all right together or each of them badly."""
+def synthetic_ranks(count: int = 4000) -> np.ndarray:
+    """Return ranks of dependent heads: all are right together, or each is mostly wrong."""
     rng = np.random.default_rng(0)
     easy = rng.random((count, 1)) < 0.4
     hard = rng.integers(0, NUM_RANKS + 1, (count, 3))
@@ -21,8 +21,8 @@ def made_up_ranks(count: int = 4000) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [1, 3, 6])
 def test_joint_tree_is_the_best_tree(size):
-    """Without smoothing the greedy order reaches the best expected length of all trees, found by trying them all."""
-    ranks = np.minimum(made_up_ranks()[:, :2], 3)
+    """Without smoothing, the greedy order reaches the best expected length of all trees, found by enumeration."""
+    ranks = np.minimum(synthetic_ranks()[:, :2], 3)
     ranks = np.where(ranks == 3, NUM_RANKS, ranks)
     nodes = [[a] for a in range(3)] + [[a, b] for a in range(3) for b in range(3)]
     closed = (t for t in itertools.combinations(nodes, size) if all([n[0]] in t for n in t))
@@ -32,10 +32,10 @@ def test_joint_tree_is_the_best_tree(size):
 
 
 def test_joint_tree_order(tmp_path):
-    ranks = made_up_ranks()
+    ranks = synthetic_ranks()
     order = tree_search.search_joint_tree(ranks, 40)
     (tmp_path / "tree.json").write_text(json.dumps(order))
-    assert load_tree(tmp_path / "tree.json", 3).paths() == order  # parents first, none twice, none added
+    assert load_tree(tmp_path / "tree.json", 3).paths() == order  # parents first, no duplicates, nothing added
     gains = np.diff([tree_search.num_accepted_tokens(ranks, order[:n]).mean() for n in range(20)])
     # Smoothing may swap neighbours whose counts differ by less than the prior's weight.
     assert (np.diff(gains) < 64 / len(ranks)).all()
@@ -58,7 +58,7 @@ def test_tokens_per_step_walks_the_answers():
 
 
 def test_walked_tree_is_no_worse_where_steps_start():
-    """Guesses that come in long easy runs: most positions are easy, most steps start at the hard ones between."""
+    """Ranks come in long easy runs: most positions are easy, but most steps start at the hard ones."""
     rng = np.random.default_rng(0)
     hard = np.arange(60) % 4 == 0
     ranks = np.where(hard[None, :, None], rng.integers(1, 4, (50, 60, 3)), 0)
@@ -67,7 +67,7 @@ def test_walked_tree_is_no_worse_where_steps_start():
     walked = tree_search.search_walked_tree(measured, 4)
     assert len(walked) == 4
     assert tree_search.tokens_per_step(measured, walked) >= tree_search.tokens_per_step(measured, everywhere)
-    starts = tree_search.visited(measured, walked)
+    starts = tree_search.step_starts(measured, walked)
     assert starts[:, 0].all()
     lengths = tree_search.num_accepted_tokens(ranks, walked)
     for row, accepted in zip(starts, lengths, strict=True):
@@ -87,7 +87,7 @@ PUBLISHED = [
 
 @pytest.mark.parametrize("size", [1, 7, 63])
 def test_no_other_tree_expects_more_of_the_published_accuracies(size):
-    """A searched tree's expectation is the sum of the largest products there are, each a path's."""
+    """The expectation of a searched tree is the sum of the largest path products."""
     accuracy = np.diff(np.asarray(PUBLISHED) / 100, axis=1, prepend=0)
     paths = search_tree(accuracy, size).paths()
     products = [
@@ -100,9 +100,9 @@ def test_no_other_tree_expects_more_of_the_published_accuracies(size):
     assert TreeShape.from_paths(paths).num_draft_tokens == size
 
 
-def test_survival_of_a_trees_guesses_adds_up_to_its_length():
+def test_acceptance_probabilities_add_up_to_the_accepted_length():
     rng = np.random.default_rng(0)
     measured = Continuations(np.minimum(rng.geometric(0.5, (40, 60, 3)) - 1, NUM_RANKS), np.ones((40, 60), dtype=bool))
     paths = tree_search.search_walked_tree(measured, 8)
-    shares = tree_search.acceptance_probability(measured, paths)
-    assert 1 + sum(shares) == pytest.approx(tree_search.tokens_per_step(measured, paths))
+    probabilities = tree_search.acceptance_probability(measured, paths)
+    assert 1 + sum(probabilities) == pytest.approx(tree_search.tokens_per_step(measured, paths))

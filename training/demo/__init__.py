@@ -1,1 +1,1 @@
-"""What only builds the demo checkpoint."""
+"""The build of the demo checkpoint."""

@@ -1,14 +1,16 @@
-"""Rebuild the whole demo checkpoint: backbone, Medusa-1, Medusa-2, calibrated tree, model card.
+"""Build of the whole demo checkpoint: backbone, Medusa-1, Medusa-2, calibrated tree, model card.
 
-A stage whose output is already in ``DIR/work`` is skipped, and a killed one goes on at its last checkpoint when the
-same command is given again. ``DIR/work`` is no part of the result: remove it when all is done.
+A stage whose output exists in ``DIR/work`` is skipped, and an interrupted stage continues from its last checkpoint when
+the command is repeated. ``DIR/work`` is not part of the result and can be removed.
 """
 
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from euryale.client.rules import number, whole
 from euryale.parallel.group import Group
@@ -31,7 +33,7 @@ from euryale.training.options import (
 )
 
 MAX_BYTES = 24_000_000
-RESULT = (
+COPIED = (
     "config.json",
     "model.safetensors",
     "tokenizer.json",
@@ -43,12 +45,12 @@ RESULT = (
     "tree.png",
     "accuracy.png",
 )
-WRITTEN = ("generation_config.json", "README.md")
+GENERATED = ("generation_config.json", "README.md")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """The demo checkpoint from nothing but the standard library's source. The defaults make the committed one."""
+    """The demo checkpoint, built from the standard library's source. The defaults build the committed one."""
 
     out: str = flag("", "directory of the checkpoint", OUTPUT, required=True)
     vocab_size: int = flag(
@@ -79,35 +81,46 @@ class DemoOptions:
 
     @property
     def work(self) -> Path:
+        """Directory of the stages' output."""
         return Path(self.out, "work")
 
     def for_backbone(self) -> PretrainOptions:
+        """Return the options of the backbone's training."""
         names = ("vocab_size", "hidden_size", "num_layers", "tokens", "polish_steps", "batch", "compile")
         shared = {name: getattr(self, name) for name in names}
         return PretrainOptions(out=str(self.work / "backbone"), length=2 * self.length, **shared)
 
-    def _from_backbone(self, out: str) -> dict:
+    def _from_backbone(self, out: str) -> dict[str, Any]:
         return {"model": str(self.work / "backbone"), "out": str(self.work / out)}
 
-    def _training(self) -> dict:
+    def _training(self) -> dict[str, Any]:
         names = ("length", "batch", "num_heads", "compile")
         of_heads = {"num_layers": self.head_layers, "shared_lm_head": True}
         return {"data": (STANDARD_LIBRARY,)} | of_heads | {name: getattr(self, name) for name in names}
 
     def for_heads(self) -> Medusa1Options:
+        """Return the options of Medusa-1."""
         return Medusa1Options(**self._from_backbone("heads"), **self._training(), tokens=self.heads_tokens, lr=3e-3)
 
     def for_joint(self) -> Medusa2Options:
-        recipe = {"tokens": self.joint_tokens, "lr": 3e-4, "heads": self.for_heads().out}
-        return Medusa2Options(**self._from_backbone("joint"), **self._training(), **recipe)
+        """Return the options of Medusa-2."""
+        fields = self._from_backbone("joint") | self._training()
+        return Medusa2Options(**fields, tokens=self.joint_tokens, lr=3e-4, heads=self.for_heads().out)
 
     def for_tree(self) -> CalibrateOptions:
+        """Return the options of the calibration."""
         joint = self.for_joint().out
-        sizes = {"nodes": self.nodes, "num_prompts": self.calibration_prompts, "length": self.length}
-        return CalibrateOptions(model=joint, data=(STANDARD_LIBRARY,), dtype="float32", **sizes)
+        return CalibrateOptions(
+            model=joint,
+            data=(STANDARD_LIBRARY,),
+            dtype="float32",
+            nodes=self.nodes,
+            num_prompts=self.calibration_prompts,
+            length=self.length,
+        )
 
     def command(self) -> str:
-        """The command line that repeats this."""
+        """Return the command that reproduces the build."""
         default = DemoOptions(out=self.out)
         names = [f.name for f in dataclasses.fields(self) if f.name not in ("out", "compile")]
         changed = [n for n in names if getattr(self, n) != getattr(default, n)]
@@ -117,9 +130,9 @@ class DemoOptions:
 
 
 def assemble(args: DemoOptions) -> None:
-    """Copy the result out of ``work`` and write what comes on top."""
+    """Copy the result from ``work`` and add the generation defaults and the model card."""
     out, joint = Path(args.out), Path(args.for_joint().out)
-    for name in RESULT:
+    for name in COPIED:
         shutil.copyfile(joint / name, out / name)
     config = json.loads((out / "config.json").read_text())
     end = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
@@ -136,28 +149,28 @@ def assemble(args: DemoOptions) -> None:
 
 
 def check_size(directory: Path) -> int:
-    """Bytes of the finished checkpoint; ValueError if a file is missing or it is too large to be committed."""
-    names = (*RESULT, *WRITTEN)
+    """Return the bytes of the finished checkpoint. ValueError if a file is missing or the total exceeds MAX_BYTES."""
+    names = (*COPIED, *GENERATED)
     if missing := [name for name in names if not (directory / name).is_file()]:
         raise ValueError(f"{directory} is incomplete, {', '.join(missing)} missing: run the command again")
     size = sum((directory / name).stat().st_size for name in names)
     if size > MAX_BYTES:
-        raise ValueError(f"{directory} weighs {size / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:.0f}: lower the sizes")
+        raise ValueError(f"{directory} has {size / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:.0f}: lower the sizes")
     return size
 
 
 def run(args: DemoOptions, group: Group) -> dict:
-    """Run the stages whose output is missing; returns the result's place and size."""
+    """Run the stages without output and return the directory and size of the result."""
     work = args.work
-    stages = (
-        (work / "backbone" / "model.safetensors", pretrain.run, args.for_backbone()),
-        (work / "heads" / "report.json", medusa1.run, args.for_heads()),
-        (work / "joint" / "report.json", medusa2.run, args.for_joint()),
-        (work / "joint" / "tree.json", calibrate.run, args.for_tree()),
+    stages: tuple[tuple[Path, Callable[[], object]], ...] = (
+        (work / "backbone" / "model.safetensors", lambda: pretrain.run(args.for_backbone(), group)),
+        (work / "heads" / "report.json", lambda: medusa1.run(args.for_heads(), group)),
+        (work / "joint" / "report.json", lambda: medusa2.run(args.for_joint(), group)),
+        (work / "joint" / "tree.json", lambda: calibrate.run(args.for_tree(), group)),
     )
-    for result, stage, options in stages:
+    for result, run_stage in stages:
         if not result.exists():
-            stage(options, group)
+            run_stage()
             result.touch()
     assemble(args)
     return {"out": args.out, "megabytes": round(check_size(Path(args.out)) / 1e6, 1)}

@@ -1,4 +1,4 @@
-"""The demo checkpoint's README: data, licence, sizes, losses, heads, tree and samples of what was written."""
+"""The demo checkpoint's README: data, licence, sizes, losses, heads, tree and sample completions."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from euryale.training import corpus
 from euryale.training.demo import pretrain
 
 _SAMPLE_PROMPTS = ("def ", "class ", "import ")
-# Greedy answers of so small a model soon repeat themselves; drawn ones read better.
+# Greedy answers of a model this small soon repeat themselves; sampled answers read better.
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.95}
 
 _CARD = """---
@@ -26,13 +26,13 @@ A Llama-architecture model and {num_heads} Medusa heads (arXiv 2401.10774) in on
 beside the code that serves them, so that tree decoding can be seen with real text on any machine. Made by Euryale's own
 `training/`.
 
-**SchedulerLimits.** A toy: it writes text that looks like Python and means nothing. Do not run what it writes, and do
+**Limits.** A toy: it writes text that looks like Python and means nothing. Do not run what it writes, and do
 not judge models of useful size by its numbers.
 
 ## Data and licence
 
 The source of Python {python}'s standard library, as installed with the interpreter: {train_files} files for training
-and {held_files} held out ({held_tokens} tokens), told apart by a hash of the file's name. That source is Copyright (c)
+and {held_files} held out ({held_tokens} tokens), selected by a hash of the file's name. That source is Copyright (c)
 2001 Python Software Foundation; All Rights Reserved, under the PSF License Version 2. As the model can repeat pieces
 of it, the checkpoint is offered under the same PSF License Version 2. The code that made it is Apache-2.0.
 
@@ -46,11 +46,11 @@ Context: {context} tokens. Byte-level BPE; id 0 is the end-of-text token and beg
 
 {training}
 
-In the last steps of the backbone's first training every other batch shows beginnings: text from a top-level `def`,
-`class` or `import` on, half of it cut into tokens as a prompt that ends in a blank is.
+In the last steps of the backbone's first training every second batch holds prompt-like text: it starts at a top-level
+`def`, `class` or `import`. Half of it is tokenized like a prompt that ends with a space.
 
-Medusa-1 taught the heads the text beside the frozen backbone, Medusa-2 then trained both together, the heads' loss with
-weight 0.2 beside the backbone's own.
+Medusa-1 trained the heads on the text with a frozen backbone. Medusa-2 then trained both together, with a weight of 0.2
+on the heads' loss.
 
 Held-out loss, over all held-out text: **{loss:.3f} nats per token**, {bits_per_byte:.3f} bits per byte; before Medusa-2
 {loss_before:.3f} ({change:+.2f} %).
@@ -60,7 +60,7 @@ Held-out loss, over all held-out text: **{loss:.3f} nats per token**, {bits_per_
 {heads}
 ## Completions
 
-Drawn at temperature 0.7 and top-p 0.95, the defaults in `generation_config.json` (seed 1 of PyTorch's generator).
+Sampled at temperature 0.7 and top-p 0.95, the defaults in `generation_config.json` (seed 1 of PyTorch's generator).
 
 {samples}
 
@@ -68,36 +68,37 @@ Drawn at temperature 0.7 and top-p 0.95, the defaults in `generation_config.json
 
     {command}
 
-on a CPU, with Python {python}: another version of Python means other text and other numbers.
+on a CPU, with Python {python}. Another version of Python has other text and gives other numbers.
 """
-_HEADS = """A greedy step accepts a guess when it is what the backbone would have written, so the heads are judged on
+_HEADS = """Greedy decoding accepts a draft token when it equals the backbone's next token, so the heads are measured on
 greedy continuations of held-out prompts ({num_positions} positions), and against the held-out text itself
-({num_text_positions} positions). Top-n: the token is among the head's n likeliest.
+({num_text_positions} positions). Top-n: the token is among the head's top n candidates.
 
 {accuracy_table}
 
-![Where the right token stands among a head's guesses](accuracy.png)
+![Rank of the target among the head candidates](accuracy.png)
 
-`tree.json` holds {tree[nodes]} guesses and emits **{tree[tokens_per_step]:.2f} tokens per step** (plain
-decoding: 1, the chain of top guesses: {chain:.2f}). Below, trees of other sizes, searched on {num_searched_positions}
-of these positions and measured on the other {num_measured_positions}. "Expected" averages over all positions instead of
-those a decoder stops at, and "independent" is a tree of that size searched as if the heads were independent.
+`tree.json` holds {tree[nodes]} draft tokens and emits **{tree[tokens_per_step]:.2f} tokens per step** (plain
+decoding: 1, the chain of top candidates: {chain:.2f}). Below, trees of other sizes, searched on
+{num_searched_positions} of these positions and measured on the other {num_measured_positions}. "Expected" averages over
+all positions instead of those where steps start. "Independent" is a tree of that size searched as if the heads were
+independent.
 
 {tree_table}
 
-![The tree, guesses shaded by how often they are accepted](tree.png)
+![The tree, draft tokens coloured by acceptance probability](tree.png)
 
 """
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def samples(backbone: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, new_tokens: int = 80) -> str:
-    """Completions drawn as the generation config says, as Markdown code blocks."""
+    """Return completions sampled with the generation defaults, as Markdown code blocks."""
     blocks = []
     for prompt in _SAMPLE_PROMPTS:
         torch.manual_seed(1)
@@ -109,8 +110,10 @@ def samples(backbone: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, new_
     return "\n\n".join(blocks)
 
 
-def held_out_numbers(backbone: LlamaForCausalLM, before: LlamaForCausalLM, tokenizer, length: int) -> dict:
-    """Losses of the written checkpoints (bfloat16 weights) on held-out files and what these weigh."""
+def held_out_numbers(
+    backbone: LlamaForCausalLM, before: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, length: int
+) -> dict:
+    """Return the losses of both checkpoints (bfloat16 weights) on the held-out files, and the corpus' sizes."""
     train_files, held_files = corpus.split(corpus.standard_library_files())
     stream = corpus.token_stream(tokenizer, held_files)
     loss, loss_before = (pretrain.held_out_loss(m, stream, length, limit=len(stream)) for m in (backbone, before))
@@ -127,7 +130,7 @@ def held_out_numbers(backbone: LlamaForCausalLM, before: LlamaForCausalLM, token
 
 
 def heads_section(calibration: dict) -> str:
-    """Accuracies of the heads and what trees make of them."""
+    """Return the accuracies of the heads and the tokens per step of trees, as Markdown."""
     accuracies = []
     for k, (own, text) in enumerate(zip(calibration["accuracy"], calibration["text_accuracy"], strict=True)):
         for what, values in (("own continuation", own), ("held-out text", text)):
@@ -136,14 +139,14 @@ def heads_section(calibration: dict) -> str:
     columns = ("tokens_per_step", "expected", "independent")
     trees = [[str(row["nodes"]), *(f"{row[name]:.2f}" for name in columns)] for row in calibration["trees"]]
     return _HEADS.format(
-        accuracy_table=table(["head", "judged on", "top-1", "top-2", "top-3", "top-4", "top-5"], accuracies),
-        tree_table=table(["guesses", "tokens per step", "expected", "independent"], trees),
+        accuracy_table=table(["head", "measured on", "top-1", "top-2", "top-3", "top-4", "top-5"], accuracies),
+        tree_table=table(["draft tokens", "tokens per step", "expected", "independent"], trees),
         **calibration,
     )
 
 
 def sizes_table(directory: Path, backbone: LlamaForCausalLM) -> tuple[str, int]:
-    """Parameters of the backbone and the heads, and the number of heads."""
+    """Return a table of the parameters of backbone and heads, and the number of heads."""
     with safe_open(directory / "model.safetensors", "pt") as file:
         names = [n for n in file.keys() if n.startswith(MERGED_PREFIX)]  # noqa: SIM118
         parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in names)
@@ -161,20 +164,24 @@ def sizes_table(directory: Path, backbone: LlamaForCausalLM) -> tuple[str, int]:
 
 
 def training_table(trainings: dict) -> str:
-    """Tokens and optimizers of the trainings; values are (options, optimizer)."""
+    """Return a table of the trainings' tokens and optimizers; values of ``trainings`` are (options, optimizer)."""
     cells = [
         [what, f"{o.tokens / 1e6:.1f} M", f"{o.batch} x {o.length}", name] for what, (o, name) in trainings.items()
     ]
-    return table(["", "tokens, repetitions counted", "batch", "optimizer"], cells)
+    return table(["", "tokens, with repetitions", "batch", "optimizer"], cells)
 
 
 def write(directory: Path, before: Path, trainings: dict, command: str) -> str:
-    """The README of the checkpoint in ``directory``, made from the backbone in ``before``; measures losses and writes
-    samples of its text."""
+    """Return the README of the checkpoint in ``directory``, which was made from the backbone in ``before``.
+
+    Measures losses and samples completions.
+    """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-    models = [LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (directory, before)]
-    context = models[0].config.max_position_embeddings
-    sizes, num_heads = sizes_table(directory, models[0])
+    model, model_before = (
+        LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (directory, before)
+    )
+    context = model.config.max_position_embeddings
+    sizes, num_heads = sizes_table(directory, model)
     return _CARD.format(
         python=platform.python_version(),
         num_heads=num_heads,
@@ -182,7 +189,7 @@ def write(directory: Path, before: Path, trainings: dict, command: str) -> str:
         sizes=sizes,
         training=training_table(trainings),
         heads=heads_section(json.loads((directory / "calibration.json").read_text())),
-        samples=samples(models[0], tokenizer),
+        samples=samples(model, tokenizer),
         command=command,
-        **held_out_numbers(*models, tokenizer, min(1024, context)),
+        **held_out_numbers(model, model_before, tokenizer, min(1024, context)),
     )

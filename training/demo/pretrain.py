@@ -1,7 +1,7 @@
-"""Train the demo backbone: a small Llama from scratch on the standard library's source.
+"""Training of the demo backbone: a small Llama from scratch on the standard library's source.
 
-What is written is a Hugging Face directory (bfloat16). A killed run goes on where its last checkpoint was written when
-the same command is given again.
+The output is a Hugging Face directory in bfloat16. An interrupted run continues from its last checkpoint when the
+command is repeated.
 """
 
 import json
@@ -25,12 +25,12 @@ from euryale.training.options import COUNT, COUNT_OR_NONE, EXECUTION, RATE, TRAI
 OUTPUT, SHAPE = "result", "model"
 WIDTH = Rule("a multiple of 16 from 16 to 65536", lambda v: whole(16, 1 << 16).fits(v) and v % 16 == 0)  # 8 even heads
 CHECKPOINT_STEPS = 100
-OPENING = 128  # tokens of a beginning
+OPENING_LENGTH = 128  # tokens of a prompt-like excerpt
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions:
-    """A small Llama from scratch on the Python standard library's source."""
+    """A small Llama, trained from scratch on the Python standard library's source."""
 
     out: str = flag("", "directory of the model that is written", OUTPUT, required=True)
     vocab_size: int = flag(4096, "tokens of the byte-level BPE vocabulary", SHAPE, whole(257, 1 << 20, "tokens"))
@@ -51,15 +51,18 @@ class PretrainOptions:
 
     @property
     def main_steps(self) -> int:
+        """Steps on running text alone."""
         return math.ceil(self.tokens / (self.batch * self.length))
 
     @property
     def steps(self) -> int:
+        """All steps, those on prompt-like text included."""
         return self.main_steps + self.polish_steps
 
 
 def demo_config(vocab_size: int, hidden_size: int = 256, num_layers: int = 6) -> LlamaConfig:
-    """About 5.8 M parameters with the defaults; sizes that a group of 1, 2, 4 or 8 ranks can share."""
+    """Return the configuration, about 5.8 M parameters with the defaults; its sizes can be sharded over 1, 2, 4 or 8
+    ranks."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -76,14 +79,14 @@ def demo_config(vocab_size: int, hidden_size: int = 256, num_layers: int = 6) ->
 
 
 def lm_loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean next-token cross-entropy (nats) of int64 tokens [batch, length]."""
+    """Return the mean next-token cross-entropy, nats, of int64 tokens [batch, length]."""
     hidden = model.model(tokens).last_hidden_state[:, :-1]
     logits = F.linear(hidden, model.lm_head.weight).float()
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def held_out_loss(model: LlamaForCausalLM, stream: np.ndarray, length: int = 1024, limit: int = 64) -> float:
-    """Mean loss over consecutive held-out windows, in nats per token."""
+    """Return the mean loss over at most ``limit`` consecutive held-out windows, in nats per token."""
     count = min(limit, (len(stream) - 1) // length)
     losses = []
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -94,37 +97,44 @@ def held_out_loss(model: LlamaForCausalLM, stream: np.ndarray, length: int = 102
 
 
 def make_optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for embedding and norms."""
+    """Return Muon for the hidden matrices, and AdamW for embedding and norms."""
     hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    chosen = {id(p) for p in hidden}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    matrices = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if id(p) not in matrices]
     muon = torch.optim.Muon(hidden, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(rest, lr=lr / 2, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def schedule(step: int, steps: int, warmup: int = 40, decay: float = 0.4) -> float:
-    """Learning-rate factor: warm-up, constant, then linear to zero over the last ``decay`` of the steps."""
+    """Return the learning rate's factor: warm-up, constant, then linear to zero over the last ``decay`` of steps."""
     return min(1.0, (step + 1) / warmup, (steps - step) / max(1.0, decay * steps))
 
 
 def learning_rate(step: int, args: PretrainOptions) -> float:
-    """Learning-rate factor of a step; the polish begins again at a third and falls to zero."""
+    """Return the learning rate's factor of a step; the polishing steps restart at 0.35 and fall to zero."""
     if step < args.main_steps:
         return schedule(step, args.main_steps)
     return 0.35 * (args.steps - step) / args.polish_steps
 
 
-def training_batch(step: int, args: PretrainOptions, stream: np.ndarray, beginnings: np.ndarray) -> torch.Tensor:
-    """The tokens of a step: int64 [batch, length], or the same number of tokens in shorter beginnings."""
-    if step < args.main_steps or step % 2 == 0 or not len(beginnings):
+def training_batch(step: int, args: PretrainOptions, stream: np.ndarray, openings: np.ndarray) -> torch.Tensor:
+    """Return the tokens of a step: int64 [batch, length], or about as many tokens in shorter prompt-like excerpts."""
+    if step < args.main_steps or step % 2 == 0 or not len(openings):
         return torch.from_numpy(corpus.windows(stream, args.length, args.batch, step, args.seed))
-    count = max(1, args.batch * args.length // OPENING)
+    count = max(1, args.batch * args.length // OPENING_LENGTH)
     rows = np.arange(count) + (step - args.main_steps) // 2 * count
-    return torch.from_numpy(beginnings[rows % len(beginnings)])
+    return torch.from_numpy(openings[rows % len(openings)])
 
 
-def train(args: PretrainOptions, model, train_stream, beginnings, held_stream, group: Group) -> None:
-    """Run the training loop in place, going on from the checkpoint in ``work/state`` if there is one."""
+def train(
+    args: PretrainOptions,
+    model: LlamaForCausalLM,
+    train_stream: np.ndarray,
+    openings: np.ndarray,
+    held_stream: np.ndarray,
+    group: Group,
+) -> None:
+    """Run the training loop in place, from the checkpoint in ``work/state`` if there is one."""
     optimizers = make_optimizers(model, args.lr)
     base_lrs = [o.param_groups[0]["lr"] for o in optimizers]
     checkpoint, steps = Path(args.out, "work", "state"), args.steps
@@ -133,7 +143,7 @@ def train(args: PretrainOptions, model, train_stream, beginnings, held_stream, g
     compiled = torch.compile(lm_loss, dynamic=False) if args.compile else lm_loss
     started = time.monotonic()
     for step in range(first, steps):
-        tokens = training_batch(step, args, train_stream, beginnings)
+        tokens = training_batch(step, args, train_stream, openings)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = compiled(model, tokens)
         loss.backward()
@@ -151,10 +161,12 @@ def train(args: PretrainOptions, model, train_stream, beginnings, held_stream, g
 
 
 def run(args: PretrainOptions, group: Group) -> dict:
-    """Tokenizer, training and the written checkpoint; returns the numbers of ``work/pretrain.json``. ValueError for
-    more than one rank: this model is too small to be shared out."""
+    """Train the tokenizer and the backbone and write the checkpoint; returns the content of ``work/pretrain.json``.
+
+    ValueError for more than one rank or without --out.
+    """
     if group.size > 1 or not args.out:
-        raise ValueError("pretrain runs on one rank and needs --out")
+        raise ValueError("pretrain needs --out and runs on one rank: start it without torchrun")
     torch.manual_seed(args.seed)
     out = Path(args.out)
     work = out / "work"
@@ -167,9 +179,9 @@ def run(args: PretrainOptions, group: Group) -> dict:
     train_stream, held_stream = corpus.streams(tokenizer)
     print(f"{len(train_stream)} training tokens, {len(held_stream)} held out", flush=True)
     model = LlamaForCausalLM(config)
-    count = args.polish_steps // 2 * args.batch * args.length // OPENING
-    beginnings = corpus.openings(tokenizer, train_files, OPENING, max(1, count), args.seed)
-    train(args, model, train_stream, beginnings, held_stream, group)
+    count = args.polish_steps // 2 * args.batch * args.length // OPENING_LENGTH
+    openings = corpus.openings(tokenizer, train_files, OPENING_LENGTH, max(1, count), args.seed)
+    train(args, model, train_stream, openings, held_stream, group)
     report = {"held_out_loss": held_out_loss(model, held_stream), "train_tokens": len(train_stream)}
     report |= {"held_out_tokens": len(held_stream), "parameters": sum(p.numel() for p in model.parameters())}
     model.to(torch.bfloat16).save_pretrained(out)

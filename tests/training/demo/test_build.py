@@ -1,4 +1,4 @@
-"""The one command that builds the demo checkpoint, end to end with tiny sizes on a few files."""
+"""The command that builds the demo checkpoint, end to end with tiny sizes and a few files."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def size_of(path):
 
 @pytest.fixture(scope="module")
 def few_files():
-    """A small corpus with both sides of the split, in place of the whole standard library."""
+    """A small corpus with both sides of the split, instead of the whole standard library."""
     train, held = corpus.split(corpus.standard_library_files())
     small = [p for side, count in ((train, 24), (held, 4)) for p in sorted(side, key=size_of)[len(side) // 2 :][:count]]
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +73,7 @@ def test_result_is_complete(built):
 
 
 def test_the_engine_serves_it(built):
-    """Heads, tree and backbone come from the one directory."""
+    """Heads, tree and backbone come from the same directory."""
     wanted = [(np.arange(3, 12, dtype=np.int32), SamplingParams(max_tokens=12, ignore_eos=True))]
     found = answer(single(), EngineConfig(model=str(built)), wanted)
     assert len(found["outputs"][0]) == 12
@@ -111,7 +111,7 @@ def test_an_oversized_or_incomplete_result_is_refused(built, tmp_path, monkeypat
 
 
 def test_a_killed_training_of_the_backbone_goes_on_as_if_undisturbed(options, built, tmp_path, monkeypatch):
-    """Stop after the first checkpoint, start again: bit for bit the backbone of the undisturbed run."""
+    """A run that stops after its first checkpoint and is resumed gives the same bits as an uninterrupted run."""
     monkeypatch.setattr(pretrain, "CHECKPOINT_STEPS", 5)
     args = pretrain.PretrainOptions(**vars(options.for_backbone()) | {"out": str(tmp_path)})
 
