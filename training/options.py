@@ -185,6 +185,9 @@ class Medusa1Options(TrainOptions):
 class Medusa2Options(TrainOptions):
     """Joint training of heads and backbone (section 2.2.2), stage two.
 
+    Stage one, the training of the heads alone, runs first unless --heads gives its result.
+    """
+
     stage_one_lr: float = flag(1e-3, "learning rate of stage one, which is as long as stage two", TRAINING, RATE)
     lr: float = flag(1e-4, "learning rate of the backbone", TRAINING, RATE)
     heads_lr_factor: float = flag(4.0, "learning rate of the heads, as a multiple of --lr", TRAINING, RATE)

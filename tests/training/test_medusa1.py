@@ -216,7 +216,7 @@ def test_an_int8_backbone_is_smaller_and_good_enough(trained, model_dir, text_fi
         ({"held_out_percent": 0.0}, "none is held out"),
         ({"model": "nowhere"}, "holds no config.json"),
         ({"num_heads": 0}, "--num-heads must be a whole number of heads from 1 to 64, not 0"),
-        ({"shared_lm_head": True, "num_layers": 0}, "nothing else would be learned"),
+        ({"shared_lm_head": True, "num_layers": 0}, "the heads would have no parameters"),
         ({"heads": "nowhere"}, "neither medusa_lm_head.safetensors"),
         ({"clip": 0.0}, "--clip must be a number above 0"),
         ({"lr": float("nan")}, "--lr must be a number above 0 and at most 1000, not nan"),
