@@ -24,7 +24,7 @@ EXECUTION = "execution"
 COUNT = whole(1, 2**31 - 1)
 COUNT_OR_NONE = whole(0, 2**31 - 1)
 TOKENS = whole(1, 1 << 20, "tokens")
-RATE = number(0, 1e3, above=True)
+RATE = number(0, 1e38, above=True)
 
 
 @dataclass(frozen=True, kw_only=True)
