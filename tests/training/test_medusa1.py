@@ -219,7 +219,7 @@ def test_an_int8_backbone_is_smaller_and_good_enough(trained, model_dir, text_fi
         ({"shared_lm_head": True, "num_layers": 0}, "the heads would have no parameters"),
         ({"heads": "nowhere"}, "neither medusa_lm_head.safetensors"),
         ({"clip": 0.0}, "--clip must be a number above 0"),
-        ({"lr": float("nan")}, "--lr must be a number above 0 and at most 1e+38, not nan"),
+        ({"lr": float("nan")}, "--lr must be a number above 0 and at most 1e.38, not nan"),
         ({"tokens": -5.0}, "--tokens must be a number of tokens from 0"),
     ],
 )
