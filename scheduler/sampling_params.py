@@ -1,12 +1,15 @@
-"""Sampling parameters of one request: validated once, plain data afterwards.
+"""Sampling parameters of one request, validated once.
 
-This file does not know where parameters come from (wire, JSONL, Python) nor how tokens are drawn.
+This file does not know where parameters come from (wire, JSONL, Python) nor how tokens are drawn. CONTRIBUTING.md says
+what a new parameter touches.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -14,36 +17,55 @@ ACCEPTANCE_RULES = ("exact", "typical")
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LOGPROBS = 20
-MAX_LOGIT_BIAS = 300  # entries, as OpenAI's interface allows; they travel with every step
+MAX_LOGIT_BIAS = 300  # entries, as OpenAI's API allows; they are part of every plan
 MAX_SAMPLES = 128
 MAX_SALT_LENGTH = 256
+# The parameters that every rank reads in the sampler, with their numpy types in a plan.
+PLAN_TYPES = {
+    "temperature": "<f4",
+    "top_k": "<i4",
+    "top_p": "<f4",
+    "min_p": "<f4",
+    "seed": "<u8",
+    "acceptance": "<i4",  # index into ACCEPTANCE_RULES
+    "epsilon": "<f4",
+    "delta": "<f4",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request is decoded.
+    """How one request is decoded. ``docs/protocol.md`` explains each parameter to users.
 
-    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``seed`` is an unsigned 64-bit
-    integer. ``acceptance`` is "exact" (tokens distributed as without speculation) or "typical" (Medusa paper,
-    section 2.3.1; lossy), with ``epsilon`` (posterior threshold) and ``delta`` (posterior alpha) for the latter.
-    ``stop_token_ids`` end the answer and are part of its tokens, as the end-of-sequence token is; ``stop``
-    strings end it and are not part of its text. ``speculation`` False decodes this request one token a step.
-    No token is changed by these: ``priority``, requests with lower numbers are served earlier; ``latency_target``, the
-    milliseconds that a token may take on average (0: any): guesses go first to requests that are behind it;
-    ``cache_salt``, requests share pages, and learn from each other what follows what, only with those of the same salt.
+    Decoding:
 
-    What follows changes or reports logits, at every node of a tree with the node's own path as history;
-    ``runtime/sampling/logits_processors.py`` has the formulas and their order. ``presence_penalty`` and
-    ``frequency_penalty`` weigh the answer's tokens, ``repetition_penalty`` (1: off) the prompt's too; ``logit_bias``
-    are pairs of a token id and what is added to its logit. Before ``min_tokens`` output tokens neither the
-    end-of-sequence tokens nor ``stop_token_ids`` are drawn. ``logprobs`` N (None: off) reports the log-probability of
-    every output token and of the N likeliest in its place, by the model's raw logits; ``prompt_logprobs`` likewise of
-    the prompt's tokens. ``n`` answers are drawn independently; whoever hands requests to the scheduler makes one of
-    each.
+    * ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
+    * ``seed``: unsigned 64-bit integer.
+    * ``acceptance``: "exact" (tokens are distributed as without speculation) or "typical" (Medusa paper, section 2.3.1;
+      lossy). ``epsilon`` (posterior threshold) and ``delta`` (posterior alpha) belong to "typical".
+    * ``max_tokens``, ``stop_token_ids``, the end-of-sequence tokens (unless ``ignore_eos``) and ``stop`` strings end
+      the output. An end token is part of the output's tokens; a stop string is not part of its text.
+    * ``n``: answers, drawn independently. Whoever hands requests to the scheduler makes one request for each.
 
-    Fractions are rounded to float32, as all ranks see them.
+    Scheduling, which changes no token:
 
-    Raises ValueError, with the way to mend it, if a value is out of range.
+    * ``speculation`` False decodes one token a step.
+    * ``priority``: requests with lower numbers are served first.
+    * ``latency_target``: mean milliseconds per output token; 0 is none. Requests behind their target get draft tokens
+      first.
+    * ``cache_salt``: requests share cached pages and n-gram statistics only with requests of the same salt.
+
+    Logits, for which ``runtime/sampling/logits_processors.py`` has the formulas and their order. In a tree, each node
+    uses the history of its own path.
+
+    * ``presence_penalty`` and ``frequency_penalty`` count the output's tokens; ``repetition_penalty`` (1: off) the
+      prompt's too.
+    * ``logit_bias``: pairs of a token id and what is added to its logit.
+    * ``min_tokens``: neither end-of-sequence tokens nor ``stop_token_ids`` are drawn before this many output tokens.
+    * ``logprobs`` N (None: off) reports the log-probability of every output token and of the N likeliest tokens in its
+      place, from the model's unchanged logits. ``prompt_logprobs`` does so for the prompt's tokens.
+
+    Floats are rounded to float32, as all ranks see them. Raises ValueError, with a remedy, if a value is out of range.
     """
 
     max_tokens: int = 128
@@ -73,16 +95,18 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in _FRACTIONS:
+        for name in _FLOATS:
             object.__setattr__(self, name, _float32(getattr(self, name)))
         object.__setattr__(self, "logit_bias", tuple((token, _float32(bias)) for token, bias in self.logit_bias))
         _check_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _check_range("temperature", self.temperature, 0, 100)
         if 0 < self.temperature < 1e-3:
-            raise ValueError(f"temperature {self.temperature} is too small to divide by: use 0 for greedy or >= 0.001")
+            raise ValueError(
+                f"temperature {self.temperature} is too small: use 0 for greedy decoding or at least 0.001"
+            )
         _check_range("top_k", self.top_k, 0, 2**31 - 1)
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 (and 1e-45) and at most 1, not {self.top_p}")
+            raise ValueError(f"top_p must be above 1e-45 and at most 1, not {self.top_p}")
         _check_range("min_p", self.min_p, 0, 1)
         _check_range("seed", self.seed, 0, 2**64 - 1)
         if self.acceptance not in ACCEPTANCE_RULES:
@@ -111,24 +135,39 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
-        """Whether the logits depend on the tokens so far."""
+        """Whether the logits depend on the tokens before."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     @cached_property
     def is_bare(self) -> bool:
-        """Whether tokens of the model's own distribution are all that is asked for, so that no history is kept."""
-        wants_more = self.has_penalties or self.logit_bias or self.min_tokens
-        return not wants_more and self.logprobs is None and self.prompt_logprobs is None
+        """Whether the request needs no logits inputs: nothing changes its logits and no logprobs are reported."""
+        changes_logits = self.has_penalties or self.logit_bias or self.min_tokens
+        return not changes_logits and self.logprobs is None and self.prompt_logprobs is None
 
     @property
     def is_filtered(self) -> bool:
-        """Whether drawing leaves out some tokens."""
+        """Whether top_k, top_p or min_p exclude tokens from being drawn."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @cached_property
+    def plan_values(self) -> tuple[float, ...]:
+        """The parameters of PLAN_TYPES as numbers, in its order."""
+        values = {name: getattr(self, name) for name in PLAN_TYPES}
+        values["acceptance"] = ACCEPTANCE_RULES.index(self.acceptance)
+        return tuple(values.values())
+
+
+@lru_cache(maxsize=4096)  # the values of a request are the same in all its steps
+def params_of_plan(*values: float) -> SamplingParams:
+    """Return parameters with these ``plan_values``, and defaults for what a plan does not have."""
+    fields: dict[str, Any] = dict(zip(PLAN_TYPES, values, strict=True))
+    fields["acceptance"] = ACCEPTANCE_RULES[fields["acceptance"]]
+    return SamplingParams(**fields)
 
 
 PARAMETER_NAMES = frozenset(f.name for f in dataclasses.fields(SamplingParams))
-_FRACTIONS = tuple(f.name for f in dataclasses.fields(SamplingParams) if isinstance(f.default, float))
-_LISTS = {  # what a tuple's items are, and how to say it
+_FLOATS = tuple(f.name for f in dataclasses.fields(SamplingParams) if isinstance(f.default, float))
+_LISTS: dict[str, tuple[Callable[[Any], bool], str]] = {  # check of an item, and what the list must be
     "stop": (lambda item: isinstance(item, str), "a list of strings"),
     "stop_token_ids": (lambda item: _is_int(item), "a list of token ids"),
     "logit_bias": (
@@ -138,12 +177,12 @@ _LISTS = {  # what a tuple's items are, and how to say it
 }
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_finite(value: object) -> bool:
-    # An integer beyond all floats would not be told from infinity by isfinite, but raise.
+    # math.isfinite raises OverflowError for an integer beyond all floats.
     return (_is_int(value) and abs(value) < 2**64) or (isinstance(value, float) and math.isfinite(value))
 
 
@@ -178,6 +217,6 @@ def _check_bias(pairs: tuple[tuple[int, float], ...]) -> None:
     if len(pairs) > MAX_LOGIT_BIAS:
         raise ValueError(f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens, not {len(pairs)}")
     if len({token for token, _ in pairs}) < len(pairs):
-        raise ValueError("logit_bias names a token twice: give one number for each")
+        raise ValueError("logit_bias has a token twice: give one number for each token")
     for _, bias in pairs:
         _check_range("a number of logit_bias", bias, -100, 100)

@@ -215,7 +215,7 @@ class DraftBudget:
         if has_prompts:
             # Rows of prompts take their time in any case: draft tokens have to beat a step without them.
             seconds += costs.speculating(num_requests, np.zeros(1), choice.num_context_tokens)[0] - seconds[0]
-        if not costs.profile.steps:
+        if not costs.profile.is_padded:
             return seconds, _is_edge(num_requests + extra)
         return seconds, True if has_prompts else costs.are_full(num_requests, extra)
 

@@ -168,7 +168,7 @@ class Batches(RuleBasedStateMachine):
             kept = segment.tokens[: segment.num_new_tokens].tolist()
             if segment.emits_tokens:
                 kept += next(found).tokens[:-1]
-            assert deepest(segment) <= max(made.remaining - 1, 0)
+            assert deepest(segment) <= max(made.num_remaining - 1, 0)
             room = slots[segment.context :]
             assert segment.num_new_tokens + deepest(segment) <= len(room), "a path that is committed needs pages"
             for slot, token in zip(room, kept, strict=False):

@@ -183,7 +183,7 @@ def test_costs_are_interpolated_and_monotone():
     for requests in (1, 3, 8):
         assert np.all(np.diff(noisy.speculating(requests, np.arange(12))) >= 0)
         assert noisy.speculating(requests, np.array([0]))[0] >= noisy.plain(requests)
-    stepped = StepCosts(profile(steps=True, extra=[0, 7, 11], speculating=[[2e-3, 3e-3, 4e-3], [4e-3, 4e-3, 6e-3]]))
+    stepped = StepCosts(profile(is_padded=True, extra=[0, 7, 11], speculating=[[2e-3, 3e-3, 4e-3], [4e-3, 4e-3, 6e-3]]))
     assert stepped.plain(2) == pytest.approx(2e-3), "padded to eight requests"
     np.testing.assert_allclose(stepped.speculating(1, np.array([0, 1, 7, 8])), [2e-3, 3e-3, 3e-3, 4e-3])
     np.testing.assert_allclose(stepped.speculating(8, np.array([0, 1, 4])), [4e-3, 6e-3, 6e-3])
