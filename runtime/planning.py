@@ -20,7 +20,7 @@ def make_scheduler(
 ) -> Scheduler:
     """``run`` runs a step of made-up requests on all ranks, to see what steps cost."""
     trees, costs = loaded.trees, None
-    if config.max_itl or (trees and not trees.most_nodes):
+    if config.max_itl or (trees and not trees.num_draft_tokens):
         costs = StepCosts(_profile(config, loaded, group, run))
     return Scheduler(
         loaded.limits,
@@ -40,8 +40,8 @@ def _make_drafter(config: EngineConfig, loaded: Loaded, costs: StepCosts | None)
         return StaticDrafter(trees.shape)
     return DynamicDrafter(
         loaded.runner.heads.num_heads,
-        trees.nodes or config.max_tree_nodes,
-        None if trees.nodes else DraftBudget(costs, loaded.limits.max_num_batched_tokens),
+        trees.dynamic_size or config.max_tree_nodes,
+        None if trees.dynamic_size else DraftBudget(costs, loaded.limits.max_num_batched_tokens),
         loaded.text,
         loaded.acceptance_stats,
         Sources(text=config.draft_from_text, traffic=config.draft_from_traffic, context=config.draft_from_context),

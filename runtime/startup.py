@@ -23,7 +23,7 @@ from euryale.scheduler.limits import SchedulerLimits
 from euryale.scheduler.speculation.acceptance_stats import AcceptanceStats
 from euryale.scheduler.speculation.ngram_table import FILE as NGRAMS
 from euryale.scheduler.speculation.ngram_table import NgramTable
-from euryale.scheduler.speculation.tree import TreeChoice, choose_trees
+from euryale.scheduler.speculation.tree import TreeConfig, parse_tree_option
 
 logger = logging.getLogger("euryale.loading")
 
@@ -39,7 +39,7 @@ class Loaded:
 
     runner: StepRunner
     limits: SchedulerLimits
-    trees: TreeChoice | None
+    trees: TreeConfig | None
     text: NgramTable | None
     acceptance_stats: AcceptanceStats | None
     model: ModelConfig
@@ -108,7 +108,7 @@ def _load_parts(config: EngineConfig, group: Group):
         tensors = medusa_checkpoint.load_heads(config.medusa, checkpoint, model.hidden_size, model.vocab_size)
     else:
         checkpoint.used |= {n for n in checkpoint.names if n.startswith(medusa_checkpoint.MERGED_PREFIX)}
-    tree = _choose_trees(config, tensors.num_heads if tensors else 0, model.vocab_size)
+    tree = _tree_config(config, tensors.num_heads if tensors else 0, model.vocab_size)
     weights = Weights(checkpoint, layout, SHARDING, model.dtype, config.quantization)
     # Draft rows of a request that is nearly done lie beyond its last token, never beyond the tree's depth; padding
     # begins at 0 and has no more rows than a step.
@@ -132,17 +132,17 @@ def make_graphs(cache: KVCache, config: ModelConfig, engine_rows: int, group: Gr
     return StepGraphs(cache, group, engine_rows if on_gpu else int(GRAPH_MEMORY / per_row), pads=on_gpu)
 
 
-def _choose_trees(config: EngineConfig, num_heads: int, vocab_size: int) -> TreeChoice | None:
+def _tree_config(config: EngineConfig, num_heads: int, vocab_size: int) -> TreeConfig | None:
     if config.tree == "off" or not num_heads:
         if config.tree not in ("", "dynamic", "off"):
             raise ValueError(f"--tree {config.tree} needs Medusa heads: give --medusa, or --tree off")
         return None
-    trees = choose_trees(config.tree, medusa_checkpoint.tree_beside(config.medusa, config.model), num_heads)
+    trees = parse_tree_option(config.tree, medusa_checkpoint.tree_beside(config.medusa, config.model), num_heads)
     if trees.shape and trees.num_candidates > vocab_size:
         raise ValueError(f"the tree asks for rank {trees.num_candidates - 1} of a vocabulary of {vocab_size}")
-    if trees.most_nodes + 1 > config.max_num_batched_tokens:
+    if trees.num_draft_tokens + 1 > config.max_num_batched_tokens:
         raise ValueError(
-            f"the tree has {trees.most_nodes + 1} nodes and a step {config.max_num_batched_tokens} rows: "
+            f"the tree has {trees.num_draft_tokens + 1} nodes and a step {config.max_num_batched_tokens} rows: "
             "raise --max-num-batched-tokens or give a smaller tree"
         )
     return trees
@@ -165,7 +165,7 @@ def _calibration(
         raise ValueError(f"{path} cannot be used ({error}): calibrate the heads again or remove it") from error
 
 
-def _fingerprint(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, tree: TreeChoice | None) -> str:
+def _fingerprint(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, tree: TreeConfig | None) -> str:
     """Names all that answers depend on: weights, heads, tree, tokenizer and settings files, dtype, quantization."""
     small = [p for p in sorted(Path(config.model).iterdir()) if p.suffix in (".json", ".jinja", ".model")]
     heads = sorted(Path(config.medusa).glob("medusa_lm_head.*")) if config.medusa else []
