@@ -1,11 +1,11 @@
-"""The sampling parameters of ``Client.generate``, for editors and type checkers; their meanings: docs/protocol.md."""
+"""Types of the sampling parameters of ``Client.generate``; docs/protocol.md explains them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
 
 class GenerateParams(TypedDict, total=False):
-    """All are optional; None counts as absent."""
+    """All parameters are optional; None means the server's default."""
 
     max_tokens: int | None
     temperature: float | None

@@ -78,10 +78,10 @@ int bin_of(float probability, int bins) {
     return unlikely + std::clamp(half_octaves(1 - probability), 0, LIKELY_BINS - 1);
 }
 
-struct Candidate {
+struct HeapEntry {
     double key;
     int32_t parent, child;  // index among the children of node `parent`
-    bool operator<(const Candidate& other) const {
+    bool operator<(const HeapEntry& other) const {
         if (key != other.key) return key < other.key;
         return parent != other.parent ? parent > other.parent : child > other.child;
     }
@@ -90,7 +90,7 @@ struct Candidate {
 // The state of growing the trees of one step.
 struct Growth {
     Arguments& f;
-    std::priority_queue<Candidate> heap;
+    std::priority_queue<HeapEntry> heap;
     std::vector<int32_t> lasts, nodes_of;
     std::vector<float> powers;  // of head probabilities: for each head its R candidates, then any other token
     std::vector<bool> has_powers;
@@ -195,7 +195,7 @@ struct Growth {
         for (int r = 0; r < f.requests; ++r) add(r, -1, f.last[r * ORDERS], 1);
         for (int r = 0; r < f.requests; ++r) expand(r);
         while (!heap.empty() && nodes < f.requests + f.max_draft_tokens) {
-            const Candidate best = heap.top();
+            const HeapEntry best = heap.top();
             heap.pop();
             const int request = f.request[best.parent];
             if (nodes_of[request] == f.max_per_request) continue;
@@ -258,7 +258,8 @@ extern "C" void ngrams_add(const Table* table, int64_t count, const int32_t* tok
                 Row* row = row_of(*table, sum, o, sources[n], fingerprint);
                 if (row->fingerprint != fingerprint) *row = {fingerprint, 0, {-1, -1, -1, -1}, {0, 0, 0, 0}};
                 row->successors[row->total % SUCCESSORS] = tokens[at];
-                row->total = row->total + 1 < 2 * SUCCESSORS ? row->total + 1 : SUCCESSORS;  // the place of the oldest one, if full
+                // The next successor goes to place total % SUCCESSORS, which has the oldest one if the row is full.
+                row->total = row->total + 1 < 2 * SUCCESSORS ? row->total + 1 : SUCCESSORS;
             }
         }
 }

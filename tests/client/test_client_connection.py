@@ -27,7 +27,7 @@ def rig():
 
 def test_too_large_is_seen_before_sending():
     with serving(max_message_bytes=10_000) as rig, Client(rig.address, max_message_bytes=5_000) as client:
-        with pytest.raises(euryale.TooLarge, match="the server takes 5000"):
+        with pytest.raises(euryale.TooLarge, match="the server accepts 5000: shorten it"):
             client.generate("x" * 5_000)
         assert client.hello().max_message_bytes == 10_000
         assert client._session.max_message_bytes == 10_000
@@ -91,7 +91,7 @@ class NewerHello:
 def test_a_server_of_another_version(rig):
     with (
         Client(rig.address) as client,
-        pytest.raises(euryale.UnsupportedVersion, match="version 3 is not spoken here, version 2 is"),
+        pytest.raises(euryale.UnsupportedVersion, match="version 3 is not supported, only version 2"),
     ):
         client._call(NewerHello(), protocol.ServerInfo, 5)
 

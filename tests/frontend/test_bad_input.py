@@ -60,7 +60,7 @@ GENERATE = {"type": "generate", "v": 2}
         ({"prompt": "a", "params": {"logit_bias": {"five": 1}}}, "written as strings such as '42'"),
         ({"prompt": "a", "params": {"logit_bias": {"-5": 1}}}, "written as strings such as '42'"),
         ({"prompt": "a", "params": {"logit_bias": {"9" * 5000: 1}}}, "written as strings such as '42'"),
-        ({"prompt": "a", "params": {"logit_bias": {"5": 1, "05": 2}}}, "names a token twice"),
+        ({"prompt": "a", "params": {"logit_bias": {"5": 1, "05": 2}}}, "has a token twice"),
         ({"prompt": "a", "params": {"logit_bias": {"100000": 1}}}, "logit_bias contains token id 100000"),
         ({"prompt": "a", "params": {"logit_bias": {str(i): 1 for i in range(301)}}}, "at most 300 tokens, not 301"),
         ({"prompt": "a", "params": {"logit_bias": [[5, 1]]}}, "a map from token ids"),
