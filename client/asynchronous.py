@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import zmq
 import zmq.asyncio
@@ -15,6 +15,8 @@ from euryale.client.errors import EuryaleError, ProtocolError, ServerLost, Timed
 from euryale.client.params import GenerateParams
 from euryale.client.protocol import Delta, HealthReply, ServerInfo
 from euryale.client.session import Exchange, Session, build_generate, lost_error
+
+T = TypeVar("T")
 
 
 class AsyncClient:
@@ -98,7 +100,8 @@ class AsyncClient:
 
     # ---- moving frames
 
-    async def _call(self, message: Any, reply_type: type, timeout: float) -> Any:
+    async def _call(self, message: Any, reply_type: type[T], timeout: float) -> T:
+        """Sends a message and returns its reply. Raises ProtocolError for a reply of another type."""
         exchange, frames = self._session.start(message)
         try:
             await self._send(frames)

@@ -15,7 +15,7 @@ SEND_HIGH_WATER = 1_000
 RECONNECT_MS = 100
 
 
-def open_sockets(context: zmq.Context[Any], address: str) -> tuple[zmq.Socket, zmq.Socket]:
+def open_sockets(context: zmq.Context[Any], address: str) -> tuple[zmq.Socket[Any], zmq.Socket[Any]]:
     """Returns a DEALER connected to ``address`` and its monitor; asyncio sockets if the context is a zmq.asyncio one.
 
     Raises ValueError for an invalid address.
@@ -43,7 +43,7 @@ def open_sockets(context: zmq.Context[Any], address: str) -> tuple[zmq.Socket, z
     return dealer, monitor
 
 
-def close_sockets(dealer: zmq.Socket, monitor: zmq.Socket) -> None:
+def close_sockets(dealer: zmq.Socket[Any], monitor: zmq.Socket[Any]) -> None:
     """Closes both sockets at once and drops unsent messages."""
     dealer.disable_monitor()
     monitor.close(0)
@@ -53,4 +53,4 @@ def close_sockets(dealer: zmq.Socket, monitor: zmq.Socket) -> None:
 def is_connected(frames: Sequence[bytes]) -> bool:
     """Decodes a monitor message: True for a finished handshake, False for a broken connection."""
     event, _ = struct.unpack("=hi", frames[0])
-    return event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+    return bool(event == zmq.EVENT_HANDSHAKE_SUCCEEDED)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import zmq
 
@@ -13,6 +13,8 @@ from euryale.client.errors import ProtocolError, ServerLost, TimedOut
 from euryale.client.params import GenerateParams
 from euryale.client.protocol import Delta, HealthReply, ServerInfo
 from euryale.client.session import Exchange, Session, build_generate, lost_error
+
+T = TypeVar("T")
 
 
 class Client:
@@ -36,8 +38,8 @@ class Client:
         self.timeout = timeout
         self.connect_timeout = connect_timeout
         self._session = Session(max_message_bytes)
-        self._context: zmq.Context | None = zmq.Context()
-        self._sockets: tuple[zmq.Socket, zmq.Socket] | None = None
+        self._context: zmq.Context[Any] | None = zmq.Context()
+        self._sockets: tuple[zmq.Socket[bytes], zmq.Socket[bytes]] | None = None
         self._connected = False
         try:
             self._open()
@@ -105,7 +107,8 @@ class Client:
 
     # ---- moving frames
 
-    def _call(self, message: Any, reply_type: type, timeout: float) -> Any:
+    def _call(self, message: Any, reply_type: type[T], timeout: float) -> T:
+        """Sends a message and returns its reply. Raises ProtocolError for a reply of another type."""
         exchange = self._send(message)
         try:
             reply = self._wait(exchange, timeout)
@@ -166,7 +169,7 @@ class Client:
             self._connected = events[-1]
         return True
 
-    def _open(self) -> tuple[zmq.Socket, zmq.Socket]:
+    def _open(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
         """Returns the DEALER and its monitor, opened if necessary. Raises ServerLost after ``close``."""
         if self._context is None:
             raise ServerLost("the client was closed")
@@ -239,7 +242,7 @@ class Generation:
         self.close()
 
 
-def _receive_all(socket: zmq.Socket) -> Iterator[list[bytes]]:
+def _receive_all(socket: zmq.Socket[bytes]) -> Iterator[list[bytes]]:
     while True:
         try:
             yield socket.recv_multipart(zmq.DONTWAIT)

@@ -140,9 +140,10 @@ def encode(value: Any) -> bytes:
             if packed is not None:
                 body[name] = packed
     try:
-        return msgpack.packb(body)
+        packed_body: bytes = msgpack.packb(body)
     except (TypeError, OverflowError, ValueError) as error:
         raise ValueError(f"cannot be sent: {error}") from None
+    return packed_body
 
 
 def decode(body: bytes, table: Mapping[str, type[Any]], *, strict: bool) -> Any:

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # where nothing is installed, this checkout
 
@@ -20,9 +21,13 @@ from euryale.runtime.flags import add_flags, from_flags
 from euryale.runtime.worker import leave, run_worker
 from euryale.scheduler.sampling_params import ACCEPTANCE_RULES, SamplingParams
 
-# The sampling parameters that are flags as they are; docs/protocol.md says what they mean.
-NUMBERS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "presence_penalty", "frequency_penalty")
-NUMBERS += ("repetition_penalty", "min_tokens", "logprobs", "prompt_logprobs")
+# Numeric sampling parameters with their defaults, each a flag; docs/protocol.md explains them. All prompts of a file have
+# the same priority and latency target, and torchrun would take --n for a flag of its own.
+NUMBERS: dict[str, Any] = {
+    field.name: field.default
+    for field in dataclasses.fields(SamplingParams)
+    if type(field.default) in (int, float, type(None)) and field.name not in ("n", "priority", "latency_target")
+}
 
 
 def parse() -> argparse.Namespace:
@@ -30,11 +35,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, required=True, help='JSONL of {"id", "prompt" or "prompt_tokens"}')
     parser.add_argument("--out", type=Path, required=True, help="JSONL of answers, in input order")
     parser.add_argument("--no-speculation", action="store_true", help="one token a step; same as --tree off")
-    for name in NUMBERS:
-        default = getattr(SamplingParams, name)
+    for name, default in NUMBERS.items():
         kind = int if default is None else type(default)
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default)
-    # torchrun would take --n for a flag of its own.
     parser.add_argument("--samples", type=int, dest="n", default=1, help="independent answers to each prompt")
     parser.add_argument("--acceptance", choices=ACCEPTANCE_RULES, default=SamplingParams.acceptance)
     parser.add_argument("--ignore-eos", action="store_true", help="go on after end-of-sequence tokens")

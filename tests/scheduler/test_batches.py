@@ -39,9 +39,9 @@ DRAFTERS = {
 
 
 class Batches(RuleBasedStateMachine):
-    """What the machine itself keeps is counted anew from what it sees: waits, order, contents of pages."""
+    """Counts waits, order and contents of pages independently of the scheduler, from its plans."""
 
-    seen: ClassVar[Counter] = Counter()  # over all runs
+    seen: ClassVar[Counter] = Counter()  # in all runs
 
     def __init__(self):
         super().__init__()
@@ -98,7 +98,7 @@ class Batches(RuleBasedStateMachine):
         self.waits.update(r.key for r in self.admission.waiting)
         assert planned.plan.num_rows <= FEW.max_num_batched_tokens
         assert all(segment.num_draft_tokens <= EACH for segment in planned.plan.segments)
-        self.seen["guesses"] += any(segment.num_draft_tokens for segment in planned.plan.segments)
+        self.seen["draft steps"] += any(segment.num_draft_tokens for segment in planned.plan.segments)
         assert len(planned.plan.segments) > 0 or not self.scheduler.has_work, "nobody makes progress"
         found = results(planned, self.rng, token)
         self.write(planned, found)
@@ -149,7 +149,7 @@ class Batches(RuleBasedStateMachine):
                 ):
                     assert before.worth(victim, self.aged) > before.worth(other, self.aged)
         if for_pages:
-            assert not admitted, "let in though pages are short"
+            assert not admitted, "admitted though pages are short"
             assert before.lacks_pages, "preempted though there are pages: by speculation?"
         elif preempted:
             best = min(r.params.priority for r in admitted)
@@ -165,13 +165,13 @@ class Batches(RuleBasedStateMachine):
             slots = [page * SIZE + at for page in segment.pages.tolist() for at in range(SIZE)]
             seen = [self.contents[slot] for slot in slots[: segment.context]]
             assert seen == made.known_tokens(0, segment.context).tolist()
-            kept = segment.tokens[: segment.num_new_tokens].tolist()
+            computed = segment.tokens[: segment.num_new_tokens].tolist()
             if segment.emits_tokens:
-                kept += next(found).tokens[:-1]
+                computed += next(found).tokens[:-1]
             assert deepest(segment) <= max(made.num_remaining - 1, 0)
             room = slots[segment.context :]
             assert segment.num_new_tokens + deepest(segment) <= len(room), "a path that is committed needs pages"
-            for slot, token in zip(room, kept, strict=False):
+            for slot, token in zip(room, computed, strict=False):
                 assert self.admission.pages._holders[slot // SIZE] == 1, "written to a page that others read"
                 self.contents[slot] = token
 
@@ -209,7 +209,7 @@ class Batches(RuleBasedStateMachine):
 
 
 class Before:
-    """What there was before a step was planned."""
+    """The state before a step was planned."""
 
     def __init__(self, admission):
         pool = admission.pages
@@ -240,7 +240,7 @@ class Before:
 def test_whatever_happens_the_rules_hold():
     Batches.seen.clear()
     most = settings.default.max_examples
-    # Always the same operations, so that what they meet is no matter of luck, but for the nightly ones.
+    # The operations are always the same, except in the nightly profile, so that the counts below are reproducible.
     options = settings(stateful_step_count=75, deadline=None, derandomize=most <= 100)
     run_state_machine_as_test(Batches, settings=options)
     seen = Batches.seen
@@ -248,5 +248,5 @@ def test_whatever_happens_the_rules_hold():
     for name in ("for pages", "for priority", "aged"):
         assert seen[f"preempted {name}"] > 0, name
     assert min(seen[name] for name in DRAFTERS) > 10
-    assert seen["guesses"] > 500
+    assert seen["draft steps"] > 500
     assert min(seen["found pages"], seen["admitted aged"], seen["cancelled preempted"]) > 0
