@@ -21,8 +21,8 @@ from euryale.runtime.flags import add_flags, from_flags
 from euryale.runtime.worker import leave, run_worker
 from euryale.scheduler.sampling_params import ACCEPTANCE_RULES, SamplingParams
 
-# Numeric sampling parameters with their defaults, each a flag; docs/protocol.md explains them. All prompts of a file have
-# the same priority and latency target, and torchrun would take --n for a flag of its own.
+# Numeric sampling parameters with their defaults, each a flag; docs/protocol.md explains them. All prompts of a file
+# have the same priority and latency target, and torchrun would take --n for a flag of its own.
 NUMBERS: dict[str, Any] = {
     field.name: field.default
     for field in dataclasses.fields(SamplingParams)

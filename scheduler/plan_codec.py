@@ -4,6 +4,7 @@ Layout, in int32 words: HEADER, one SEGMENT per segment, then the tokens, parent
 of all segments. This file does not know how the buffer travels.
 """
 
+import struct
 import zlib
 from typing import Any
 
@@ -27,9 +28,8 @@ SEGMENT = np.dtype(
 # The numbers of LogitsInputs, and the sizes of its arrays, which follow.
 _NUMBERS = {name: value for name, value in vars(LogitsInputs()).items() if not isinstance(value, np.ndarray)}
 _ARRAYS = {name: value for name, value in vars(LogitsInputs()).items() if isinstance(value, np.ndarray)}
-INPUTS = np.dtype(
-    [(name, "<f4" if isinstance(value, float) else "<i4") for name, value in _NUMBERS.items()]
-    + [(name, "<i4") for name in _ARRAYS]
+INPUTS = struct.Struct(
+    "<" + "".join("f" if isinstance(n, float) else "i" for n in _NUMBERS.values()) + "i" * len(_ARRAYS)
 )
 _CHECKSUM = slice(8, 12)  # bytes of the header's field
 _MASK = 0xFFFFFFFF
@@ -143,18 +143,16 @@ def _encode_inputs(inputs: LogitsInputs) -> np.ndarray:
     """Return the inputs as int32 words."""
     values = vars(inputs)
     arrays = [values[name] for name in _ARRAYS]
-    head = np.array([(*(values[name] for name in _NUMBERS), *(array.size for array in arrays))], dtype=INPUTS)
-    return np.concatenate([head.view(np.int32), *(array.ravel().view(np.int32) for array in arrays)])
+    head = INPUTS.pack(*[values[name] for name in _NUMBERS], *[array.size for array in arrays])
+    return np.frombuffer(b"".join([head, *[array.tobytes() for array in arrays]]), dtype=np.int32)
 
 
 def _decode_inputs(words: np.ndarray) -> LogitsInputs:
     """Return the inputs that ``_encode_inputs`` wrote to ``words``, int32."""
-    start = INPUTS.itemsize // 4
-    head = np.ascontiguousarray(words[:start]).view(INPUTS)[0].item()
-    numbers = dict(zip(_NUMBERS, head, strict=False))
-    parts = np.split(words[start:], np.cumsum(head[len(_NUMBERS) :])[:-1])
-    fields: dict[str, Any] = numbers | {
-        name: part.view(empty.dtype).reshape(*empty.shape[:-1], -1)
-        for (name, empty), part in zip(_ARRAYS.items(), parts, strict=True)
-    }
+    start = INPUTS.size // 4
+    head = INPUTS.unpack(words[:start].tobytes())
+    fields: dict[str, Any] = dict(zip(_NUMBERS, head, strict=False))
+    for (name, empty), size in zip(_ARRAYS.items(), head[len(_NUMBERS) :], strict=True):
+        fields[name] = words[start : start + size].view(empty.dtype).reshape(*empty.shape[:-1], -1)
+        start += size
     return LogitsInputs(**fields)

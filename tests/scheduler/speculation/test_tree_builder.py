@@ -89,8 +89,8 @@ def test_trees_are_closed_and_bounded_and_the_likeliest_nodes_come_first(seed, m
     acceptance_probability = trees.acceptance_probability[:total]
     assert total - 4 <= max_draft_tokens
     assert np.bincount(request[4:], minlength=4).max(initial=0) <= max_per_request
-    worth = acceptance_probability * made.values[request]
-    assert np.all(np.diff(worth[4:]) <= 1e-6)
+    value = acceptance_probability * made.values[request]
+    assert np.all(np.diff(value[4:]) <= 1e-6)
     for node in range(4, total):
         assert parent[node] < node
         assert request[parent[node]] == request[node]
@@ -106,14 +106,14 @@ def test_the_chosen_nodes_are_the_best_of_all_trees():
     made = roots(rng, 2, True)
     trees = builder.grow(made, 9, 9, 1e-3)
     total = trees.num_nodes
-    parent, worth = trees.parent, trees.acceptance_probability[:total] * made.values[trees.request[:total]]
+    parent, value = trees.parent, trees.acceptance_probability[:total] * made.values[trees.request[:total]]
     for size in range(1, 6):
         closed = [
-            worth[list(chosen)].sum()
+            value[list(chosen)].sum()
             for chosen in itertools.combinations(range(2, total), size)
             if all(parent[n] < 2 or parent[n] in chosen for n in chosen)
         ]
-        assert worth[2 : 2 + size].sum() == pytest.approx(max(closed), rel=1e-6)
+        assert value[2 : 2 + size].sum() == pytest.approx(max(closed), rel=1e-6)
 
 
 def test_a_table_knows_successors_and_overwrites_other_contexts():
