@@ -57,7 +57,7 @@ class _Pieces:
         self._logprobs: list[Logprobs] = []
 
     def add(self, delta: Delta) -> None:
-        """Append a delta."""
+        """Appends a delta."""
         self.tokens += delta.tokens
         self._steps += delta.tokens_per_step
         self._texts.append(delta.text)
@@ -65,7 +65,7 @@ class _Pieces:
             self._logprobs.append(delta.logprobs)
 
     def sample(self, end: Done | SampleEnd | None) -> Sample:
-        """Return the sample so far; ``end`` is None while it is incomplete."""
+        """Returns the sample so far; ``end`` is None while it is incomplete."""
         return Sample(
             text="".join(self._texts),
             tokens=tuple(self.tokens),
