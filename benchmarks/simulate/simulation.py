@@ -202,7 +202,7 @@ def make_limits(setting: Setting) -> SchedulerLimits:
 
 
 def make_scheduler(setting: Setting, limits: SchedulerLimits) -> Scheduler:
-    """As an engine's leader makes it (``runtime/planning.py``), but that prefixes, being random, are not shared."""
+    """As an engine's leader makes it (``runtime/startup.py``), but that prefixes, being random, are not shared."""
     costs, drafter = None, None
     if isinstance(setting.tree, TreeShape):
         drafter = StaticDrafter(setting.tree)
