@@ -116,7 +116,7 @@ class NgramTable:
         Raises ValueError if the file cannot be read or has tokens outside the vocabulary."""
         try:
             arrays = load_file(directory / FILE)
-            for name in ROW.names:
+            for name in _COLUMNS:
                 kind = ROW[name]
                 if arrays[name].dtype != kind.base or arrays[name].shape != (len(arrays["total"]), *kind.shape):
                     raise ValueError(f"its tensor {name} is not of rows of {kind}")
