@@ -22,7 +22,7 @@ from euryale.runtime.model.weights import Weights
 from euryale.runtime.startup import Loaded, make_graphs
 from euryale.runtime.step import StepRunner
 from euryale.scheduler.limits import SchedulerLimits
-from euryale.scheduler.speculation.tree import TreeChoice, TreeShape
+from euryale.scheduler.speculation.tree import TreeConfig, TreeShape
 
 PAGE, ROWS = 16, 512  # tokens of a page, rows of a step
 # hidden, layers, heads, kv heads, intermediate, vocabulary
@@ -125,7 +125,7 @@ def make_engine(
     loaded = Loaded(
         runner=runner,
         limits=limits,
-        trees=TreeChoice(shape=tree) if tree else None,
+        trees=TreeConfig(shape=tree) if tree else None,
         text=None,
         acceptance_stats=None,
         model=model,

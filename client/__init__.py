@@ -54,7 +54,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # asyncio takes longer to import than everything else here together, so only those pay who ask for it.
+    # asyncio takes longer to import than everything else here, so it is imported on first use.
     if name in ("AsyncClient", "AsyncGeneration"):
         from euryale.client import asynchronous
 

@@ -1,5 +1,6 @@
-"""What a generate request brought: its replies put together."""
+"""Collects the replies of a generate request into a completion."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,16 +10,16 @@ from euryale.client.logprobs import Logprobs
 from euryale.client.protocol import Delta, Done, Queued, SampleEnd, Usage
 from euryale.client.session import Exchange
 
-MAX_SAMPLES = 1024  # no server takes more
+MAX_SAMPLES = 1024  # more than any server accepts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One of the answers to a request, or what arrived of it.
+    """One of the answers to a request, or the part of it that has arrived.
 
-    ``finish_reason`` is stop, length or cancelled, None while it runs; ``stop`` the stop string or token id that ended
-    it; ``accepted`` the number of tokens that each decoding step gave; ``logprobs`` of the tokens, None unless asked
-    for. The end of one of several samples is known when all have ended.
+    ``finish_reason``: "stop", "length" or "cancelled", None while the answer is incomplete. ``stop``: the stop string
+    or token id that ended it. ``tokens_per_step``: how many tokens each decoding step emitted. ``logprobs``: of the
+    tokens, None if not requested. The end of one of several samples is known once all have ended.
     """
 
     text: str
@@ -31,10 +32,11 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion(Sample):
-    """A whole answer, or what arrived of it.
+    """The answer to a request, or the part of it that has arrived.
 
-    ``usage`` is None until the end. ``samples`` are all answers of a request for several, of which the first is this
-    one. ``prompt_logprobs`` of the prompt's tokens but the first, None unless asked for.
+    ``usage`` is None until the end. ``samples`` are all answers of a request with ``n`` > 1; this is the first of them.
+    ``prompt_logprobs``: of the prompt from its second token on, None if not requested. ``seed`` and ``fingerprint``
+    identify how the answer can be reproduced.
     """
 
     usage: Usage | None
@@ -46,7 +48,7 @@ class Completion(Sample):
 
 
 class _Pieces:
-    """The deltas of one sample."""
+    """Collects the deltas of one sample."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -55,6 +57,7 @@ class _Pieces:
         self._logprobs: list[Logprobs] = []
 
     def add(self, delta: Delta) -> None:
+        """Appends a delta."""
         self.tokens += delta.tokens
         self._steps += delta.tokens_per_step
         self._texts.append(delta.text)
@@ -62,11 +65,12 @@ class _Pieces:
             self._logprobs.append(delta.logprobs)
 
     def sample(self, end: Done | SampleEnd | None) -> Sample:
+        """Returns the sample so far; ``end`` is None while it is incomplete."""
         return Sample(
             text="".join(self._texts),
             tokens=tuple(self.tokens),
-            finish_reason=end and end.finish_reason,
-            stop=end and end.stop,
+            finish_reason=end.finish_reason if end else None,
+            stop=end.stop if end else None,
             tokens_per_step=tuple(self._steps),
             logprobs=Logprobs.join(self._logprobs) if self._logprobs else None,
         )
@@ -81,14 +85,14 @@ class Answer:
         self.done: Done | None = None
         self.closed = False
         count = message.params.get("n", 1)
-        # What is no number of samples is the server's to refuse.
+        # The server refuses an invalid number of samples.
         self._pieces = [_Pieces() for _ in range(count if type(count) is int and 0 < count <= MAX_SAMPLES else 1)]
         self._prompt_logprobs: Logprobs | None = None
 
     def take(self, reply: Any) -> Delta | None:
-        """Notes a reply; a delta for the caller, or None if there is nothing to show.
+        """Adds a reply and returns the delta for the caller, None if the reply has no new text or tokens.
 
-        Raises Cancelled if the answer ended by cancellation, ProtocolError if the reply is out of order.
+        Raises Cancelled if the answer was cancelled, ProtocolError if the reply is out of order.
         """
         if isinstance(reply, Queued) and self.queued is None:
             self.queued = reply
@@ -108,22 +112,22 @@ class Answer:
         raise ProtocolError(f"the server sent {reply.type} out of order")
 
     def completion(self) -> Completion:
-        """What is known by now."""
+        """Returns the answer so far."""
         done, queued = self.done, self.queued
-        ends = (done and done.samples) or [done] * len(self._pieces)
+        ends: Sequence[Done | SampleEnd | None] = (done.samples if done else None) or [done] * len(self._pieces)
         samples = tuple(pieces.sample(end) for pieces, end in zip(self._pieces, ends, strict=False))
         return Completion(
             **vars(samples[0]),
-            usage=done and done.usage,
+            usage=done.usage if done else None,
             prompt_tokens=queued.prompt_tokens if queued else (),
-            seed=queued and queued.seed,
-            fingerprint=queued and queued.fingerprint,
+            seed=queued.seed if queued else None,
+            fingerprint=queued.fingerprint if queued else None,
             samples=samples,
             prompt_logprobs=self._prompt_logprobs,
         )
 
     def _fits(self, delta: Delta) -> bool:
-        """Whether the delta comes next."""
+        """Returns whether the delta continues its sample."""
         if self.queued is None or not 0 <= delta.sample_index < len(self._pieces):
             return False
         return delta.index == len(self._pieces[delta.sample_index].tokens)

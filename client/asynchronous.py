@@ -1,9 +1,9 @@
-"""``AsyncClient``: the same methods as ``Client``, for asyncio."""
+"""``AsyncClient``: one connection to a server, for asyncio code and one event loop."""
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import zmq
 import zmq.asyncio
@@ -24,9 +24,11 @@ from euryale.client.session import (
     lost_error,
 )
 
+T = TypeVar("T")
+
 
 class AsyncClient:
-    """A connection to the server at ``address``, for one event loop; see ``Client`` for arguments and errors."""
+    """A connection to the server at ``address``; see ``Client`` for arguments and errors."""
 
     def __init__(
         self,
@@ -48,7 +50,7 @@ class AsyncClient:
         self._senders: set[asyncio.Task[None]] = set()
 
     async def hello(self, timeout: float = 5.0) -> ServerInfo:
-        """Who is there: model, limits, defaults. Later messages are held to the server's size limit."""
+        """Returns the server's model, limits and defaults. Later messages are checked against its size limit."""
         info = await self._call(protocol.Hello(), ServerInfo, timeout)
         self._session.max_message_bytes = info.max_message_bytes
         return info
@@ -61,7 +63,7 @@ class AsyncClient:
         messages: Any = None,
         **params: Unpack[GenerateParams],
     ) -> "AsyncGeneration":
-        """Starts a generation; see ``Client.generate``. Returns at once: the request is sent in the background."""
+        """Starts a generation; see ``Client.generate``. Returns at once, and sends the request in the background."""
         message = build_generate(prompt, prompt_tokens, messages, params)
         exchange, frames = self._session.start(message)
         task = asyncio.get_running_loop().create_task(self._send_or_fail(exchange, frames))
@@ -70,25 +72,25 @@ class AsyncClient:
         return AsyncGeneration(self, exchange, message)
 
     async def cancel(self, generation: "AsyncGeneration") -> bool:
-        """Ends a generation; False if it had ended already. Reading it raises Cancelled after its last delta."""
+        """Cancels a generation; returns False if it had ended. Reading it raises Cancelled after its last delta."""
         check_generation(generation, AsyncGeneration)
         message = protocol.Cancel(target=generation.answer.exchange.request_id)
         return (await self._call(message, protocol.CancelReply, self.timeout)).found
 
     async def stats(self) -> dict[str, Any]:
-        """Counters and gauges of the server."""
+        """Returns the counters and gauges of the server."""
         return (await self._call(protocol.Stats(), protocol.StatsReply, self.timeout)).values
 
     async def health(self, timeout: float = 5.0) -> HealthReply:
-        """Whether the server works: its status, the age of its engine's last sign of life, its uptime."""
+        """Returns the server's status, the seconds since the engine last responded, and the uptime."""
         return await self._call(protocol.Health(), HealthReply, timeout)
 
     async def drain(self, timeout: float = 60.0) -> None:
-        """Has the server finish what runs, take nothing new, and stop; returns when all is finished."""
+        """Lets the server finish its requests, refuse new ones and stop; returns when all requests have ended."""
         await self._call(protocol.Drain(), protocol.Drained, timeout)
 
     async def close(self) -> None:
-        """Closes the connection; the server cancels what was in flight. May be called twice."""
+        """Closes the connection; the server cancels requests in flight. May be called twice."""
         context, self._context = self._context, None
         if context is None:
             return
@@ -108,7 +110,8 @@ class AsyncClient:
 
     # ---- moving frames
 
-    async def _call(self, message: Any, reply_type: type, timeout: float) -> Any:
+    async def _call(self, message: Any, reply_type: type[T], timeout: float) -> T:
+        """Sends a message and returns its reply. Raises ProtocolError for a reply of another type."""
         check_seconds(timeout=timeout)
         exchange, frames = self._session.start(message)
         try:
@@ -138,20 +141,28 @@ class AsyncClient:
         except TimeoutError:
             raise ServerLost(f"no server answers at {self.address} within {self.connect_timeout} seconds") from None
         if exchange is not None and exchange.error is not None:
-            return  # given up while waiting for the connection
-        for cancel_frames in self._session.overdue():
+            return  # abandoned while waiting for the connection
+        for cancel_frames in self._session.cancel_abandoned():
             self._send_soon(cancel_frames)
-        sent = self._sockets[0].send_multipart(frames)
+        sent = self._send_now(frames)
         await asyncio.wait([sent], timeout=self.connect_timeout)
         if not sent.done():
             sent.cancel()
             raise TimedOut(f"the server took no message for {self.connect_timeout} seconds")
-        if sent.cancelled() or sent.exception():  # the socket was closed under it
+        if sent.cancelled() or sent.exception():  # the socket was closed meanwhile
             raise lost_error(self.address)
 
+    def _send_now(self, frames: list[bytes]) -> asyncio.Future[Any]:
+        """Begins to send a message. Raises ServerLost if the connection was closed."""
+        if self._sockets is None:
+            raise lost_error(self.address)
+        sent = self._sockets[0].send_multipart(frames)
+        assert isinstance(sent, asyncio.Future)
+        return sent
+
     def _send_soon(self, frames: list[bytes]) -> None:
-        future = self._sockets[0].send_multipart(frames)
-        future.add_done_callback(lambda sent: sent.cancelled() or sent.exception())  # the server may be gone by now
+        """Sends a message in the background and ignores errors, since the server may be gone."""
+        self._send_now(frames).add_done_callback(lambda sent: sent.cancelled() or sent.exception())
 
     async def _wait(self, exchange: Exchange, timeout: float) -> Any:
         changed = asyncio.Event()
@@ -168,12 +179,15 @@ class AsyncClient:
         return reply
 
     async def _read(self) -> None:
-        """Hands on all that arrives, for as long as the client lives."""
+        """Processes all that arrives, until the client is closed."""
         try:
-            while True:
-                self._sockets = open_sockets(self._context, self.address)
-                await self._read_connection(*self._sockets)
-                self._close_sockets()  # a fresh socket: this one would send old requests to a restarted server
+            while self._context is not None:
+                dealer, monitor = open_sockets(self._context, self.address)
+                assert isinstance(dealer, zmq.asyncio.Socket)
+                assert isinstance(monitor, zmq.asyncio.Socket)
+                self._sockets = dealer, monitor
+                await self._read_connection(dealer, monitor)
+                self._close_sockets()  # a new socket follows: this one would send old requests to a restarted server
                 self._session.lose(lost_error(self.address))
         except ValueError as error:
             self._session.lose(ServerLost(str(error)))
@@ -184,7 +198,7 @@ class AsyncClient:
         poller.register(monitor, zmq.POLLIN)
         while True:
             await poller.poll()
-            # The monitor first: what arrived before the connection broke is then in the DEALER for certain.
+            # The monitor is read first: whatever arrived before the connection broke is then in the DEALER.
             events = [is_connected(frames) for frames in await _receive_all(monitor)]
             for frames in await _receive_all(dealer):
                 self._session.receive(frames)
@@ -202,14 +216,14 @@ class AsyncClient:
     def _abandon(self, exchange: Exchange) -> None:
         frames = self._session.abandon(exchange)
         if frames and self._connected.is_set():
-            with contextlib.suppress(RuntimeError):  # dropped after its event loop ended, and the connection with it
+            with contextlib.suppress(RuntimeError):  # dropped after its event loop has ended
                 self._send_soon(frames)
 
 
 class AsyncGeneration:
-    """An answer being written. Iterate over it with ``async for``, or await ``result()``.
+    """An answer in progress. Iterate over it with ``async for``, or await ``result()``.
 
-    Leaving a loop over it early, closing it, or dropping it cancels the request.
+    Leaving the loop early, closing the generation, or dropping the last reference to it cancels the request.
     """
 
     def __init__(self, client: AsyncClient, exchange: Exchange, message: protocol.Generate) -> None:
@@ -231,7 +245,7 @@ class AsyncGeneration:
         return None
 
     async def result(self) -> Completion:
-        """Waits for the end; the whole answer, deltas read before included."""
+        """Waits for the end and returns the whole answer, with all deltas read before."""
         try:
             while await self._next() is not None:
                 pass
@@ -240,15 +254,15 @@ class AsyncGeneration:
         return self.answer.completion()
 
     async def text(self) -> str:
-        """Waits for the end; the whole text."""
+        """Waits for the end and returns the whole text."""
         return (await self.result()).text
 
     def partial(self) -> Completion:
-        """What was read so far, without waiting."""
+        """Returns what was read so far, without waiting."""
         return self.answer.completion()
 
     def close(self) -> None:
-        """Cancels the request if it still runs, without waiting for an answer."""
+        """Cancels the request if it still runs, without waiting for the server."""
         if not self.answer.closed:
             self.answer.closed = True
             self._client._abandon(self.answer.exchange)

@@ -1,23 +1,24 @@
-"""The sockets of one client connection and what their monitor says. Shared by both clients."""
+"""Opens and closes the sockets of a client connection, for both clients."""
 
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import zmq
 
 from euryale.client import protocol
 
 MAX_REPLY_BYTES = 64 << 20
-# A reader this far behind stops reading the wire, and is then dropped by the missing heartbeats.
+# A client that is this many messages behind stops reading, and the server drops it for its missing heartbeats.
 RECEIVE_HIGH_WATER = 100_000
 SEND_HIGH_WATER = 1_000
 RECONNECT_MS = 100
 
 
-def open_sockets(context: zmq.Context, address: str) -> tuple[zmq.Socket, zmq.Socket]:
-    """A DEALER connected to ``address`` and its monitor; asyncio sockets if the context is one of zmq.asyncio.
+def open_sockets(context: zmq.Context[Any], address: str) -> tuple[zmq.Socket[Any], zmq.Socket[Any]]:
+    """Returns a DEALER connected to ``address`` and its monitor; asyncio sockets if the context is a zmq.asyncio one.
 
-    Raises ValueError for an address that is none.
+    Raises ValueError for an invalid address.
     """
     dealer = context.socket(zmq.DEALER)
     dealer.linger = 0
@@ -31,7 +32,7 @@ def open_sockets(context: zmq.Context, address: str) -> tuple[zmq.Socket, zmq.So
     dealer.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     if address.startswith("tcp://["):
         dealer.setsockopt(zmq.IPV6, 1)
-    # Not IMMEDIATE, and not without reconnecting: both throw away what arrived before the connection broke.
+    # IMMEDIATE, or no reconnection, would discard what arrived before the connection broke.
     monitor = dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
     monitor.linger = 0
     try:
@@ -42,14 +43,14 @@ def open_sockets(context: zmq.Context, address: str) -> tuple[zmq.Socket, zmq.So
     return dealer, monitor
 
 
-def close_sockets(dealer: zmq.Socket, monitor: zmq.Socket) -> None:
-    """Closes both at once, whatever was not sent yet."""
+def close_sockets(dealer: zmq.Socket[Any], monitor: zmq.Socket[Any]) -> None:
+    """Closes both sockets at once and drops unsent messages."""
     dealer.disable_monitor()
     monitor.close(0)
     dealer.close(0)
 
 
 def is_connected(frames: Sequence[bytes]) -> bool:
-    """What a monitor message means: True for a finished handshake, False for a broken connection."""
+    """Decodes a monitor message: True for a finished handshake, False for a broken connection."""
     event, _ = struct.unpack("=hi", frames[0])
-    return event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+    return bool(event == zmq.EVENT_HANDSHAKE_SUCCEEDED)

@@ -1,11 +1,11 @@
-"""What can go wrong between a client and the server, one exception per remedy.
+"""Exceptions of the client, one for each remedy.
 
-An error travels as a code and a sentence; ``error_from_code`` turns it into the exception of that code.
+On the wire an error is a code and a sentence; ``error_from_code`` returns the exception of that code.
 """
 
 
 class EuryaleError(Exception):
-    """Base of all errors of this library. ``code`` is the word that travels in an ``error`` message."""
+    """Base of all errors of this library. ``code`` identifies the error in an ``error`` message."""
 
     code = "internal"
 
@@ -16,19 +16,19 @@ class EuryaleError(Exception):
 
 
 class InvalidRequest(EuryaleError, ValueError):
-    """The request can never work as it is; the message says what to change."""
+    """The request can never succeed as it is; the message says what to change."""
 
     code = "invalid_request"
 
 
 class TooLarge(InvalidRequest):
-    """The message is larger than the server takes (``ServerInfo.max_message_bytes``)."""
+    """The message is larger than the server accepts (``ServerInfo.max_message_bytes``)."""
 
     code = "too_large"
 
 
 class Overloaded(EuryaleError):
-    """The server has as many requests as it may hold. Try again after ``retry_after`` seconds."""
+    """The server has its maximum number of requests. Try again after ``retry_after`` seconds."""
 
     code = "overloaded"
 
@@ -38,31 +38,31 @@ class Overloaded(EuryaleError):
 
 
 class Draining(EuryaleError):
-    """The server is finishing its running requests and takes no new ones."""
+    """The server finishes its requests and refuses new ones. Use another server."""
 
     code = "draining"
 
 
 class GroupLost(EuryaleError):
-    """The ranks behind the server died or fell silent; the request is lost, another server may take it."""
+    """The ranks behind the server died or stopped responding. The request is lost; use another server."""
 
     code = "group_lost"
 
 
 class ProtocolError(EuryaleError):
-    """A message that the protocol does not allow, sent by either side."""
+    """Either side sent a message that violates the protocol."""
 
     code = "malformed"
 
 
 class UnsupportedVersion(ProtocolError):
-    """Client and server speak different versions of the protocol."""
+    """Client and server use different versions of the protocol."""
 
     code = "unsupported_version"
 
 
 class Cancelled(EuryaleError):
-    """The generation was cancelled before its end. ``completion`` holds what had arrived until then."""
+    """The generation was cancelled before its end. ``completion`` is the part that had arrived."""
 
     code = "cancelled"
 
@@ -94,7 +94,7 @@ _BY_CODE: dict[str, type[EuryaleError]] = {
 
 
 def error_from_code(code: str, message: str, retry_after: float | None = None) -> EuryaleError:
-    """The exception for an ``error`` message; an unknown code gives a plain EuryaleError that carries it."""
+    """Returns the exception for an ``error`` message; for an unknown code, an EuryaleError with that code."""
     if code == Overloaded.code:
         return Overloaded(message, retry_after=1.0 if retry_after is None else retry_after)
     return _BY_CODE.get(code, EuryaleError)(message, code=code) if code != Cancelled.code else Cancelled(message)

@@ -1,4 +1,4 @@
-"""Log-probabilities of consecutive tokens, packed as they travel. No numpy."""
+"""Log-probabilities of consecutive tokens, packed as on the wire, without numpy."""
 
 import struct
 from collections.abc import Iterable, Sequence
@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, overload
 
 
 class TokenLogprob(NamedTuple):
-    """``logprob`` of the token that is there; ``top``: the likeliest tokens in its place and their log-probabilities,
-    likeliest first."""
+    """The ``logprob`` of a token, and ``top``: pairs of a likely token in its place and its log-probability, likeliest
+    first. In nats."""
 
     logprob: float
     top: tuple[tuple[int, float], ...]
@@ -16,8 +16,11 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(frozen=True)
 class Logprobs(Sequence[TokenLogprob]):
-    """A sequence of TokenLogprob, in nats. Packed little-endian: ``chosen`` float32 [T]; ``top_tokens`` int32 [T, N]
-    and ``top_logprobs`` float32 [T, N]. Raises ValueError if the three do not fit together."""
+    """A sequence of TokenLogprob.
+
+    Packed little-endian: ``chosen`` float32 [T], ``top_tokens`` int32 [T, N] and ``top_logprobs`` float32 [T, N].
+    Raises ValueError if these sizes do not match.
+    """
 
     chosen: bytes = b""
     top_tokens: bytes = b""
@@ -47,39 +50,39 @@ class Logprobs(Sequence[TokenLogprob]):
         return TokenLogprob(logprob, tuple(zip(ids, values, strict=True)))
 
     def __add__(self, other: "Logprobs") -> "Logprobs":
-        """This one's tokens, then the other's, with as many likeliest tokens each."""
+        """Concatenates both; see ``join``."""
         return Logprobs.join([self, other])
 
     @classmethod
     def join(cls, parts: Iterable["Logprobs"]) -> "Logprobs":
-        """The parts' tokens one after the other, with as many likeliest tokens each (else ValueError)."""
+        """Concatenates the parts. Raises ValueError if they differ in N."""
         parts = [part for part in parts if part]
         if len({part.width for part in parts}) > 1:
-            raise ValueError("log-probabilities with different numbers of likeliest tokens do not join")
-        names = ("chosen", "top_tokens", "top_logprobs")
-        return cls(*(b"".join(getattr(part, name) for part in parts) for name in names))
+            raise ValueError("log-probabilities with different numbers of likeliest tokens cannot be joined")
+        fields = ("chosen", "top_tokens", "top_logprobs")
+        return cls(*(b"".join(getattr(part, name) for part in parts) for name in fields))
 
     @property
     def width(self) -> int:
-        """How many likeliest tokens each place has."""
+        """N, the number of likeliest tokens in each place."""
         return len(self.top_tokens) // len(self.chosen) if self.chosen else 0
 
     def _part(self, place: slice) -> "Logprobs":
         start, stop, step = place.indices(len(self))
         if step != 1:
-            raise ValueError("log-probabilities are cut into consecutive pieces only")
+            raise ValueError("log-probabilities support only slices with step 1")
         stop, width = max(start, stop), self.width
         parts = ((self.chosen, 4), (self.top_tokens, 4 * width), (self.top_logprobs, 4 * width))
         return Logprobs(*(packed[start * size : stop * size] for packed, size in parts))
 
 
 def pack_logprobs(value: Logprobs) -> list[bytes]:
-    """The three byte strings."""
+    """Returns the three byte strings of ``value``, as they are sent."""
     return [value.chosen, value.top_tokens, value.top_logprobs]
 
 
 def unpack_logprobs(value: Any) -> Logprobs:
-    """The inverse of ``pack_logprobs``. Raises ValueError for anything else."""
+    """Inverts ``pack_logprobs``. Raises ValueError for any other value."""
     if not isinstance(value, list) or len(value) != 3 or not all(isinstance(part, bytes) for part in value):
         raise ValueError("must be a list of three byte strings")
     return Logprobs(*value)

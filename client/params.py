@@ -1,5 +1,4 @@
-"""The sampling parameters of a request, for editors and type checkers, and what each must be; docs/protocol.md says
-what they mean."""
+"""Types of the sampling parameters of ``Client.generate`` and what each must be; docs/protocol.md explains them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
@@ -18,7 +17,7 @@ MOST_TOKENS = 2**31 - 1
 
 
 class GenerateParams(TypedDict, total=False):
-    """All are optional; None counts as absent."""
+    """All parameters are optional; None means the server's default."""
 
     max_tokens: int | None
     temperature: float | None

@@ -1,4 +1,4 @@
-"""The messages between a client and the front end, and the limits both sides keep; docs/protocol.md in code."""
+"""The messages between a client and the front end, and the limits of both sides; docs/protocol.md explains them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,12 +7,12 @@ from typing import Annotated, Any
 from euryale.client.logprobs import Logprobs, pack_logprobs, unpack_logprobs
 from euryale.client.params import PROMPT_RULES
 from euryale.client.rules import shown
-from euryale.client.wire import Ints, Kind, PackedTokens, Tokens, expect, message
+from euryale.client.wire import Ints, Kind, PackedTokens, Tokens, expect, message, message_table
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:5555"
 MAX_REQUEST_ID_BYTES = 64
 DEFAULT_MAX_MESSAGE_BYTES = 4 << 20
-# Both sides ping; a peer that answers no ping for this long is gone. Milliseconds.
+# In milliseconds. Both sides ping; a peer that answers no ping for the timeout counts as disconnected.
 HEARTBEAT_INTERVAL_MS = 2_000
 HEARTBEAT_TIMEOUT_MS = 10_000
 HANDSHAKE_INTERVAL_MS = 5_000
@@ -31,7 +31,7 @@ StopCause = Annotated[str | int, Kind("str or int", expect(str, int))]
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What a request took: tokens read, tokens written, and decoding steps that wrote them."""
+    """What a request used: prompt tokens, output tokens, and the decoding steps that emitted these."""
 
     prompt_tokens: int
     output_tokens: int
@@ -39,10 +39,10 @@ class Usage:
 
 
 def _unpack_usage(value: Any) -> Usage:
-    names = ("prompt_tokens", "output_tokens", "decode_steps")
-    if not isinstance(value, dict) or not all(type(value.get(name)) is int for name in names):
-        raise ValueError(f"must be a map with the whole numbers {', '.join(names)}, not {shown(value)}")
-    return Usage(**{name: value[name] for name in names})
+    fields = ("prompt_tokens", "output_tokens", "decode_steps")
+    if not isinstance(value, dict) or not all(type(value.get(name)) is int for name in fields):
+        raise ValueError(f"must be a map with the whole numbers {', '.join(fields)}, not {shown(value)}")
+    return Usage(**{name: value[name] for name in fields})
 
 
 UsageField = Annotated[Usage, Kind("usage", _unpack_usage, lambda usage: dict(vars(usage)))]
@@ -50,7 +50,7 @@ UsageField = Annotated[Usage, Kind("usage", _unpack_usage, lambda usage: dict(va
 
 @dataclass(frozen=True, kw_only=True)
 class SampleEnd:
-    """How one of several samples ended: as ``Done`` says it of a single one."""
+    """How one of several samples ended; the fields are those of ``Done``."""
 
     finish_reason: str
     output_tokens: int
@@ -74,7 +74,7 @@ def _unpack_ends(value: Any) -> tuple[SampleEnd, ...]:
 
 
 Ends = Annotated[tuple[SampleEnd, ...], Kind("list of ends", _unpack_ends, _pack_ends)]
-# Left out where it is 0, as in every answer to a request for one sample.
+# Left out if it is 0, as for every request with one sample.
 SampleIndex = Annotated[int, Kind("int", expect(int), lambda index: index or None)]
 LogprobsField = Annotated[Logprobs, Kind("logprobs", unpack_logprobs, pack_logprobs)]
 
@@ -85,18 +85,18 @@ LogprobsField = Annotated[Logprobs, Kind("logprobs", unpack_logprobs, pack_logpr
 @message("hello")
 @dataclass(frozen=True, kw_only=True)
 class Hello:
-    """Asks who is there; answered by ServerInfo."""
+    """Asks for the server's model and limits; answered by ServerInfo."""
 
 
 @message("generate")
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Asks for a continuation of exactly one of prompt, prompt_tokens or messages (chat)."""
+    """Asks for a continuation of exactly one of prompt, prompt_tokens and messages (chat)."""
 
     prompt: str | None = None
     prompt_tokens: PackedTokens | None = None
     messages: Chat | None = None
-    params: dict = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
 
 
 @message("cancel")
@@ -116,13 +116,13 @@ class Stats:
 @message("health")
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """Asks whether the server works; answered by HealthReply."""
+    """Asks for the server's status; answered by HealthReply."""
 
 
 @message("drain")
 @dataclass(frozen=True, kw_only=True)
 class Drain:
-    """Asks the server to finish what runs, take nothing new, and stop; answered by Drained."""
+    """Asks the server to finish its requests, refuse new ones and stop; answered by Drained."""
 
 
 # ---- server to client
@@ -131,7 +131,7 @@ class Drain:
 @message("welcome")
 @dataclass(frozen=True, kw_only=True)
 class ServerInfo:
-    """The model behind the server and its limits. ``defaults`` are the sampling parameters of a bare request."""
+    """The server's model and limits. ``defaults`` are the sampling parameters of a request that gives none."""
 
     model: str
     fingerprint: str
@@ -141,13 +141,13 @@ class ServerInfo:
     num_medusa_heads: int
     chat: bool
     max_message_bytes: int
-    defaults: dict
+    defaults: dict[str, Any]
 
 
 @message("queued")
 @dataclass(frozen=True, kw_only=True)
 class Queued:
-    """First reply of a generate that was taken: what would have to be sent to get the same answer again."""
+    """First reply to a generate that was accepted. With these values, the same answer can be requested again."""
 
     prompt_tokens: Tokens
     seed: int
@@ -157,12 +157,12 @@ class Queued:
 @message("delta")
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """New tokens of an answer. ``index`` is the first one's position in the answer.
+    """New tokens of an answer. ``index`` is the number of tokens before the first of them.
 
-    ``tokens_per_step`` lists how many tokens each decoding step gave. ``text`` may lag behind the tokens: a character
-    needs all its bytes, and what could be the beginning of a stop string is held back. ``sample_index`` tells the
-    answers to a request for several apart. ``logprobs`` of the tokens and, in the first delta, ``prompt_logprobs`` of
-    the prompt's tokens but the first: None unless asked for.
+    ``tokens_per_step`` lists how many tokens each decoding step emitted. ``text`` may lag behind the tokens: incomplete
+    characters and possible beginnings of a stop string are held back. ``sample_index`` numbers the answers to a request
+    with ``n`` > 1. ``logprobs``: of the tokens. ``prompt_logprobs``: in the first delta, of the prompt from its second
+    token on. Both are None if not requested.
     """
 
     index: int
@@ -177,10 +177,11 @@ class Delta:
 @message("done")
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """Last reply of a generate. ``text`` is what was held back; ``stop`` the stop string or token that ended it.
+    """Last reply to a generate. ``text`` is what was held back, ``stop`` the stop string or token that ended the
+    answer.
 
-    Of several samples ``samples`` has the ends, and the deltas all the text; ``finish_reason`` and ``stop`` are then
-    the first one's, unless the request was cancelled, and ``usage`` sums up.
+    With several samples, ``samples`` has the end of each, the deltas have all text, and ``usage`` is the sum.
+    ``finish_reason`` and ``stop`` are then the first sample's, unless the request was cancelled.
     """
 
     finish_reason: str
@@ -193,7 +194,9 @@ class Done:
 @message("error")
 @dataclass(frozen=True, kw_only=True)
 class Error:
-    """Last reply of a request that failed. ``retry_after`` in seconds. ``request_id`` only where the frame has none."""
+    """Last reply to a request that failed. ``retry_after`` in seconds. ``request_id`` is set only if the frame has
+    none.
+    """
 
     code: str
     message: str
@@ -214,7 +217,7 @@ class CancelReply:
 class StatsReply:
     """Counters and gauges of engine and front end."""
 
-    values: dict
+    values: dict[str, Any]
 
 
 @message("health_report")
@@ -230,7 +233,7 @@ class HealthReply:
 @message("drained")
 @dataclass(frozen=True, kw_only=True)
 class Drained:
-    """Everything that ran is finished; the server stops."""
+    """All requests have ended, and the server stops."""
 
 
 @message("alive")
@@ -239,9 +242,6 @@ class Alive:
     """Sent about once a second, with an empty request id, to connections with requests in flight."""
 
 
-REQUESTS = {cls.type: cls for cls in (Hello, Generate, Cancel, Stats, Health, Drain)}
-REPLIES = {
-    cls.type: cls
-    for cls in (ServerInfo, Queued, Delta, Done, Error, CancelReply, StatsReply, HealthReply, Drained, Alive)
-}
+REQUESTS = message_table(Hello, Generate, Cancel, Stats, Health, Drain)
+REPLIES = message_table(ServerInfo, Queued, Delta, Done, Error, CancelReply, StatsReply, HealthReply, Drained, Alive)
 STREAMED = (Queued, Delta)  # replies after which more follow

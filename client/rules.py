@@ -7,6 +7,7 @@ import math
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 _SHOWN = 60  # characters of a wrong value in an error message
 _repr = reprlib.Repr()
@@ -36,12 +37,12 @@ class Rule:
             raise ValueError(f"{name} must be {self.says}, not {shown(value)}")
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Whether this is an integer; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_text(value: object) -> bool:
+def is_text(value: object) -> TypeGuard[str]:
     """Whether this is a string that can be sent: half a surrogate pair cannot."""
     if not isinstance(value, str):
         return False
@@ -64,8 +65,9 @@ def number(low: float, high: float, unit: str = "", *, above: bool = False) -> R
     bounds = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
 
     def fits(value: object) -> bool:
-        is_number = is_whole(value) or (isinstance(value, float) and math.isfinite(value))
-        return is_number and (low < value if above else low <= value) and value <= high
+        if not is_whole(value) and not (isinstance(value, float) and math.isfinite(value)):
+            return False
+        return (low < value if above else low <= value) and value <= high
 
     return Rule(f"a number{unit and ' of ' + unit} {bounds}", fits)
 

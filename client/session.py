@@ -1,6 +1,6 @@
-"""The client's side of the protocol without any input or output: what to send, and what arrived for whom.
+"""The client's side of the protocol without input or output: makes messages, and assigns replies to requests.
 
-``Client`` and ``AsyncClient`` move the frames; everything they have in common is here. No sockets, no clocks.
+``Client`` and ``AsyncClient`` share this and move the frames. Nothing here knows a socket or a clock.
 """
 
 import logging
@@ -26,7 +26,7 @@ logger = logging.getLogger("euryale.client")
 
 
 class Exchange:
-    """One request in flight: the replies that arrived and were not read yet."""
+    """One request in flight, with its unread replies. ``on_change`` is called when a reply or an error arrives."""
 
     def __init__(self, request_id: bytes) -> None:
         self.request_id = request_id
@@ -35,7 +35,7 @@ class Exchange:
         self.on_change: Callable[[], None] = lambda: None
 
     def next_reply(self) -> Any | None:
-        """The oldest unread reply, None if there is none yet. Raises the error that ended the request."""
+        """Returns the oldest unread reply, None if there is none yet. Raises the error that ended the request."""
         if self.replies:
             return self.replies.popleft()
         if self.error is not None:
@@ -43,13 +43,13 @@ class Exchange:
         return None
 
     def fail(self, error: EuryaleError) -> None:
-        """Ends the request; what arrived before can still be read."""
+        """Ends the request with an error; replies that arrived before can still be read."""
         self.error = error
         self.on_change()
 
 
 class Session:
-    """All requests of one connection. Not for use from several threads, except ``abandon``."""
+    """All requests of one connection. Only ``abandon`` may be called from other threads."""
 
     def __init__(self, max_message_bytes: int = protocol.DEFAULT_MAX_MESSAGE_BYTES) -> None:
         whole(1, 2**63 - 1, "bytes").check("max_message_bytes", max_message_bytes)
@@ -60,23 +60,26 @@ class Session:
         self._thread = threading.get_ident()
 
     def start(self, message: Any) -> tuple[Exchange, list[bytes]]:
-        """Opens an exchange for a request: what to wait on, and the frames to send.
+        """Opens an exchange for a request; returns it with the frames to send.
 
-        Raises InvalidRequest or TooLarge if the message cannot be sent; then nothing was opened.
+        Raises InvalidRequest or TooLarge if the message cannot be sent; then there is no exchange.
         """
         try:
             body = wire.encode(message)
         except ValueError as error:
             raise InvalidRequest(f"{message.type}: {error}") from None
         if len(body) > self.max_message_bytes:
-            raise TooLarge(f"a {message.type} message of {len(body)} bytes; the server takes {self.max_message_bytes}")
+            raise TooLarge(
+                f"the {message.type} message has {len(body)} bytes and the server accepts {self.max_message_bytes}: "
+                "shorten it"
+            )
         self._num_requests += 1
         exchange = Exchange(self._num_requests.to_bytes(8, "big"))
         self.in_flight[exchange.request_id] = exchange
         return exchange, [exchange.request_id, body]
 
     def receive(self, frames: Sequence[bytes]) -> None:
-        """Hands a reply to its exchange. Replies to requests that were given up are dropped."""
+        """Passes a reply to its exchange. Replies to abandoned requests are dropped."""
         if len(frames) != 2:
             logger.warning("dropped a message of %d frames", len(frames))
             return
@@ -102,8 +105,9 @@ class Session:
                 exchange.on_change()
 
     def _receive_for_connection(self, reply: Any) -> None:
+        """Handles a reply without a request id, which is an Alive or an Error."""
         if not isinstance(reply, protocol.Error):
-            return  # alive
+            return
         error = error_from_code(reply.code, reply.message, reply.retry_after)
         if reply.request_id is None:
             self.lose(error)
@@ -111,28 +115,29 @@ class Session:
             exchange.fail(error)
 
     def lose(self, error: EuryaleError) -> None:
-        """Ends every exchange with this error: the connection is gone."""
+        """Ends every exchange with this error, since the connection is lost."""
         lost, self.in_flight = self.in_flight, {}
         for exchange in lost.values():
             exchange.fail(error)
 
     def abandon(self, exchange: Exchange) -> list[bytes] | None:
-        """Gives an exchange up: the frames that cancel it, None if nothing has to be sent now.
+        """Abandons an exchange; returns the frames that cancel it, None if nothing is to be sent now.
 
-        The garbage collector may call this from any thread; then the frames come from ``overdue`` later.
+        The garbage collector may call this from any thread. In other threads than the owner's it only notes the
+        exchange for ``cancel_abandoned``.
         """
         if threading.get_ident() != self._thread:
             self._abandoned.append(exchange)
             return None
         if self.in_flight.pop(exchange.request_id, None) is None:
             return None
-        exchange.fail(Cancelled("the request was given up by its reader"))
+        exchange.fail(Cancelled("the request was abandoned by its reader"))
         reply, frames = self.start(protocol.Cancel(target=exchange.request_id))
-        del self.in_flight[reply.request_id]  # nobody waits for the answer
+        del self.in_flight[reply.request_id]  # the reply is not awaited
         return frames
 
-    def overdue(self) -> Iterable[list[bytes]]:
-        """The frames that cancel what was given up in other threads; call it from the owner's, now its thread."""
+    def cancel_abandoned(self) -> Iterable[list[bytes]]:
+        """Yields the frames that cancel exchanges abandoned in other threads. The calling thread becomes the owner."""
         self._thread = threading.get_ident()
         while self._abandoned:
             if frames := self.abandon(self._abandoned.popleft()):
@@ -163,11 +168,10 @@ def check_generation(generation: object, kind: type) -> None:
 def build_generate(
     prompt: str | None, prompt_tokens: Any, messages: Any, params: Mapping[str, Any]
 ) -> protocol.Generate:
-    """The generate message of a call; ``params`` as GenerateParams. A request without a seed gets a random one, so that
-    it can be repeated.
+    """Returns the generate message of a call; ``params`` are those of GenerateParams.
 
-    Raises InvalidRequest, naming what was given and what is right, for anything that no server takes; what depends on
-    the model is the server's to judge.
+    A request without a seed gets a random one, so that it can be repeated. Raises InvalidRequest, which names the given
+    and the right value, for anything that no server accepts; the server checks what depends on the model.
     """
     given = [x is not None for x in (prompt, prompt_tokens, messages)]
     if sum(given) != 1:
@@ -199,5 +203,5 @@ def _plain(value: Any) -> Any:
 
 
 def lost_error(address: str) -> ServerLost:
-    """The error of a connection that broke."""
+    """Returns the error for a broken connection."""
     return ServerLost(f"the connection to {address} broke while requests were in flight")

@@ -1,8 +1,8 @@
-"""``Client``: one connection to a server, used from ordinary (not asyncio) code, by one thread at a time."""
+"""``Client``: one connection to a server, for synchronous code and one thread at a time."""
 
 import time
 from collections.abc import Iterator
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import zmq
 
@@ -22,14 +22,16 @@ from euryale.client.session import (
     lost_error,
 )
 
+T = TypeVar("T")
+
 
 class Client:
     """A connection to the server at ``address`` (``tcp://host:port`` or ``ipc://path``).
 
-    ``timeout`` is how long to wait for each next message of a request, ``connect_timeout`` how long for a server to
-    appear, both in seconds. Several requests may be in flight and be read in any order. All methods raise
-    ServerLost if the server cannot be reached or goes away, TimedOut if it does not answer in time, and the typed
-    error that it answers with.
+    ``timeout``: how long to wait for the next message of a request, in seconds. ``connect_timeout``: how long to wait
+    for a connection, in seconds. Several requests may be in flight and be read in any order. All methods raise
+    ServerLost if the server cannot be reached or disconnects, TimedOut if it does not answer in time, and the typed
+    error of its reply. The constructor raises ValueError for an invalid address.
     """
 
     def __init__(
@@ -45,8 +47,8 @@ class Client:
         self.timeout = timeout
         self.connect_timeout = connect_timeout
         self._session = Session(max_message_bytes)
-        self._context: zmq.Context | None = zmq.Context()
-        self._sockets: tuple[zmq.Socket, zmq.Socket] | None = None
+        self._context: zmq.Context[Any] | None = zmq.Context()
+        self._sockets: tuple[zmq.Socket[bytes], zmq.Socket[bytes]] | None = None
         self._connected = False
         try:
             self._open()
@@ -55,7 +57,7 @@ class Client:
             raise
 
     def hello(self, timeout: float = 5.0) -> ServerInfo:
-        """Who is there: model, limits, defaults. Later messages are held to the server's size limit."""
+        """Returns the server's model, limits and defaults. Later messages are checked against its size limit."""
         info = self._call(protocol.Hello(), ServerInfo, timeout)
         self._session.max_message_bytes = info.max_message_bytes
         return info
@@ -70,34 +72,33 @@ class Client:
     ) -> "Generation":
         """Starts a generation from a text, from token ids, or from chat messages ({role, content} maps).
 
-        ``params`` are sampling parameters (max_tokens, temperature, stop, ...; docs/protocol.md). With ``n`` several
-        answers are written at the same time: a delta's ``sample`` says whose it is, and ``result()`` has all of them in
-        ``samples``. Raises InvalidRequest or TooLarge for what cannot be sent; what the server objects to is raised on
-        reading.
+        ``params`` are sampling parameters (see docs/protocol.md). With ``n`` > 1 several answers are generated at once:
+        ``Delta.sample_index`` says to which one a delta belongs, and ``result().samples`` has all of them. Raises
+        InvalidRequest or TooLarge for a request that cannot be sent; errors of the server are raised on reading.
         """
         message = build_generate(prompt, prompt_tokens, messages, params)
         return Generation(self, self._send(message), message)
 
     def cancel(self, generation: "Generation") -> bool:
-        """Ends a generation; False if it had ended already. Reading it raises Cancelled after its last delta."""
+        """Cancels a generation; returns False if it had ended. Reading it raises Cancelled after its last delta."""
         check_generation(generation, Generation)
         message = protocol.Cancel(target=generation.answer.exchange.request_id)
         return self._call(message, protocol.CancelReply, self.timeout).found
 
     def stats(self) -> dict[str, Any]:
-        """Counters and gauges of the server."""
+        """Returns the counters and gauges of the server."""
         return self._call(protocol.Stats(), protocol.StatsReply, self.timeout).values
 
     def health(self, timeout: float = 5.0) -> HealthReply:
-        """Whether the server works: its status, the age of its engine's last sign of life, its uptime."""
+        """Returns the server's status, the seconds since the engine last responded, and the uptime."""
         return self._call(protocol.Health(), HealthReply, timeout)
 
     def drain(self, timeout: float = 60.0) -> None:
-        """Has the server finish what runs, take nothing new, and stop; returns when all is finished."""
+        """Lets the server finish its requests, refuse new ones and stop; returns when all requests have ended."""
         self._call(protocol.Drain(), protocol.Drained, timeout)
 
     def close(self) -> None:
-        """Closes the connection; the server cancels what was in flight. May be called twice."""
+        """Closes the connection; the server cancels requests in flight. May be called twice."""
         context, self._context = self._context, None
         if context is not None:
             self._close_sockets()
@@ -116,7 +117,8 @@ class Client:
 
     # ---- moving frames
 
-    def _call(self, message: Any, reply_type: type, timeout: float) -> Any:
+    def _call(self, message: Any, reply_type: type[T], timeout: float) -> T:
+        """Sends a message and returns its reply. Raises ProtocolError for a reply of another type."""
         check_seconds(timeout=timeout)
         exchange = self._send(message)
         try:
@@ -130,7 +132,7 @@ class Client:
     def _send(self, message: Any) -> Exchange:
         deadline = time.monotonic() + self.connect_timeout
         self._open()
-        for frames in self._session.overdue():
+        for frames in self._session.cancel_abandoned():
             self._send_soon(frames)
         self._pump(0)
         while not self._connected:
@@ -138,14 +140,16 @@ class Client:
                 raise ServerLost(f"no server answers at {self.address} within {self.connect_timeout} seconds")
         exchange, frames = self._session.start(message)
         while not self._send_soon(frames):  # the queue is full
-            if not self._sockets[0].poll(max(0, int(1000 * (deadline - time.monotonic()))), zmq.POLLOUT):
+            if not self._open()[0].poll(max(0, int(1000 * (deadline - time.monotonic()))), zmq.POLLOUT):
                 del self._session.in_flight[exchange.request_id]
                 raise TimedOut(f"the server took no message for {self.connect_timeout} seconds")
         return exchange
 
     def _send_soon(self, frames: list[bytes]) -> bool:
+        """Sends a message without waiting; returns False if the queue is full."""
+        dealer, _ = self._open()
         try:
-            self._sockets[0].send_multipart(frames, zmq.DONTWAIT)
+            dealer.send_multipart(frames, zmq.DONTWAIT)
         except zmq.Again:
             return False
         return True
@@ -158,30 +162,31 @@ class Client:
         return reply
 
     def _pump(self, timeout: float) -> bool:
-        """Waits up to ``timeout`` seconds, then hands on all that arrived. False if nothing came in that time."""
-        self._open()
-        dealer, monitor = self._sockets
+        """Waits up to ``timeout`` seconds and processes all that arrived; returns False if nothing arrived."""
+        dealer, monitor = self._open()
         poller = zmq.Poller()
         poller.register(dealer, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
         if not poller.poll(max(0, round(1000 * timeout))):
             return False
-        # The monitor first: what arrived before the connection broke is then in the DEALER for certain.
+        # The monitor is read first: whatever arrived before the connection broke is then in the DEALER.
         events = [is_connected(frames) for frames in _receive_all(monitor)]
         for frames in _receive_all(dealer):
             self._session.receive(frames)
         if False in events and (self._connected or True in events):
-            self._close_sockets()  # a fresh socket later: this one would send old requests to a restarted server
+            self._close_sockets()  # a new socket follows: this one would send old requests to a restarted server
             self._session.lose(lost_error(self.address))
         elif events:
             self._connected = events[-1]
         return True
 
-    def _open(self) -> None:
+    def _open(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        """Returns the DEALER and its monitor, opened if necessary. Raises ServerLost after ``close``."""
         if self._context is None:
             raise ServerLost("the client was closed")
         if self._sockets is None:
             self._sockets = open_sockets(self._context, self.address)
+        return self._sockets
 
     def _close_sockets(self) -> None:
         sockets, self._sockets, self._connected = self._sockets, None, False
@@ -195,9 +200,9 @@ class Client:
 
 
 class Generation:
-    """An answer being written. Iterate over it for its deltas, or ask for ``result()``.
+    """An answer in progress. Iterate over it for its deltas, or ask for ``result()``.
 
-    Leaving a loop over it early, closing it, or dropping it cancels the request.
+    Leaving the loop early, closing the generation, or dropping the last reference to it cancels the request.
     """
 
     def __init__(self, client: Client, exchange: Exchange, message: protocol.Generate) -> None:
@@ -219,21 +224,21 @@ class Generation:
         return None
 
     def result(self) -> Completion:
-        """Waits for the end; the whole answer, deltas read before included."""
+        """Waits for the end and returns the whole answer, with all deltas read before."""
         for _ in self:
             pass
         return self.answer.completion()
 
     def text(self) -> str:
-        """Waits for the end; the whole text."""
+        """Waits for the end and returns the whole text."""
         return self.result().text
 
     def partial(self) -> Completion:
-        """What was read so far, without waiting."""
+        """Returns what was read so far, without waiting."""
         return self.answer.completion()
 
     def close(self) -> None:
-        """Cancels the request if it still runs, without waiting for an answer."""
+        """Cancels the request if it still runs, without waiting for the server."""
         if not self.answer.closed:
             self.answer.closed = True
             self._client._abandon(self.answer.exchange)
@@ -248,7 +253,7 @@ class Generation:
         self.close()
 
 
-def _receive_all(socket: zmq.Socket) -> Iterator[list[bytes]]:
+def _receive_all(socket: zmq.Socket[bytes]) -> Iterator[list[bytes]]:
     while True:
         try:
             yield socket.recv_multipart(zmq.DONTWAIT)

@@ -1,7 +1,7 @@
-"""How a typed message becomes msgpack and back: limits first, then the schema, then a frozen dataclass.
+"""Encodes typed messages as msgpack and decodes them: limits are checked first, then the schema.
 
-A message is a dataclass decorated with ``@message("name")``; its annotations are its schema. This file knows
-neither which messages exist nor how they travel.
+A message is a frozen dataclass decorated with ``@message("name")``; its annotations are its schema. This file knows
+neither which messages exist nor how they are sent.
 """
 
 import struct
@@ -9,19 +9,21 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgpack
 
 from euryale.client.rules import MAP, shown
 
+T = TypeVar("T")
+
 PROTOCOL_VERSION = 2
 MAX_DEPTH = 8
-MAX_ITEMS = 16384  # values and keys in one message; keeps the depth scan, which is plain Python, within milliseconds
+MAX_ITEMS = 16384  # values and keys in one message; bounds the time of the structure check to milliseconds
 
 
 class WireError(ValueError):
-    """A body that is no message of the table. ``code`` is the error code the sender should get."""
+    """A body that is no valid message. ``code`` is the error code for its sender."""
 
     def __init__(self, code: str, text: str) -> None:
         super().__init__(text)
@@ -30,8 +32,11 @@ class WireError(ValueError):
 
 @dataclass(frozen=True)
 class Kind:
-    """A field's type on the wire: ``unpack`` checks and converts (ValueError if it does not fit), ``pack`` inverts;
-    what it packs as None is left out."""
+    """The wire type of a field.
+
+    ``unpack`` checks and converts a value, with a ValueError if it does not fit. ``pack`` inverts it; a field packed as
+    None is left out.
+    """
 
     name: str
     unpack: Callable[[Any], Any]
@@ -39,8 +44,9 @@ class Kind:
 
 
 def pack_tokens(tokens: Iterable[int] | bytes) -> bytes:
-    """Token ids as little-endian int32; bytes are ids that are packed already. Raises ValueError if one is no integer
-    of 32 bits."""
+    """Packs token ids as little-endian int32; bytes are returned as they are.
+
+    Raises ValueError if an id is no 32-bit integer."""
     if isinstance(tokens, bytes):
         return tokens
     tokens = tuple(tokens)
@@ -51,13 +57,13 @@ def pack_tokens(tokens: Iterable[int] | bytes) -> bytes:
 
 
 def unpack_tokens(packed: Any) -> tuple[int, ...]:
-    """The inverse of ``pack_tokens``. Raises ValueError for anything but bytes of a length divisible by four."""
+    """Inverts ``pack_tokens``. Raises ValueError unless ``packed`` is bytes of a length divisible by four."""
     check_packed(packed)
     return struct.unpack(f"<{len(packed) // 4}i", packed)
 
 
 def check_packed(packed: Any) -> bytes:
-    """Packed token ids as they came. Raises ValueError for anything but bytes of a length divisible by four."""
+    """Returns packed token ids unchanged. Raises ValueError unless they are bytes of a length divisible by four."""
     if not isinstance(packed, bytes) or len(packed) % 4:
         raise ValueError(f"must be a byte string of little-endian int32, not {shown(packed)}")
     return packed
@@ -67,7 +73,7 @@ _NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true
 
 
 def expect(*allowed: type) -> Callable[[Any], Any]:
-    """A check that lets values of these types pass; a bool is not an int here."""
+    """Returns a check that raises ValueError for values of other types; a bool does not count as an int."""
     names = " or ".join(_NAMES[kind] for kind in allowed)
 
     def check(value: Any) -> Any:
@@ -91,7 +97,7 @@ def _check_ints(value: Any) -> tuple[int, ...]:
 
 
 Tokens = Annotated[tuple[int, ...], Kind("packed int32", unpack_tokens, pack_tokens)]
-# A prompt has up to a million tokens: nobody makes integers of them who need not.
+# A prompt has up to a million tokens, so they stay packed where integers are not needed.
 PackedTokens = Annotated[bytes, Kind("packed int32", check_packed)]
 Ints = Annotated[tuple[int, ...], Kind("list of int", _check_ints, list)]
 _KINDS: dict[Any, Kind] = {kind: Kind(kind.__name__, expect(kind)) for kind in (str, int, bool, bytes)}
@@ -99,31 +105,38 @@ _KINDS[float] = Kind("float", lambda value: float(expect(float, int)(value)))
 _KINDS[dict] = Kind("map", _check_map)
 
 
-def message(name: str) -> Callable[[type], type]:
-    """Class decorator: registers a frozen dataclass as the message of this ``type``."""
+def message(name: str) -> Callable[[type[T]], type[T]]:
+    """Class decorator: gives a frozen dataclass its message ``type`` and ``schema`` as attributes."""
 
-    def register(cls: type) -> type:
+    def register(cls: type[T]) -> type[T]:
         hints = typing.get_type_hints(cls, include_extras=True)
-        cls.type = name
-        cls.schema = {
+        described: Any = cls
+        described.type = name
+        described.schema = {
             f.name: _field(hints[f.name], f.default is not MISSING or f.default_factory is not MISSING)
-            for f in fields(cls)
+            for f in fields(described)
         }
         return cls
 
     return register
 
 
+def message_table(*classes: type[Any]) -> dict[str, type[Any]]:
+    """Returns the message classes by type name, as ``decode`` takes them."""
+    return {cls.type: cls for cls in classes}
+
+
 def _field(annotation: Any, has_default: bool) -> tuple[Kind, bool]:
+    """Returns the kind of a field, and whether it is required."""
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
     if typing.get_origin(annotation) is Annotated:
         return annotation.__metadata__[0], not has_default
-    return _KINDS[annotation], not has_default
+    return _KINDS[typing.get_origin(annotation) or annotation], not has_default
 
 
 def encode(value: Any) -> bytes:
-    """The body of a message. Fields that are None are left out. Raises ValueError for values msgpack cannot hold."""
+    """Returns the body of a message, without fields that are None. Raises ValueError for unsupported values."""
     body = {"type": value.type, "v": PROTOCOL_VERSION}
     for name, (kind, _) in value.schema.items():
         item = getattr(value, name)
@@ -132,15 +145,16 @@ def encode(value: Any) -> bytes:
             if packed is not None:
                 body[name] = packed
     try:
-        return msgpack.packb(body)
+        packed_body: bytes = msgpack.packb(body)
     except (TypeError, OverflowError, ValueError) as error:
         raise ValueError(f"cannot be sent: {error}") from None
+    return packed_body
 
 
-def decode(body: bytes, table: Mapping[str, type], *, strict: bool) -> Any:
-    """The message in ``body``, one of ``table`` (type name -> class).
+def decode(body: bytes, table: Mapping[str, type[Any]], *, strict: bool) -> Any:
+    """Returns the message in ``body``, one of ``table`` (type name -> class).
 
-    ``strict`` refuses unknown fields, as a server must; a client skips them, so that a server can add some.
+    ``strict`` refuses unknown fields, as a server does. A client ignores them, so that servers can add fields.
     Raises WireError with the code malformed, unsupported_version, unknown_verb or invalid_request.
     """
     check_structure(body)
@@ -148,7 +162,7 @@ def decode(body: bytes, table: Mapping[str, type], *, strict: bool) -> Any:
 
 
 def unpack_map(body: bytes) -> dict[str, Any]:
-    """The map in ``body``, every length bounded by the body's own. Raises WireError (malformed)."""
+    """Returns the map in ``body``, with all lengths bounded by the body's. Raises WireError (malformed)."""
     limit = max(len(body), 1)
     try:
         value = msgpack.unpackb(
@@ -161,14 +175,14 @@ def unpack_map(body: bytes) -> dict[str, Any]:
     return value
 
 
-def build(value: dict[str, Any], table: Mapping[str, type], *, strict: bool) -> Any:
-    """The message of an unpacked map; see ``decode``."""
+def build(value: dict[str, Any], table: Mapping[str, type[Any]], *, strict: bool) -> Any:
+    """Returns the message of an unpacked map, which is emptied; see ``decode``."""
     version, name = value.pop("v", None), value.pop("type", None)
     if type(version) is not int or not isinstance(name, str):
         raise WireError("malformed", "a message has a field type (string) and a field v (protocol version, integer)")
     if version != PROTOCOL_VERSION:
         raise WireError(
-            "unsupported_version", f"protocol version {version} is not spoken here, version {PROTOCOL_VERSION} is"
+            "unsupported_version", f"protocol version {version} is not supported, only version {PROTOCOL_VERSION}"
         )
     if name not in table:
         raise WireError("unknown_verb", f"unknown message type {name[:40]!r}; known are {', '.join(table)}")
@@ -197,11 +211,11 @@ _HEADERS |= {0xDC: (2, 0, 1), 0xDD: (4, 0, 1), 0xDE: (2, 0, 2), 0xDF: (4, 0, 2)}
 
 
 def check_structure(body: bytes, *, max_depth: int = MAX_DEPTH, max_items: int = MAX_ITEMS) -> None:
-    """Walks over the headers of a msgpack body without building anything.
+    """Checks the headers of a msgpack body without decoding it.
 
-    An unpacker allocates what a header announces and recurses as deep as it is told, so both are bounded before it
-    runs. Raises WireError (malformed) if the body is deeper or has more values than allowed, is cut short, has
-    bytes left over, or holds an extension type.
+    A decoder allocates as much as a header announces and recurses as deep as containers nest. Both are bounded here
+    first. Raises WireError (malformed) if the body nests too deep, has too many values, is truncated, has excess bytes,
+    or has an extension type.
     """
     open_containers = [1]  # values still to come, per open container
     position, items = 0, 0
@@ -214,18 +228,18 @@ def check_structure(body: bytes, *, max_depth: int = MAX_DEPTH, max_items: int =
         if items > max_items:
             raise WireError("malformed", f"more than {max_items} values in one message")
         if position >= len(body):
-            raise WireError("malformed", "the message is cut short")
+            raise WireError("malformed", "the message is truncated")
         position, children = _read_header(body, position)
         if children:
             if len(open_containers) > max_depth:
                 raise WireError("malformed", f"nested deeper than {max_depth} levels")
             open_containers.append(children)
     if position != len(body):
-        raise WireError("malformed", "the message's length does not fit its content")
+        raise WireError("malformed", "the message is longer or shorter than its content")
 
 
 def _read_header(body: bytes, position: int) -> tuple[int, int]:
-    """Where the next value starts, and how many values the one at ``position`` contains."""
+    """Returns where the next header starts, and how many values the one at ``position`` contains."""
     first = body[position]
     position += 1
     if first < 0x80 or first >= 0xE0:

@@ -30,6 +30,7 @@ from euryale.runtime.worker import leave, run_worker
 from euryale.scheduler.sampling_params import SamplingParams
 
 # The sampling parameters that are flags: what each means, and what its default means where the value does not say it.
+# Type and default come from SamplingParams, the bounds from client/params.py: a new flag is one more line.
 SAMPLING = {
     "max_tokens": ("most tokens of an answer, unless its line says otherwise", ""),
     "min_tokens": ("tokens before which an answer does not end", ""),
@@ -44,7 +45,11 @@ SAMPLING = {
     "logprobs": ("write log-probabilities of the answer, and of so many likeliest tokens, 0 to 20", "none"),
     "prompt_logprobs": ("the same of the prompt, 0 to 20", "none"),
     "n": ("independent answers to each prompt, 1 to 128", ""),
+}
+ACCEPTANCE = {
     "acceptance": ("which draft tokens are accepted: exact changes no token, typical is lossy and faster", ""),
+    "epsilon": ("posterior threshold of typical acceptance, from 0 to 1", ""),
+    "delta": ("posterior alpha of typical acceptance, from 0 to 1", ""),
 }
 FLAG_OF = {"n": "samples"}  # torchrun would take --n for a flag of its own
 
@@ -66,12 +71,14 @@ def parser() -> FlagParser:
     answers = "JSONL of answers, in input order; overwritten (required)"
     files.add_argument("--out", type=Path, required=True, metavar="FILE", help=answers)
     sampling = found.add_argument_group("sampling; docs/protocol.md says more")
-    for name, (text, default) in SAMPLING.items():
-        value = getattr(SamplingParams, name)
-        kind = int if value is None else type(value)
-        flag, words = f"--{FLAG_OF.get(name, name).replace('_', '-')}", f"{text} (default: {default or value})"
-        shape = {"choices": ACCEPTANCE_RULES} if kind is str else {"metavar": METAVARS[kind]}
-        sampling.add_argument(flag, dest=name, type=KINDS.get(kind, kind), default=value, help=words, **shape)
+    acceptance = found.add_argument_group("acceptance of draft tokens; docs/protocol.md says more")
+    for group, table in ((sampling, SAMPLING), (acceptance, ACCEPTANCE)):
+        for name, (text, default) in table.items():
+            value = getattr(SamplingParams, name)
+            kind = int if value is None else type(value)
+            flag, words = f"--{FLAG_OF.get(name, name).replace('_', '-')}", f"{text} (default: {default or value})"
+            shape = {"choices": ACCEPTANCE_RULES} if kind is str else {"metavar": METAVARS[kind]}
+            group.add_argument(flag, dest=name, type=KINDS.get(kind, kind), default=value, help=words, **shape)
     sampling.add_argument(
         "--ignore-eos", action="store_true", help="go on after end-of-sequence tokens (default: end there)"
     )
@@ -86,7 +93,7 @@ def parser() -> FlagParser:
 def opened(config: EngineConfig, args: argparse.Namespace) -> Iterator[Prepared]:
     """Everything that can be found wrong without the model: parameters, prompts, tokenizer, the file of answers."""
     try:
-        params = SamplingParams(**{name: getattr(args, name) for name in (*SAMPLING, "ignore_eos")})
+        params = SamplingParams(**{name: getattr(args, name) for name in (*SAMPLING, *ACCEPTANCE, "ignore_eos")})
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         raise ValueError(f"--{FLAG_OF.get(name, name).replace('_', '-')} {rest}") from None

@@ -35,7 +35,7 @@ from euryale.scheduler.speculation.drafter import Drafter, StaticDrafter
 from euryale.scheduler.speculation.dynamic_drafter import DynamicDrafter, Sources
 from euryale.scheduler.speculation.ngram_table import FILE as NGRAMS
 from euryale.scheduler.speculation.ngram_table import NgramTable
-from euryale.scheduler.speculation.tree import TreeChoice, choose_trees
+from euryale.scheduler.speculation.tree import TreeConfig, parse_tree_option
 from euryale.scheduler.step_cost import Profile, StepCosts
 from euryale.scheduler.step_plan import Segment
 
@@ -53,7 +53,7 @@ class Loaded:
 
     runner: StepRunner
     limits: SchedulerLimits
-    trees: TreeChoice | None
+    trees: TreeConfig | None
     text: NgramTable | None
     acceptance_stats: AcceptanceStats | None
     model: ModelConfig
@@ -132,7 +132,7 @@ def _load_parts(config: EngineConfig, group: Group):
         tensors = medusa_checkpoint.load_heads(config.medusa, checkpoint, model.hidden_size, model.vocab_size)
     else:
         checkpoint.used |= {n for n in checkpoint.names if n.startswith(medusa_checkpoint.MERGED_PREFIX)}
-    tree = _choose_trees(config, tensors.num_heads if tensors else 0, model.vocab_size)
+    tree = _tree_config(config, tensors.num_heads if tensors else 0, model.vocab_size)
     weights = Weights(checkpoint, layout, SHARDING, model.dtype, config.quantization)
     # Draft rows of a request that is nearly done lie beyond its last token, never beyond the tree's depth; padding
     # begins at 0 and has no more rows than a step.
@@ -157,17 +157,17 @@ def make_graphs(cache: KVCache, config: ModelConfig, engine_rows: int, group: Gr
     return StepGraphs(cache, group, engine_rows if on_gpu else int(GRAPH_MEMORY / per_row), pads=on_gpu)
 
 
-def _choose_trees(config: EngineConfig, num_heads: int, vocab_size: int) -> TreeChoice | None:
+def _tree_config(config: EngineConfig, num_heads: int, vocab_size: int) -> TreeConfig | None:
     if config.tree == "off" or not num_heads:
         if config.tree not in ("", "dynamic", "off"):
             raise ValueError(f"--tree {config.tree} needs Medusa heads: give --medusa, or --tree off")
         return None
-    trees = choose_trees(config.tree, medusa_checkpoint.tree_beside(config.medusa, config.model), num_heads)
+    trees = parse_tree_option(config.tree, medusa_checkpoint.tree_beside(config.medusa, config.model), num_heads)
     if trees.shape and trees.num_candidates > vocab_size:
         raise ValueError(f"the tree asks for rank {trees.num_candidates - 1} of a vocabulary of {vocab_size}")
-    if trees.most_nodes + 1 > config.max_num_batched_tokens:
+    if trees.num_draft_tokens + 1 > config.max_num_batched_tokens:
         raise ValueError(
-            f"the tree has {trees.most_nodes + 1} nodes and a step {config.max_num_batched_tokens} rows: "
+            f"the tree has {trees.num_draft_tokens + 1} nodes and a step {config.max_num_batched_tokens} rows: "
             "raise --max-num-batched-tokens or give a smaller tree"
         )
     return trees
@@ -195,7 +195,7 @@ def _calibration(
         raise ValueError(f"{path}: {error}: {remedy}") from error
 
 
-def _fingerprint(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, tree: TreeChoice | None) -> str:
+def _fingerprint(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, tree: TreeConfig | None) -> str:
     """Names all that answers depend on: weights, heads, tree, tokenizer and settings files, dtype, quantization."""
     small = [p for p in sorted(Path(config.model).iterdir()) if p.suffix in (".json", ".jinja", ".model")]
     heads = sorted(Path(config.medusa).glob("medusa_lm_head.*")) if config.medusa else []
@@ -207,7 +207,7 @@ def make_scheduler(
 ) -> Scheduler:
     """``run`` runs a step of made-up requests on all ranks, to see what steps cost."""
     trees, costs = loaded.trees, None
-    if config.max_itl or (trees and not trees.most_nodes):
+    if config.max_itl or (trees and not trees.num_draft_tokens):
         costs = StepCosts(_profile(config, loaded, group, run))
     return Scheduler(
         loaded.limits,
@@ -227,8 +227,8 @@ def _make_drafter(config: EngineConfig, loaded: Loaded, costs: StepCosts | None)
         return StaticDrafter(trees.shape)
     return DynamicDrafter(
         loaded.runner.heads.num_heads,
-        trees.nodes or config.max_tree_nodes,
-        None if trees.nodes else DraftBudget(costs, loaded.limits.max_num_batched_tokens),
+        trees.dynamic_size or config.max_tree_nodes,
+        None if trees.dynamic_size else DraftBudget(costs, loaded.limits.max_num_batched_tokens),
         loaded.text,
         loaded.acceptance_stats,
         Sources(text=config.draft_from_text, traffic=config.draft_from_traffic, context=config.draft_from_context),

@@ -1,1 +1,1 @@
-"""The rank-0 brain and its plain data. Nothing in this package imports torch."""
+"""Decides on rank 0 what each step computes, and defines plans and results. Nothing here imports torch."""

@@ -1,11 +1,11 @@
-"""What a plan says of a request that asks for more than tokens of the model's own distribution.
+"""Inputs of the logits processors and of logprobs, for the requests that use them.
 
-Most requests have none of this and pay nothing for it. It travels as int32 words in the plan, so that ranks keep no
-history themselves. This file does not know what is computed from it (``runtime/sampling/logits_processors.py``,
-``logprobs.py``).
+They are part of the plan, so that ranks keep no history of a request. Most requests have none and pay nothing.
+``runtime/sampling/logits_processors.py`` and ``logprobs.py`` compute with them.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -18,14 +18,23 @@ def _no_ids() -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class LogitsInputs:
-    """Of the rows from which tokens are drawn: the penalties ``repetition``, ``frequency`` and ``presence``;
-    ``history`` int32 [2, H], distinct tokens and how often the answer has each (0: only the prompt has it), without the
-    drafts of this step; ``bias_ids`` int32 [B] and ``bias`` float32 [B]; ``ends`` int32 [E], not to be drawn where
-    fewer than ``min_tokens`` output tokens precede; ``logprobs``, how many likeliest tokens are reported (-1: none, nor
-    the chosen one).
+    """Inputs for one segment. Every field is a float, an int or an array: ``plan_codec.py`` derives its layout from the
+    fields and their defaults.
 
-    Of the rows of known tokens: ``targets`` int32 [T], the prompt tokens that follow the rows from ``first_target`` on,
-    whose log-probabilities are reported with the ``prompt_logprobs`` likeliest.
+    For the rows from which tokens are drawn:
+
+    * ``repetition``, ``frequency``, ``presence``: the penalties.
+    * ``history`` int32 [2, H]: distinct tokens, and how often the output so far has each. A count of 0 marks a token of
+      the prompt. Draft tokens of this step are not counted.
+    * ``bias_ids`` int32 [B], ``bias`` float32 [B]: tokens, and what is added to their logits.
+    * ``ends`` int32 [E]: tokens that are not drawn before ``min_tokens`` output tokens.
+    * ``logprobs``: how many likeliest tokens are reported beside the chosen one; -1 reports nothing.
+
+    For the rows of known tokens:
+
+    * ``targets`` int32 [T]: prompt tokens whose log-probabilities are reported. The first is the one after row
+      ``first_target`` of the segment.
+    * ``prompt_logprobs``: how many likeliest tokens are reported beside each of them.
     """
 
     repetition: float = 1.0
@@ -43,33 +52,41 @@ class LogitsInputs:
 
     @property
     def has_penalties(self) -> bool:
+        """Whether the logits depend on ``history``."""
         return self.repetition != 1 or self.frequency != 0 or self.presence != 0
 
     @property
     def changes_logits(self) -> bool:
+        """Whether any logits processor applies."""
         return self.has_penalties or len(self.bias_ids) > 0 or len(self.ends) > 0
 
 
 class History:
-    """How often an answer has each token, kept up as it grows."""
+    """Counts each token of an output as it grows."""
 
     def __init__(self, prompt: np.ndarray) -> None:
-        """``prompt``: tokens that count as seen, but not as part of the answer."""
+        """``prompt`` int32 [T]: tokens that are listed with a count of 0."""
         self._counts = dict.fromkeys(prompt.tolist(), 0)
-        self._num_read = 0
+        self._num_counted = 0
 
     def table(self, output: list[int]) -> np.ndarray:
-        """Distinct tokens and their counts, int32 [2, H]; ``output`` is the last call's with new tokens at its end."""
-        for token in output[self._num_read :]:
+        """Return the distinct tokens and their counts, int32 [2, H].
+
+        ``output`` must begin with the ``output`` of the last call."""
+        for token in output[self._num_counted :]:
             self._counts[token] = self._counts.get(token, 0) + 1
-        self._num_read = len(output)
+        self._num_counted = len(output)
         counts = self._counts
         return np.stack([np.fromiter(part, np.int32, len(counts)) for part in (counts.keys(), counts.values())])
 
 
-def inputs_of_rows(params: SamplingParams, history: History, output: list[int], end_ids: frozenset[int]) -> dict:
-    """The fields of LogitsInputs that concern the rows from which tokens are drawn."""
-    fields: dict = {"logprobs": -1 if params.logprobs is None else params.logprobs}
+def inputs_of_rows(
+    params: SamplingParams, history: History, output: list[int], end_ids: frozenset[int]
+) -> dict[str, Any]:
+    """Return the fields of LogitsInputs for the rows from which tokens are drawn.
+
+    ``history`` counts the tokens of ``output``; ``end_ids``: the end-of-sequence tokens."""
+    fields: dict[str, Any] = {"logprobs": -1 if params.logprobs is None else params.logprobs}
     if params.has_penalties:
         fields |= {
             "repetition": params.repetition_penalty,
@@ -86,9 +103,10 @@ def inputs_of_rows(params: SamplingParams, history: History, output: list[int], 
     return fields
 
 
-def targets_of_rows(prompt: np.ndarray, context: int, num_new_tokens: int, num_scored: int) -> dict:
-    """The fields of LogitsInputs that concern the rows of known tokens, which follow ``context`` tokens: what comes
-    after them in the prompt, as far as it is not among the ``num_scored`` tokens, the first left out, that were
-    reported already."""
+def targets_of_rows(prompt: np.ndarray, context: int, num_new_tokens: int, num_scored: int) -> dict[str, Any]:
+    """Return the fields of LogitsInputs for ``num_new_tokens`` rows of known tokens after ``context`` tokens.
+
+    The targets are the prompt tokens that follow these rows. The first ``num_scored`` tokens after the prompt's first
+    one are left out, since they were reported before."""
     first = max(context, num_scored)
     return {"first_target": first - context, "targets": prompt[first + 1 : context + num_new_tokens + 1]}

@@ -1,21 +1,21 @@
-"""Step plans as int32 buffers, and back.
+"""Encodes step plans as int32 buffers and decodes them.
 
 Layout, in int32 words: HEADER, one SEGMENT per segment, then the tokens, parents, page ids and logits-processor inputs
 of all segments. This file does not know how the buffer travels.
 """
 
+import struct
 import zlib
-from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
-from euryale.client.params import ACCEPTANCE_RULES
 from euryale.scheduler.logits_inputs import LogitsInputs
-from euryale.scheduler.sampling_params import SamplingParams
+from euryale.scheduler.sampling_params import PLAN_TYPES, params_of_plan
 from euryale.scheduler.step_plan import PlanKind, Segment, StepPlan
 
 MAGIC = 0x45555259  # "EURY"
-VERSION = 3
+VERSION = 4
 HEADER = np.dtype(
     [(name, "<u4") for name in ("magic", "version", "checksum", "num_words", "kind", "epoch", "step", "digest")]
     + [(name, "<u4") for name in ("num_segments", "num_rows", "num_pages", "num_input_words")]
@@ -23,20 +23,20 @@ HEADER = np.dtype(
 SEGMENT = np.dtype(
     [(name, "<i4") for name in ("num_new_tokens", "num_draft_tokens", "context", "num_pages", "num_input_words")]
     + [(name, "<i4") for name in ("emits_tokens", "wants_head_candidates", "output_index", "sample_index")]
-    + [("temperature", "<f4"), ("top_k", "<i4"), ("top_p", "<f4"), ("min_p", "<f4"), ("seed", "<u8")]
-    + [("acceptance", "<i4"), ("epsilon", "<f4"), ("delta", "<f4")]
+    + list(PLAN_TYPES.items())
 )
-INPUTS = np.dtype(
-    [(name, "<f4") for name in ("repetition", "frequency", "presence")]
-    + [(name, "<i4") for name in ("min_tokens", "logprobs", "prompt_logprobs", "first_target")]
-    + [(name, "<i4") for name in ("history", "bias", "ends", "targets")]  # lengths of the lists that follow
+# The numbers of LogitsInputs, and the sizes of its arrays, which follow.
+_NUMBERS = {name: value for name, value in vars(LogitsInputs()).items() if not isinstance(value, np.ndarray)}
+_ARRAYS = {name: value for name, value in vars(LogitsInputs()).items() if isinstance(value, np.ndarray)}
+INPUTS = struct.Struct(
+    "<" + "".join("f" if isinstance(n, float) else "i" for n in _NUMBERS.values()) + "i" * len(_ARRAYS)
 )
-_CHECKSUM = slice(HEADER.fields["checksum"][1], HEADER.fields["checksum"][1] + 4)
+_CHECKSUM = slice(8, 12)  # bytes of the header's field
 _MASK = 0xFFFFFFFF
 
 
 class PlanError(Exception):
-    """A plan buffer that cannot be what rank 0 sent, or that belongs to another run of the group."""
+    """A buffer that is damaged, or that holds a plan of another epoch."""
 
 
 def encode(plan: StepPlan) -> np.ndarray:
@@ -70,7 +70,9 @@ def decode(buffer: np.ndarray, epoch: int) -> StepPlan:
     header = np.frombuffer(bytes(raw[: HEADER.itemsize]), dtype=HEADER)[0]
     if header["magic"] != MAGIC or header["version"] != VERSION or header["num_words"] != len(buffer):
         version, words = header["version"], header["num_words"]
-        raise PlanError(f"not a plan of version {VERSION} with {len(buffer)} words but {version}, {words}")
+        raise PlanError(
+            f"not a plan of version {VERSION} with {len(buffer)} words: its header has version {version}, {words} words"
+        )
     step = int(header["step"])
     raw[_CHECKSUM] = bytes(4)
     if header["checksum"] != zlib.crc32(raw):
@@ -85,7 +87,7 @@ def decode(buffer: np.ndarray, epoch: int) -> StepPlan:
     num_parents = int(fields["num_draft_tokens"].sum())
     sizes = [num_rows, num_parents, int(header["num_pages"]), int(header["num_input_words"])]
     if sum(sizes) != len(buffer) - start // 4:
-        raise PlanError(f"the plan of step {step} does not add up: {sizes}, {len(buffer)} words")
+        raise PlanError(f"the plan of step {step} has {len(buffer)} words, which do not match its arrays: {sizes}")
     parts = np.split(buffer[start // 4 :], np.cumsum(sizes)[:-1])
     segments = _segments(fields, *parts)
     return StepPlan(
@@ -98,8 +100,7 @@ def decode(buffer: np.ndarray, epoch: int) -> StepPlan:
 
 
 def _fields(segment: Segment, inputs: np.ndarray | None) -> tuple[float, ...]:
-    """The segment as a row of SEGMENT; ``inputs`` int32 [words], its encoded inputs."""
-    params = segment.params
+    """Return the segment as a row of SEGMENT; ``inputs`` int32 [words] are its encoded logits inputs."""
     return (
         segment.num_new_tokens,
         segment.num_draft_tokens,
@@ -110,21 +111,14 @@ def _fields(segment: Segment, inputs: np.ndarray | None) -> tuple[float, ...]:
         segment.wants_head_candidates,
         segment.output_index,
         segment.sample_index,
-        params.temperature,
-        params.top_k,
-        params.top_p,
-        params.min_p,
-        params.seed,
-        ACCEPTANCE_RULES.index(params.acceptance),
-        params.epsilon,
-        params.delta,
+        *segment.params.plan_values,
     )
 
 
 def _segments(
     fields: np.ndarray, tokens: np.ndarray, parents: np.ndarray, pages: np.ndarray, inputs: np.ndarray
 ) -> list[Segment]:
-    """Cut the arrays of all segments into segments."""
+    """Split the arrays of all segments into segments."""
     segments, row, node, page, word = [], 0, 0, 0, 0
     for new, drafts, context, num_pages, words, emits, wants, output, sample, *params in fields.tolist():
         segments.append(
@@ -136,7 +130,7 @@ def _segments(
                 emits_tokens=bool(emits),
                 wants_head_candidates=bool(wants),
                 output_index=output,
-                params=_params(*params),
+                params=params_of_plan(*params),
                 sample_index=sample,
                 logits_inputs=_decode_inputs(inputs[word : word + words]) if words else None,
             )
@@ -145,50 +139,20 @@ def _segments(
     return segments
 
 
-@lru_cache(maxsize=4096)  # a request's are the same in all its steps
-def _params(
-    temperature: float, top_k: int, top_p: float, min_p: float, seed: int, acceptance: int, epsilon: float, delta: float
-) -> SamplingParams:
-    return SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        acceptance=ACCEPTANCE_RULES[acceptance],
-        epsilon=epsilon,
-        delta=delta,
-    )
-
-
 def _encode_inputs(inputs: LogitsInputs) -> np.ndarray:
-    """The inputs as int32 words."""
-    i = inputs
-    head = np.zeros((), dtype=INPUTS)
-    for name in ("repetition", "frequency", "presence", "min_tokens", "logprobs", "prompt_logprobs", "first_target"):
-        head[name] = getattr(i, name)
-    head["history"], head["bias"], head["ends"], head["targets"] = (
-        i.history.shape[1],
-        len(i.bias_ids),
-        len(i.ends),
-        len(i.targets),
-    )
-    parts = (head.reshape(1).view(np.int32), i.history.ravel(), i.bias_ids, i.bias.view(np.int32), i.ends, i.targets)
-    return np.concatenate(parts).astype(np.int32, copy=False)
+    """Return the inputs as int32 words."""
+    values = vars(inputs)
+    arrays = [values[name] for name in _ARRAYS]
+    head = INPUTS.pack(*[values[name] for name in _NUMBERS], *[array.size for array in arrays])
+    return np.frombuffer(b"".join([head, *[array.tobytes() for array in arrays]]), dtype=np.int32)
 
 
 def _decode_inputs(words: np.ndarray) -> LogitsInputs:
-    """The inverse of ``_encode_inputs``."""
-    start = INPUTS.itemsize // 4
-    head = np.ascontiguousarray(words[:start]).view(INPUTS)[0]
-    seen, biased, ending = int(head["history"]), int(head["bias"]), int(head["ends"])
-    history, bias_ids, bias, ends, targets = np.split(words[start:], np.cumsum([2 * seen, biased, biased, ending]))
-    return LogitsInputs(
-        **{name: float(head[name]) for name in ("repetition", "frequency", "presence")},
-        **{name: int(head[name]) for name in ("min_tokens", "logprobs", "prompt_logprobs", "first_target")},
-        history=history.reshape(2, seen),
-        bias_ids=bias_ids,
-        bias=bias.view(np.float32),
-        ends=ends,
-        targets=targets,
-    )
+    """Return the inputs that ``_encode_inputs`` wrote to ``words``, int32."""
+    start = INPUTS.size // 4
+    head = INPUTS.unpack(words[:start].tobytes())
+    fields: dict[str, Any] = dict(zip(_NUMBERS, head, strict=False))
+    for (name, empty), size in zip(_ARRAYS.items(), head[len(_NUMBERS) :], strict=True):
+        fields[name] = words[start : start + size].view(empty.dtype).reshape(*empty.shape[:-1], -1)
+        start += size
+    return LogitsInputs(**fields)

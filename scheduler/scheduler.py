@@ -1,7 +1,7 @@
-"""Continuous batching: which rows the next step computes, and what its result means for each request.
+"""Continuous batching: plans the rows of each step, and applies its results to the requests.
 
-One rule: computed tokens catch up with known tokens, drafts included. There is no prefill phase and no decode
-phase. Everything here happens on rank 0 between steps; this file knows no tensor, no socket and no text.
+One rule covers prefill and decoding: computed tokens catch up with known tokens, draft tokens included. Everything here
+runs on rank 0 between steps. This file knows no tensor, no socket and no text.
 """
 
 from dataclasses import dataclass
@@ -18,14 +18,17 @@ from euryale.scheduler.step_cost import StepCosts
 from euryale.scheduler.step_plan import Segment, StepPlan
 from euryale.scheduler.step_result import RequestOutput, SegmentResult
 
-_SAFETY = 0.75  # of a bound on a step's time is planned with, as steps differ
+_SAFETY = 0.75  # fraction of a bound on a step's time that is planned for, since step times vary
 _NO_DRAFTS = Drafts(trees=[], wants_heads=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedStep:
-    """A step that is to run: the ``plan`` for the ranks, the ``requests`` of its segments, the drafter's ``drafts``,
-    and how long the step should take if prompts are bounded by that, else 0. ``Scheduler.advance`` consumes it."""
+    """A step that is about to run; ``Scheduler.advance`` consumes it.
+
+    ``plan`` is what the ranks execute, ``requests`` those of its segments, ``drafts`` what the drafter proposed.
+    ``prefill_seconds``: the predicted time of a step whose prompt rows are bounded by time, else 0.
+    """
 
     plan: StepPlan
     requests: list[Request]
@@ -39,8 +42,8 @@ class PlannedStep:
 
 
 class FinishedStep(NamedTuple):
-    """A step that has run: as it was ``planned``, what each request gained (``outputs``), what was found out for each
-    (``results``), and its ``seconds`` (0: nobody measured)."""
+    """A step that has run: the ``planned`` step, an output and a result for each request that emitted tokens, and how
+    many ``seconds`` it took (0: not measured)."""
 
     planned: PlannedStep
     outputs: list[RequestOutput]
@@ -49,7 +52,7 @@ class FinishedStep(NamedTuple):
 
 
 class Scheduler:
-    """Plans the steps of the requests that ``admission`` lets run. ``drafter`` None means no speculation."""
+    """Plans steps for the running requests of ``admission``. For each step call ``plan``, then ``advance``."""
 
     def __init__(
         self,
@@ -60,8 +63,9 @@ class Scheduler:
         costs: StepCosts | None = None,
         max_prefill_seconds: float = 0.0,
     ) -> None:
-        """``max_prefill_seconds``: seconds that a step of running streams may take because of prompts (0: any), by
-        ``costs``; the rest is as in ``Admission``."""
+        """``drafter``: None is no speculation. ``enable_prefix_caching``, ``starvation_bound``: see Admission.
+        ``max_prefill_seconds``: how long a step that also decodes may take with its prompt rows, predicted by
+        ``costs``; 0 is no bound."""
         self.limits = limits
         self.drafter = drafter
         self.admission = Admission(limits, enable_prefix_caching, starvation_bound)
@@ -70,20 +74,21 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request waits or runs."""
+        """Whether any request waits or runs."""
         return bool(self.admission.waiting or self.admission.running)
 
     def add(self, request: Request) -> None:
-        """Queue a request; ValueError, saying how to mend it, if it could never run."""
+        """Queue a request. Raises ValueError, with a remedy, if it could never run."""
         self.admission.add(request)
 
     def cancel(self, key: int) -> Request | None:
-        """End the request now and free its pages; None if it is not here (any more). Call between steps."""
+        """End the request now, free its pages and return it; None if there is no such request. Call between steps."""
         return self.admission.cancel(key)
 
     def plan(self, epoch: int, digest: int) -> PlannedStep:
-        """Plan the next step: one row for every decoding request, prompt chunks, and draft tokens, under the row
-        budget."""
+        """Return the next step: a row for every decoding request, draft tokens and prompt chunks, under the row budget.
+
+        ``epoch`` and ``digest`` go into the plan (see StepPlan)."""
         self.admission.begin_step()
         decoding = [r for r in self.admission.running if r.num_uncomputed == 1]
         prefilling = [r for r in self.admission.running if r.num_uncomputed > 1]
@@ -95,7 +100,7 @@ class Scheduler:
             self._segment(request, 1, draft, drafts.wants_heads)
             for request, draft in zip(decoding, drafts.trees, strict=True)
         ]
-        # Rows that no draft token takes are the prompts', unless running streams would wait too long for them.
+        # Prompts get the rows that draft tokens leave over, unless the time of their rows is bounded.
         num_draft_tokens, seconds = sum(s.num_draft_tokens for s in segments), 0.0
         if self._costs is None or not self._bounds_prompts(len(decoding)):
             prompt_rows = room - num_draft_tokens
@@ -115,9 +120,11 @@ class Scheduler:
         return PlannedStep(plan=plan, requests=requests, drafts=drafts, prefill_seconds=seconds)
 
     def advance(self, planned: PlannedStep, results: list[SegmentResult], seconds: float = 0.0) -> FinishedStep:
-        """Apply ``results``, one for each of the plan's segments that has one, in order. ``seconds``: how long the step
-        took, 0 if nobody measured."""
-        outputs, found, in_order = [], [], iter(results)
+        """Apply the ``results`` of a step and return what each request gained.
+
+        ``results``: one for each segment with ``has_result``, in order. ``seconds``: the measured time of the step, 0
+        if it was not measured."""
+        outputs, request_results, in_order = [], [], iter(results)
         for request, segment in zip(planned.requests, planned.plan.segments, strict=True):
             request.num_computed += segment.num_new_tokens
             result = next(in_order) if segment.has_result else None
@@ -132,23 +139,27 @@ class Scheduler:
             request.tokens_per_step.append(len(taken))
             self.admission.settle(request)
             outputs.append(request.output_of(taken, result.logprobs))
-            found.append(
+            request_results.append(
                 RequestStepResult(request, result.tokens, result.accepted_nodes, segment.num_draft_tokens, before)
             )
             if request.finish_reason:
                 self.admission.end(request)
         if self.drafter:
-            self.drafter.learn(planned.drafts, found, seconds)
+            self.drafter.learn(planned.drafts, request_results, seconds)
         if self._costs and planned.prefill_seconds and seconds:
             self._costs.learn_prompts(planned.prefill_seconds, seconds)
-        return FinishedStep(planned, outputs, found, seconds)
+        return FinishedStep(planned, outputs, request_results, seconds)
 
     def _bounds_prompts(self, num_decoding: int) -> bool:
+        """Return whether the time of prompt rows is bounded in a step with so many decoding requests."""
         return bool(num_decoding and self._costs and self._max_prefill_seconds)
 
     def _prompt_rows(self, num_decoding: int, wanted: int, room: int, before: int) -> int:
-        """Rows that guesses leave to prompts: half of all, so that trees cannot starve prompts, as long as running
-        streams do not wait too long for it; a page's worth in any case."""
+        """Return how many rows are reserved for prompts before draft tokens are chosen.
+
+        That is half of the row budget, so that trees cannot starve prompts. If the time of prompt rows is bounded, it
+        is what the bound allows, but at least one page. ``wanted``: uncomputed prompt tokens; ``room``: free rows;
+        ``before``: tokens computed before the first chunk."""
         rows = min(wanted, self.limits.max_num_batched_tokens // 2, room)
         if not wanted or self._costs is None or not self._bounds_prompts(num_decoding):
             return rows
@@ -158,13 +169,12 @@ class Scheduler:
         return min(rows, max(int(sizes[fits][-1]) if fits.any() else 0, self.limits.page_size))
 
     def _draft(self, decoding: list[Request], room: int, num_prompt_rows: int) -> Drafts:
-        """Have the drafter propose draft tokens, and hold pages for them."""
+        """Return the drafter's proposal for at most ``room`` rows, with pages held for it."""
         if self.drafter is None:
             return Drafts(trees=[NO_DRAFT] * len(decoding), wants_heads=False)
-        # A draft token deeper than the tokens still allowed cannot be used: the bonus token takes the last place. Nor
-        # can one that no page can be had for.
+        # The bonus token takes the last of the output tokens still allowed. Draft tokens also need room in pages.
         depths = [
-            min(self.drafter.depth, r.remaining - 1, pages) if r.params.speculation else 0
+            min(self.drafter.depth, r.num_remaining - 1, pages) if r.params.speculation else 0
             for r, pages in zip(decoding, self.admission.room_for_drafts(decoding), strict=True)
         ]
         drafts = self.drafter.draft(decoding, depths, room, num_prompt_rows)
@@ -173,11 +183,11 @@ class Scheduler:
         return drafts
 
     def _segment(self, request: Request, num_new_tokens: int, draft: DraftTree, wants_heads: bool) -> Segment:
-        """The next ``num_new_tokens`` known tokens, the last of which is the draft's root if there is one."""
+        """Return the segment with the next ``num_new_tokens`` known tokens and the draft tokens below the last one."""
         context = request.num_computed
         tokens = draft.tokens if draft.depth else request.known_tokens(context, context + num_new_tokens)
         emits_tokens = context + num_new_tokens == request.num_known
-        # Pages past the committed tokens and this step's rows are not sent: nothing reads or writes them yet.
+        # Only pages for the committed tokens and for this step's rows are sent: nothing uses later ones.
         used = min(self.admission.pages.pages_for(context + len(tokens)), len(request.pages))
         return Segment(
             tokens=tokens,

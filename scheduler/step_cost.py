@@ -1,20 +1,22 @@
-"""What a step costs: seconds by requests, rows and context, profiled at start and corrected by every step since.
+"""The cost model of a step: seconds by requests, rows and context, profiled at start and corrected by every step.
 
-A step without guesses costs what its number of requests says. Every further row, a guess or a prompt's, adds to that,
-the first of them the heads' work too. Between measured sizes costs are interpolated, in the logarithm of the requests
-and linearly in rows. With ``steps`` decoding steps are padded to buckets: they cost what the next measured numbers of
-requests and of rows in all cost. More rows never cost less.
+A plain step is one without draft tokens, heads and prompts; its cost depends on the number of requests. Every extra
+row, a draft token or a prompt token, adds to that, and so does the work of the heads. Costs are interpolated between
+measured sizes, in the logarithm of requests and linearly in rows. Steps padded to buckets cost as much as the next
+larger measured numbers of requests and rows. More rows never cost less.
 """
 
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
 from euryale.client.rules import BOOLEAN, list_of, number, whole
 
-_RATE, _RATE_OF_PLAIN, _RATE_OF_GUESSES, _RATE_OF_PROMPTS = 0.05, 0.05, 0.01, 0.5  # of learning
-_DISTURBED = 8.0  # a step that took so much longer than predicted says nothing about its size
+# Learning rates: of the scale of all steps, and of plain steps, draft tokens and prompt rows.
+_SCALE_RATE, _PLAIN_RATE, _DRAFT_RATE, _PROMPT_RATE = 0.05, 0.05, 0.01, 0.5
+_DISTURBED = 8.0  # steps that took this many times the predicted time are ignored
 
 
 _SECONDS = number(0, 1e4)
@@ -27,19 +29,25 @@ _PROFILE = {
     "speculating": list_of(list_of(_POSITIVE, 64, least=1), 64, least=1),
     "per_token": _SECONDS,
     "per_pair": _SECONDS,
-    "steps": BOOLEAN,
-    "choosing": list_of(_SECONDS, 64),
+    "is_padded": BOOLEAN,
+    "drafting": list_of(_SECONDS, 64),
 }
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Measured seconds. ``requests`` int [P] and ``plain`` float [P]: steps of so many requests without guesses or
-    heads; ``extra`` int [E] and ``speculating`` float [P, E]: with heads and so many further rows (the first: 0);
-    ``choosing`` float [P], or empty: what the host takes to choose guesses for so many requests, beside all that;
-    ``per_token``: for each token of context; ``per_pair``: for each row of a prompt and token of context before it;
-    ``steps``: decoding steps are padded, and ``extra`` are the rows of their buckets beyond the first row, where a
-    bucket has as many rows as requests at least."""
+    """Measured seconds of steps, for P numbers of requests and E numbers of extra rows, both increasing.
+
+    * ``requests`` [P], ``plain`` [P]: plain steps of so many requests.
+    * ``extra`` [E], ``speculating`` [P, E]: steps with heads and so many extra rows, the first number being 0.
+    * ``drafting`` [P], or empty: time of the host to choose draft tokens for so many requests.
+    * ``per_token``: for each token of context.
+    * ``per_pair``: for each pair of a prompt row and a token of context before it.
+    * ``is_padded``: decoding steps are padded to buckets. ``extra`` then counts a bucket's rows beyond the first, and a
+      bucket has at least as many rows as requests.
+
+    Raises ValueError if times or sizes are missing, out of order or out of range.
+    """
 
     requests: list[int]
     plain: list[float]
@@ -47,8 +55,8 @@ class Profile:
     speculating: list[list[float]]
     per_token: float = 0.0
     per_pair: float = 0.0
-    steps: bool = False
-    choosing: list[float] = field(default_factory=list)
+    is_padded: bool = False
+    drafting: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name, rule in _PROFILE.items():
@@ -58,8 +66,8 @@ class Profile:
                 raise ValueError("a profile lists its sizes in increasing order, none twice")
         if self.requests[0] < 1 or self.extra[0] != 0:
             raise ValueError("a profile begins with one request or more, and with 0 extra rows")
-        if len(self.choosing) not in (0, len(self.requests)):
-            raise ValueError("a profile has a time for choosing at every number of requests, or none")
+        if len(self.drafting) not in (0, len(self.requests)):
+            raise ValueError("a profile has a drafting time for every number of requests, or none")
         if {len(self.plain), len(self.speculating)} != {len(self.requests)}:
             raise ValueError("a profile has a time for every number of requests")
         if {len(row) for row in self.speculating} != {len(self.extra)}:
@@ -67,26 +75,29 @@ class Profile:
 
     @classmethod
     def from_json(cls, content: object) -> "Profile":
-        """The inverse of ``to_json``; ValueError for anything else."""
+        """Return the profile that ``to_json`` wrote. Raises ValueError for anything else."""
         names = {f.name for f in fields(cls)}
         if not isinstance(content, dict) or not {"requests", "plain", "extra", "speculating"} <= set(content) <= names:
             raise ValueError(f"a profile must be an object with some of the fields {', '.join(sorted(names))}")
         return cls(**content)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
+        """Return the constructor's arguments, to be written as JSON."""
         return asdict(self)
 
 
 @dataclass
 class StepCosts:
-    """The curve C(rows, context) of one group. ``scale`` is how much slower than profiled steps are by now, and
-    ``prompt_scale`` how much slower still the rows of prompts."""
+    """Predicted seconds of the steps of one group.
+
+    ``scale``: current time of a step over its profiled time. ``prompt_scale``: a further factor on prompt rows.
+    """
 
     profile: Profile
     scale: float = 1.0
     prompt_scale: float = 1.0
-    # As measured, and corrected since; and what is believed: costs never fall with requests or rows, however noisy the
-    # measurements.
+    # The raw values are measured ones with all corrections. The others are made from them so that costs never fall with
+    # the number of requests or rows, however noisy the measurements.
     _raw_plain: np.ndarray = field(init=False)
     _raw_added: np.ndarray = field(init=False)
     _plain: np.ndarray = field(init=False)
@@ -98,87 +109,93 @@ class StepCosts:
         added = np.asarray(self.profile.speculating, dtype=np.float64) - np.maximum.accumulate(self._raw_plain)[:, None]
         self._raw_added = np.maximum(added, 0)
         self._edges = np.asarray(self.profile.extra)
-        self._believe()
+        self._smooth()
 
-    def _believe(self) -> None:
+    def _smooth(self) -> None:
+        """Update the costs in use from the raw ones."""
         self._plain = np.maximum.accumulate(self._raw_plain)
         self._added = np.maximum.accumulate(self._raw_added, axis=1)
 
     def plain(self, requests: int, context: int = 0) -> float:
-        """Seconds of a step that only decodes."""
-        low, high, share = self._between(requests)
-        seconds = (1 - share) * self._plain[low] + share * self._plain[high]
+        """Return the seconds of a plain step, ``context`` being the committed tokens of all requests together."""
+        low, high, fraction = self._between(requests)
+        seconds = (1 - fraction) * self._plain[low] + fraction * self._plain[high]
         return self.scale * float(seconds) + self.profile.per_token * context
 
     def profiled_plain(self, requests: int, context: int = 0) -> float:
-        """Seconds of a step that only decodes, as profiled, without any correction since."""
+        """Return the profiled seconds of a plain step, without corrections."""
         low, high, fraction = self._between(requests)
         plain = self.profile.plain
         return (1 - fraction) * plain[low] + fraction * plain[high] + self.profile.per_token * context
 
     def speculating(self, requests: int, extra: np.ndarray, context: int = 0, prompts: bool = False) -> np.ndarray:
-        """Seconds, float64 [N], of steps with the choice of guesses, the heads' work and ``extra`` int [N] more rows
-        than requests, some of them of ``prompts``: such steps are not padded."""
-        low, high, share = self._between(requests)
-        added = (1 - share) * self._added[low] + share * self._added[high]
-        host = (
-            float(np.interp(requests, self.profile.requests, self.profile.choosing)) if self.profile.choosing else 0.0
-        )
+        """Return the seconds of speculative steps, float64 [N]: with drafting, heads and ``extra`` int [N] extra rows.
+
+        ``prompts``: some of these rows are of prompts; such steps are not padded."""
+        low, high, fraction = self._between(requests)
+        added = (1 - fraction) * self._added[low] + fraction * self._added[high]
+        drafting = self.profile.drafting
+        host = float(np.interp(requests, self.profile.requests, drafting)) if drafting else 0.0
         return self.plain(requests, context) + self.scale * (host + self._at(extra, added, high, not prompts))
 
     def are_full(self, requests: int, extra: np.ndarray) -> np.ndarray:
-        """Of decoding steps with so many more rows, bool: whether no bucket has room for more guesses. A step that
-        fills none may be padded to twice its requests."""
+        """Return whether decoding steps with ``extra`` int [N] extra rows fill their bucket exactly, bool [N].
+
+        Without extra rows the answer is True, since a step need not have draft tokens."""
         high = self._between(requests)[1]
         rows, edges = extra + self.profile.requests[high] - 1, self._edges
         return (extra == 0) | (edges[np.minimum(np.searchsorted(edges, rows), len(edges) - 1)] == rows)
 
     def prefilling(self, requests: int, extra: np.ndarray, context: int = 0, before: int = 0) -> np.ndarray:
-        """The same without the heads' work: rows of prompts, with ``before`` tokens before them, beside those of
-        ``requests``."""
-        low, high, share = self._between(requests)
-        added = (1 - share) * self._added[low] + share * self._added[high]
+        """Return the seconds of steps with prompt rows and without heads, float64 [N].
+
+        ``requests`` decode beside ``extra`` int [N] prompt rows that follow ``before`` computed tokens."""
+        low, high, fraction = self._between(requests)
+        added = (1 - fraction) * self._added[low] + fraction * self._added[high]
         seconds = self.scale * self._at(extra, added - added[0], high, False) + self.profile.per_pair * extra * before
         return self.plain(requests, context) + self.prompt_scale * seconds
 
     def learn(self, predicted: float, measured: float, requests: int, extra: int, is_speculating: bool) -> None:
-        """Take a step's predicted and measured seconds. What goes for all steps is learned sooner than what goes for
-        steps with guesses of this size alone; steps without come in long runs, and are what the others must beat."""
+        """Correct the costs by a step's predicted and measured seconds.
+
+        ``requests`` decoded with ``extra`` draft tokens. The scale of all steps is learned faster than the cost of this
+        number of draft tokens."""
         if measured > _DISTURBED * predicted:
             return
         ratio = min(2.0, max(0.5, measured / predicted))
-        self.scale *= ratio**_RATE
-        low, high, share = self._between(requests)
-        nearest = high if share > 0.5 else low
+        self.scale *= ratio**_SCALE_RATE
+        low, high, fraction = self._between(requests)
+        nearest = high if fraction > 0.5 else low
         if is_speculating:
             place = min(bisect_left(self.profile.extra, extra + self._start(nearest)), len(self.profile.extra) - 1)
-            self._raw_added[nearest, place] *= ratio**_RATE_OF_GUESSES
+            self._raw_added[nearest, place] *= ratio**_DRAFT_RATE
         else:
-            self._raw_plain[nearest] *= ratio**_RATE_OF_PLAIN
-        self._believe()
+            self._raw_plain[nearest] *= ratio**_PLAIN_RATE
+        self._smooth()
 
     def learn_prompts(self, predicted: float, measured: float) -> None:
-        """Take a step with rows of prompts; the next of the same prompt will be much like it."""
+        """Correct the cost of prompt rows by a step that had some. The rate is high, as the next chunk is similar."""
         ratio = min(2.0, max(0.5, measured / predicted))
-        self.prompt_scale = min(10.0, max(0.1, self.prompt_scale * ratio**_RATE_OF_PROMPTS))
+        self.prompt_scale = min(10.0, max(0.1, self.prompt_scale * ratio**_PROMPT_RATE))
 
     def _between(self, requests: int) -> tuple[int, int, float]:
-        """The measured numbers of requests around this one, and where between them it lies."""
+        """Return the places of the measured numbers of requests around this one, and the fraction between."""
         sizes = self.profile.requests
         high = min(bisect_left(sizes, requests), len(sizes) - 1)
-        low = high if sizes[high] <= requests or self.profile.steps else max(0, high - 1)
+        low = high if sizes[high] <= requests or self.profile.is_padded else max(0, high - 1)
         if low == high:
             return low, high, 0.0
         return low, high, float(np.log(requests / sizes[low]) / np.log(sizes[high] / sizes[low]))
 
     def _start(self, place: int) -> int:
-        """Where in the profile's rows those of steps without further rows are."""
-        return self.profile.requests[place] - 1 if self.profile.steps else 0
+        """Return which number of extra rows in the profile stands for none, at a measured number of requests."""
+        return self.profile.requests[place] - 1 if self.profile.is_padded else 0
 
     def _at(self, extra: np.ndarray, added: np.ndarray, place: int, is_padded: bool) -> np.ndarray:
+        """Return the seconds that ``extra`` int [N] extra rows add, float64 [N], from those measured, ``added`` [E]."""
         edges, rows = self._edges, extra + self._start(place)
         beyond = np.maximum(rows - edges[-1], 0)
         slope = (added[-1] - added[0]) / max(edges[-1] - self._start(place), 1)
-        if self.profile.steps and is_padded:
+        if self.profile.is_padded and is_padded:
             return added[np.minimum(np.searchsorted(edges, rows), len(edges) - 1)] + beyond * slope
         return np.interp(rows, edges, added) + beyond * slope

@@ -1,9 +1,8 @@
 """The step plan: what one step computes, as plain data.
 
-Every request in a plan is a *segment* of rows. First come its new tokens, known tokens whose K/V are not computed yet,
-as a chain. Then come its draft tokens, a tree whose root is the last new token. A segment carries all that a rank has
-to know of its request, so that ranks keep no state between steps but the KV cache. ``plan_codec.py`` turns plans into
-buffers.
+Each request in a plan is a *segment* of rows. Its new tokens come first, as a chain: known tokens whose K/V are not
+computed yet. Its draft tokens follow, as a tree whose root is the last new token. A segment has all that a rank needs
+of its request, so that ranks keep no state between steps but the KV cache. ``plan_codec.py`` encodes plans.
 """
 
 import enum
@@ -19,20 +18,20 @@ class PlanKind(enum.IntEnum):
     """What a plan asks of a rank."""
 
     STEP = 0
-    HEARTBEAT = 1  # nothing to compute: tells the other ranks that rank 0 lives
+    HEARTBEAT = 1  # nothing to compute; shows the other ranks that rank 0 is alive
     STOP = 2  # leave the loop
 
 
-@dataclass(slots=True, kw_only=True)  # not frozen, which takes four times as long to make: there are many in a step
+@dataclass(slots=True, kw_only=True)  # not frozen: a frozen one takes four times as long to create
 class Segment:
     """One request's rows of a step.
 
     ``tokens`` int32 [num_new_tokens + num_draft_tokens]; ``parents`` int32 [num_draft_tokens], each draft token's
-    parent as a node of the tree (0: the root, which is the last new token); ``pages`` int32, ids of the request's pages
-    in order. ``context`` counts the tokens that are committed already. ``emits_tokens``: the last new token is the last
-    known one, so that the step emits tokens for this request. ``output_index`` counts the output tokens so far, which
-    is the counter of the noise; ``sample_index`` says which of the request's independent answers this is.
-    ``logits_inputs``: inputs of the logits processors, None for most requests.
+    parent as a tree node (0: the root, which is the last new token); ``pages`` int32, ids of the request's pages in
+    order. ``context`` counts the committed tokens. ``emits_tokens``: the last new token is the last known one, so that
+    the step emits tokens for this request. ``wants_head_candidates``: the Medusa heads run for it. ``output_index``
+    counts the output tokens so far and is the counter of the sampling noise. ``sample_index`` numbers the independent
+    answers to one prompt. ``logits_inputs``: None for most requests.
     """
 
     tokens: np.ndarray
@@ -53,19 +52,19 @@ class Segment:
 
     @property
     def num_draft_tokens(self) -> int:
-        """Rows that hold draft tokens."""
+        """Rows with draft tokens."""
         return len(self.parents)
 
     @property
     def num_new_tokens(self) -> int:
-        """Rows that hold known tokens."""
+        """Rows with known tokens."""
         return len(self.tokens) - len(self.parents)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """What all ranks execute in one step. ``digest`` is rank 0's digest of all tokens accepted so far; a rank with
-    another one has diverged."""
+    """What all ranks execute in one step. ``epoch`` identifies the run of the group. ``digest`` is rank 0's digest of
+    all tokens accepted so far; a rank with a different one has diverged."""
 
     kind: PlanKind = PlanKind.STEP
     epoch: int = 0

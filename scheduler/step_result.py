@@ -1,4 +1,4 @@
-"""What a step found, as plain data: from the ranks to the scheduler, and from there to whoever asked."""
+"""Results of a step, as plain data: from the ranks to the scheduler, and from there to the client."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,8 +19,11 @@ class HeadCandidates(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities of T consecutive tokens, in nats: ``chosen`` float32 [T], ``top_ids`` int32 [T, N] and ``top``
-    float32 [T, N] of the N likeliest tokens in each place, likeliest first."""
+    """Log-probabilities of T consecutive tokens, in nats.
+
+    ``chosen`` float32 [T]: of the tokens themselves. ``top_ids`` int32 [T, N] and ``top`` float32 [T, N]: the N
+    likeliest tokens in each place, likeliest first, and their log-probabilities.
+    """
 
     chosen: np.ndarray
     top_ids: np.ndarray
@@ -34,7 +37,7 @@ class TokenLogprobs:
 
     @classmethod
     def join(cls, parts: Iterable["TokenLogprobs"]) -> "TokenLogprobs":
-        """Return the parts, which have the same N, one after the other; without parts, those of no tokens."""
+        """Concatenate ``parts`` of equal N along T; without parts the result has T = N = 0."""
         parts = list(parts) or [cls(_NO_FLOATS, _NO_FLOATS.reshape(0, 0).astype(np.int32), _NO_FLOATS.reshape(0, 0))]
         chosen, top_ids, top = zip(*((p.chosen, p.top_ids, p.top) for p in parts), strict=True)
         return cls(np.concatenate(chosen), np.concatenate(top_ids), np.concatenate(top))
@@ -42,10 +45,12 @@ class TokenLogprobs:
 
 @dataclass(slots=True, kw_only=True)
 class SegmentResult:
-    """What the ranks found for one segment of a plan. ``tokens``: the accepted draft tokens, then the bonus token.
-    ``accepted_nodes``: nodes of the accepted draft tokens in the segment's tree, by depth. ``head_candidates``: None
-    if the heads did not run. ``logprobs`` of the tokens, and ``prompt_logprobs`` of the prompt tokens that this step
-    scored: each None if it was not asked for."""
+    """What the ranks computed for one segment of a plan.
+
+    ``tokens``: the accepted draft tokens, then the bonus token. ``accepted_nodes``: tree nodes of the accepted draft
+    tokens, by depth. ``head_candidates``: None if the heads did not run. ``logprobs``: of ``tokens``.
+    ``prompt_logprobs``: of the prompt tokens scored in this step. Both are None if not requested.
+    """
 
     tokens: list[int]
     accepted_nodes: list[int]
@@ -55,9 +60,11 @@ class SegmentResult:
 
 
 class RequestOutput(NamedTuple):
-    """What one step gave the request ``key``. ``finish_reason`` (see ``FinishReason``) is None while it goes on.
-    ``logprobs`` of the tokens and, with the first of them, ``prompt_logprobs``: each None unless it was asked for. A
-    cancelled request ends with no tokens and the reason "cancelled"."""
+    """The output of one step for the request ``key``.
+
+    ``finish_reason`` (see ``FinishReason``) is None while the request runs. ``logprobs``: of ``tokens``.
+    ``prompt_logprobs``: of the prompt, with the first output tokens. Both are None if not requested. A cancelled
+    request ends with no tokens and the reason "cancelled"."""
 
     key: int
     tokens: list[int]

@@ -1,15 +1,17 @@
-"""A line of JSON for every step: what ran, what was guessed, what came of it. Meant for people and plots.
+"""Writes one JSON record per step: load, draft tokens proposed and accepted, and timing.
 
-A file may hold the traces of several runs, one below the other: each begins with a line that has the key ``trace``,
-the version of the format. Lines are written some at a time, always whole ones, so that a killed run loses its last
-second at most. The fields are explained in ``docs/protocol.md``.
+A file may hold the traces of several runs in sequence. Each begins with a line that has the key ``trace``, the version
+of the format. Whole lines are written about once a second, so that a killed run loses at most its last second.
+``docs/protocol.md`` explains the fields.
 """
 
 import json
 import logging
 import time
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from euryale.scheduler.scheduler import FinishedStep, Scheduler
 from euryale.scheduler.speculation.drafter import RequestStepResult
@@ -17,65 +19,66 @@ from euryale.scheduler.speculation.drafter import RequestStepResult
 logger = logging.getLogger("euryale.scheduler")
 
 VERSION = 1
-_LONGEST_WAIT = 1.0  # seconds that a line may stay unwritten while there are steps, or a leader that rests
-_MOST_WAITING = 1 << 18  # characters
+_MAX_DELAY = 1.0  # seconds until a line is written
+_MAX_BUFFERED = 1 << 18  # characters
 
 
 class Trace:
-    """Writes the steps of one scheduler."""
+    """Writes the trace of one scheduler."""
 
     def __init__(self, path: str | Path) -> None:
-        """Begin a run at the end of the file; ValueError if it cannot be written."""
+        """Append a run to the file. Raises ValueError if the file cannot be written."""
         try:
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by whoever ends the process)
+            # None after a write failed; left open otherwise, until the process ends.
+            self._file: FileIO | None = open(path, "ab", buffering=0)  # noqa: SIM115
             is_new = self._file.tell() == 0
         except OSError as error:
             raise ValueError(f"cannot write the trace {path}: {error.strerror}: give --trace another file") from error
         self._started = self._written = time.monotonic()
-        self._waiting: list[str] = []
-        self._length = 0
-        # An earlier run that was killed while writing may have left half a line.
+        self._lines: list[str] = []  # not written yet
+        self._num_buffered = 0  # characters in them
+        # An earlier run that was killed may have left an incomplete line.
         self._put("\n" * (not is_new) + json.dumps({"trace": VERSION, "started": time.time()}))
         self.flush()
 
     def write(self, scheduler: Scheduler, step: FinishedStep) -> None:
-        """Take the step that the scheduler was just advanced by, and how long it took."""
+        """Record a step that the ``scheduler`` has just been advanced by."""
         self._put(json.dumps(record(scheduler, step, time.monotonic() - self._started)))
-        if self._length > _MOST_WAITING:
+        if self._num_buffered > _MAX_BUFFERED:
             self.flush()
         else:
             self.flush_old()
 
     def flush_old(self) -> None:
-        """Write what has waited long enough; call it also while there are no steps."""
-        if self._waiting and time.monotonic() - self._written > _LONGEST_WAIT:
+        """Write the lines if the last write is long ago. Call this also while there are no steps."""
+        if self._lines and time.monotonic() - self._written > _MAX_DELAY:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits. A disk that is full ends the trace, not the run."""
-        lines, self._waiting, self._length = self._waiting, [], 0
+        """Write all lines. A full disk ends the trace with a warning; the engine goes on."""
+        lines, self._lines, self._num_buffered = self._lines, [], 0
         self._written = time.monotonic()
         if not lines or self._file is None:
             return
         try:
             rest = memoryview(("\n".join(lines) + "\n").encode())
             while rest:
-                rest = rest[self._file.write(rest) :]  # a full disk takes a part first
+                rest = rest[self._file.write(rest) :]  # a write may be partial
         except OSError as error:
             logger.warning("the trace ends here: %s", error)
             self._file.close()
             self._file = None
 
     def _put(self, line: str) -> None:
-        self._waiting.append(line)
-        self._length += len(line)
+        self._lines.append(line)
+        self._num_buffered += len(line)
 
 
-def record(scheduler: Scheduler, step: FinishedStep, now: float) -> dict:
-    """What there is to say about a step; ``now``: seconds since the trace began."""
+def record(scheduler: Scheduler, step: FinishedStep, now: float) -> dict[str, Any]:
+    """Return the record of a step; ``now``: seconds since the trace began."""
     admission, choice, plan = scheduler.admission, step.planned.choice, step.planned.plan
     decoding = [s for s in plan.segments if s.emits_tokens and s.num_new_tokens == 1]
-    chosen = sum(test.num_draft_tokens for test in step.results)
+    num_draft_tokens = sum(result.num_draft_tokens for result in step.results)
     expected = choice.expected_accepted_tokens if choice and choice.considers_drafts else None
     return {
         "t": round(now, 6),
@@ -84,43 +87,44 @@ def record(scheduler: Scheduler, step: FinishedStep, now: float) -> dict:
         "waiting": len(admission.waiting),
         "decoding": len(decoding),
         "prompt_rows": sum(s.num_new_tokens for s in plan.segments) - len(decoding),
-        "num_proposed_tokens": max(choice.num_proposed_tokens, chosen) if choice else chosen,
-        "num_draft_tokens": chosen,
-        "num_accepted_tokens": sum(len(test.accepted_nodes) for test in step.results),
+        "num_proposed_tokens": max(choice.num_proposed_tokens, num_draft_tokens) if choice else num_draft_tokens,
+        "num_draft_tokens": num_draft_tokens,
+        "num_accepted_tokens": sum(len(result.accepted_nodes) for result in step.results),
         "expected_accepted_tokens": None if expected is None else round(expected, 3),
         "predicted_seconds": round(choice.predicted_seconds, 6) if choice and choice.predicted_seconds else None,
         "seconds": round(step.seconds, 6),
         "pages_free": admission.pages.num_free,
         "requests": [
             {
-                "key": t.request.key,
-                "num_draft_tokens": t.num_draft_tokens,
-                "num_accepted_tokens": len(t.accepted_nodes),
-                "ranks": path_ranks(t),
+                "key": result.request.key,
+                "num_draft_tokens": result.num_draft_tokens,
+                "num_accepted_tokens": len(result.accepted_nodes),
+                "ranks": path_ranks(result),
             }
-            for t in step.results
+            for result in step.results
         ],
     }
 
 
-def path_ranks(test: RequestStepResult) -> list[int | None]:
-    """Of each accepted guess its rank among those of the head of its depth; None if that did not name it."""
-    named = test.head_candidates.ids.tolist() if test.accepted_nodes and test.head_candidates is not None else []
+def path_ranks(result: RequestStepResult) -> list[int | None]:
+    """Return each accepted draft token's rank among the head candidates of its depth; None if it is not one of them."""
+    heads = result.head_candidates.ids.tolist() if result.accepted_nodes and result.head_candidates is not None else []
     ranks: list[int | None] = []
-    for depth, token in enumerate(test.tokens[: len(test.accepted_nodes)]):
-        is_named = depth < len(named) and token in named[depth]
-        ranks.append(named[depth].index(token) if is_named else None)
+    for depth, token in enumerate(result.tokens[: len(result.accepted_nodes)]):
+        is_candidate = depth < len(heads) and token in heads[depth]
+        ranks.append(heads[depth].index(token) if is_candidate else None)
     return ranks
 
 
-def read(path: Path) -> Iterator[list[dict]]:
-    """The steps of each run in the file; lines that a killed run left unfinished are left out. ValueError if the file
-    cannot be read or holds no trace."""
+def read(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """Yield the step records of each run in the file, without incomplete lines of killed runs.
+
+    Raises ValueError if the file cannot be read or is no trace."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise ValueError(f"cannot read the trace {path}: {error.strerror}") from error
-    steps: list[dict] | None = None
+    steps: list[dict[str, Any]] | None = None
     for line in lines:
         try:
             row = json.loads(line)
@@ -128,12 +132,12 @@ def read(path: Path) -> Iterator[list[dict]]:
             continue
         if isinstance(row, dict) and "trace" in row:
             if row["trace"] != VERSION:
-                raise ValueError(f"{path} is of version {row['trace']}, this program reads {VERSION}")
+                raise ValueError(f"{path} has version {row['trace']}, but this program reads version {VERSION} only")
             if steps is not None:
                 yield steps
             steps = []
         elif steps is not None:
             steps.append(row)
     if steps is None:
-        raise ValueError(f"{path} is no trace: it has no line that begins one")
+        raise ValueError(f"{path} is no trace: no line has the key trace; give a file that --trace wrote")
     yield steps

@@ -213,7 +213,7 @@ def make_limits(setting: Setting) -> SchedulerLimits:
 
 
 def make_scheduler(setting: Setting, limits: SchedulerLimits) -> Scheduler:
-    """Return a scheduler as an engine's leader makes it (``runtime/planning.py``), without the prefix cache, because
+    """Return a scheduler as an engine's leader makes it (``runtime/startup.py``), without the prefix cache, because
     prompts are random."""
     costs: StepCosts | None = None
     drafter: Drafter | None = None

@@ -1,1 +1,1 @@
-"""Draft tokens: which are proposed, how likely each is, and how many a step verifies."""
+"""Proposes draft tokens, estimates their acceptance probabilities, and chooses how many a step verifies."""

@@ -1,9 +1,11 @@
-"""How likely a guess is right: learned from every guess that was put to the test.
+"""Statistics of accepted draft tokens, learned from every draft token below an accepted tree node.
 
-Estimates are kept per *class* of requests, as a guess that is right for greedy decoding may be wrong for sampling. All
-of them forget: each remembers about its last ``WINDOW`` cases, so that it follows when the workload changes."""
+There are separate estimates for each *sampling class*, because acceptance depends on how tokens are drawn. Each
+estimate remembers about its last ``WINDOW`` cases, so that it follows a changing workload.
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +28,7 @@ _LEARNED = ("accepted", "predicted", "context_accepted", "context_cases")
 
 
 def sampling_class_of(params: SamplingParams) -> int:
-    """Greedy, cool or hot sampling, and the lossy rule, which accepts more."""
+    """Return the sampling class: 0 greedy, 1 temperature up to 0.5, 2 above, 3 typical acceptance."""
     if params.temperature == 0:
         return 0
     if params.acceptance == "typical":
@@ -37,9 +39,13 @@ def sampling_class_of(params: SamplingParams) -> int:
 class AcceptanceStats:
     """The estimates of one model.
 
-    ``ratios`` float32 [classes, depths, RANK_CLASSES, BINS]: right guesses for each one predicted (``accepted`` over
-    ``expected``, float64), where the depths below all heads are one. ``weights`` float32 [classes, evidences]: of the
-    request's own context beside heads and text (``context_accepted`` over ``context_cases``, float64)."""
+    ``ratios`` float32 [NUM_CLASSES, depths, RANK_CLASSES, BINS]: ``accepted`` draft tokens over ``predicted`` ones,
+    both float64 of the same shape. All depths below the heads count as one.
+
+    ``weights`` float32 [NUM_CLASSES, evidences]: how much the request's own context counts beside heads, traffic and
+    text. It is ``context_accepted`` over ``context_cases``, both float64. An evidence is (length of the context - 1) *
+    SUCCESSORS + number of known successors, or 0 if the context is unknown.
+    """
 
     def __init__(self, num_heads: int) -> None:
         self.num_depths, self.rank_classes, self.bins = num_heads + 1, RANK_CLASSES, BINS
@@ -52,14 +58,15 @@ class AcceptanceStats:
         self.context_cases = np.full((NUM_CLASSES, self.evidences), 4 * PRIOR_CASES)
         self.context_accepted = self.weights * self.context_cases
 
-    def to_json(self) -> dict:
-        """What was learned of greedy requests."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the statistics of greedy requests, to be written as JSON."""
         return {name: getattr(self, name)[0].round(3).tolist() for name in _LEARNED}
 
     @classmethod
-    def from_json(cls, content: dict, num_heads: int) -> "AcceptanceStats":
-        """Estimates that begin with ``to_json``'s; what holds for greedy requests is the first guess for others.
-        ValueError if they are of another number of heads."""
+    def from_json(cls, content: dict[str, Any], num_heads: int) -> "AcceptanceStats":
+        """Return statistics that start with those of ``to_json``; the other classes start with the greedy ratios.
+
+        Raises ValueError if ``content`` is for another number of heads."""
         made = cls(num_heads)
         for name in _LEARNED:
             own = getattr(made, name)
@@ -86,15 +93,18 @@ class AcceptanceStats:
 
 @dataclass
 class AcceptanceRateCorrection:
-    """How much better or worse than predicted one request's guesses do, a factor on their probability: right guesses
-    for each one predicted over about the last fourteen steps."""
+    """The acceptance-rate correction: a factor on predicted probabilities, for one request or for all together.
+
+    ``factor`` is the number of accepted over expected draft tokens in about the last fourteen steps, within
+    CORRECTION_RANGE.
+    """
 
     factor: float = 1.0
     _accepted: float = PRIOR_CASES
     _expected: float = PRIOR_CASES
 
     def learn(self, accepted: float, expected: float) -> None:
-        """Take how many guesses on the accepted path were right, and how many were predicted to be."""
+        """Update the factor by the ``accepted`` and the ``expected`` number of draft tokens of a step."""
         self._accepted = CORRECTION_DECAY * self._accepted + (1 - CORRECTION_DECAY) * PRIOR_CASES + accepted
         self._expected = CORRECTION_DECAY * self._expected + (1 - CORRECTION_DECAY) * PRIOR_CASES + expected
         low, high = CORRECTION_RANGE

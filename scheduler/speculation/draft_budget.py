@@ -1,11 +1,12 @@
 """The number of draft tokens of a step: the one that maximises expected throughput, possibly zero.
 
-A step with n draft tokens is worth its requests, each of which gets a token in any case, plus the draft tokens expected
-to be accepted, over the seconds it takes. How many are best says the cost profile. Whether speculation pays at all is
-decided by *measured* rates of the two modes, kept for every load: tokens per second with draft tokens and without,
-both in units of what the profile says of plain decoding. Where speculation does not pay the heads rest, and run again
-from time to time, since only they can tell when it pays again. While speculating a few plain steps are tried now and
-then, so that the rate of plain decoding stays known.
+A step yields one token for each decoding request, plus the accepted draft tokens. The best number of draft tokens has
+the highest expected yield per second, as the cost model predicts it.
+
+Whether a load speculates at all is decided by *measured* rates of both modes: tokens per second with and without draft
+tokens. A load is a range of numbers of decoding requests. Rates are in units of plain decoding as profiled. Where
+speculation does not pay, the heads pause and are tried again from time to time. A speculating load tries a few plain
+steps now and then, so that both rates stay known.
 """
 
 import math
@@ -34,13 +35,13 @@ from euryale.scheduler.step_cost import StepCosts
 
 @dataclass(kw_only=True)
 class BudgetChoice:
-    """What the budget decided for one step.
+    """The decision of the budget for one step.
 
-    ``num_requests`` decode beside ``num_prompt_rows`` of prompts, with ``num_context_tokens`` committed in all.
-    ``is_urgent``: draft tokens of some requests are worth more than usual. ``considers_drafts``: draft tokens were
-    looked for; then ``num_draft_tokens`` of ``num_proposed_tokens`` are verified, ``expected_accepted_tokens`` of which
-    are expected to be accepted. ``wants_heads``: the heads run in this step, for the next one. ``predicted_seconds``:
-    the step's time; ``predicted_rate``: tokens per second expected, in units of plain decoding's by the profile.
+    ``num_requests`` requests decode beside ``num_prompt_rows`` prompt rows, with ``num_context_tokens`` committed
+    tokens in total. ``is_urgent``: some request is behind its latency target. ``considers_drafts``: draft tokens are
+    proposed; then ``num_draft_tokens`` of ``num_proposed_tokens`` are verified, and ``expected_accepted_tokens`` of
+    these should be accepted. ``wants_heads``: the heads run in this step, for the next one. ``predicted_seconds``: time
+    of the step. ``predicted_rate``: expected tokens per second, in units of plain decoding as profiled.
     """
 
     num_requests: int = 0
@@ -58,17 +59,19 @@ class BudgetChoice:
 
 @dataclass(kw_only=True)
 class _LoadState:
-    """What is known of one load. ``plain_rates``: measured rates of the latest plain steps; ``measured`` and
-    ``predicted``: decaying sums of the rates of speculative steps; ``gain``: mean logarithm of the rate with draft
-    tokens over the rate without; ``pause``: steps of the last pause of the heads; ``num_on``: speculative steps since;
-    ``num_resting``: steps left of the current pause; ``num_until_trial``: speculative steps until the next plain
-    one."""
+    """The state of one load.
+
+    ``gain``: mean logarithm of the rate with draft tokens over the rate without. ``plain_rates``: measured rates of the
+    latest plain steps, ``plain_rate`` their median. ``measured`` and ``predicted``: mean rates of speculative steps,
+    over ``num_measured`` of them. ``pause``: steps of the last pause of the heads; ``num_on``: speculative steps since;
+    ``num_paused``: steps left of the current pause. ``num_until_trial``: speculative steps until the next plain one.
+    """
 
     is_speculating: bool = True
     gain: float = 0.0
     pause: int = MIN_PAUSE // 2
     num_on: int = 0
-    num_resting: int = 0
+    num_paused: int = 0
     trial_interval: int = MIN_TRIAL_INTERVAL
     num_until_trial: int = MIN_TRIAL_INTERVAL
     plain_rate: float = 1.0
@@ -78,25 +81,25 @@ class _LoadState:
     num_measured: int = PRIOR_STEPS
 
     def add_plain(self, rate: float) -> None:
-        """Take the measured rate of a plain step; the median is robust against disturbed steps."""
+        """Add the measured rate of a plain step. The median is robust against disturbed steps."""
         self.plain_rates.append(rate)
         ordered = sorted(self.plain_rates)
         self.plain_rate = ordered[len(ordered) // 2]
 
     def add_speculative(self, measured: float, predicted: float) -> None:
-        """Take the measured and the predicted rate of a speculative step."""
+        """Add the measured and the predicted rate of a speculative step."""
         self.num_measured += 1
         weight = max(RATE_WEIGHT, 1 / self.num_measured)
         self.measured += weight * (measured - self.measured)
         self.predicted += weight * (predicted - self.predicted)
 
     def begin_pause(self) -> None:
-        """Let the heads rest: after a long spell of speculation briefly, else longer than the last time."""
+        """Pause the heads: briefly after many speculative steps, else for longer than the last time."""
         self.pause = MIN_PAUSE if self.num_on > self.pause else min(2 * self.pause, MAX_PAUSE)
-        self.is_speculating, self.num_resting, self.num_on = False, self.pause, 0
+        self.is_speculating, self.num_paused, self.num_on = False, self.pause, 0
 
     def weigh(self, gain: float) -> None:
-        """Take the logarithm of the rate with draft tokens over the rate without, and change the mode if it says so."""
+        """Add the logarithm of the rate with draft tokens over the rate without; change the mode if it pays."""
         if self.is_speculating:
             self.num_on += 1
             self.gain += NEWEST_WEIGHT * (gain - self.gain)
@@ -106,17 +109,23 @@ class _LoadState:
             self.is_speculating, self.gain = True, gain
             self.trial_interval = self.num_until_trial = MIN_TRIAL_INTERVAL
         elif self.pause == MAX_PAUSE and gain > -UNCERTAINTY:
-            self.is_speculating, self.gain = True, 0.0  # for a step or two, to measure what was only predicted
+            self.is_speculating, self.gain = (
+                True,
+                0.0,
+            )  # for one or two steps, to measure the predicted rate
         else:
             self.begin_pause()
 
 
 class DraftBudget:
-    """Decides for one step after the other: ``begin``, then ``choose`` if draft tokens are considered, then
-    ``observe``. A decision is a BudgetChoice, which the caller hands from one call to the next."""
+    """Chooses the number of draft tokens of each step.
+
+    For each step call ``begin``, then ``choose`` if draft tokens are considered, then ``observe``. The caller passes
+    the BudgetChoice from one call to the next.
+    """
 
     def __init__(self, costs: StepCosts, max_draft_tokens: int) -> None:
-        """``max_draft_tokens``: of a step, however cheap they are."""
+        """``max_draft_tokens``: the maximum of a step, for all requests together."""
         self.costs, self.max_draft_tokens = costs, max_draft_tokens
         self._loads: dict[int, _LoadState] = {}
         self._last_load = -1
@@ -126,17 +135,19 @@ class DraftBudget:
     def begin(
         self, num_requests: int, num_prompt_rows: int, num_context_tokens: int = 0, is_urgent: bool = False
     ) -> BudgetChoice:
-        """Return the choice for a step of so many decoding requests beside rows of prompts, before draft tokens are
-        known: whether they are considered, and whether the heads run."""
+        """Return whether draft tokens are considered in a step and whether the heads run.
+
+        ``num_requests`` requests decode beside ``num_prompt_rows``; ``num_context_tokens``: their committed tokens;
+        ``is_urgent``: one of them is behind its latency target."""
         choice = BudgetChoice(
             num_requests=num_requests,
             num_prompt_rows=num_prompt_rows,
             num_context_tokens=num_context_tokens,
             is_urgent=is_urgent,
         )
-        if not num_requests:  # a prompt alone: what follows is most likely the load of before
+        if not num_requests:  # prompts only: the last load most likely comes back
             load = self._loads.get(self._last_load)
-            choice.wants_heads = load is None or load.is_speculating or load.num_resting <= 0
+            choice.wants_heads = load is None or load.is_speculating or load.num_paused <= 0
             return choice
         load = self._state(num_requests)
         choice.predicted_seconds = self.costs.plain(num_requests, num_context_tokens)
@@ -148,54 +159,54 @@ class DraftBudget:
             choice.considers_drafts = not is_trial
             choice.wants_heads = not is_trial or is_urgent
         else:
-            load.num_resting -= 1
-            choice.considers_drafts = load.num_resting < 0
-            choice.wants_heads = load.num_resting <= 0
+            load.num_paused -= 1
+            choice.considers_drafts = load.num_paused < 0
+            choice.wants_heads = load.num_paused <= 0
         if is_urgent:
             choice.considers_drafts = choice.wants_heads = True
         return choice
 
     def max_proposed(self, choice: BudgetChoice) -> int:
-        """Return how many draft tokens ``choose`` is to be shown; those it will not take cost the host time too."""
+        """Return how many draft tokens to propose to ``choose``. The host spends time on rejected proposals too."""
         return min(self.max_draft_tokens, max(MIN_PROPOSED, 2 * choice.num_requests, 2 * self._num_chosen))
 
     def choose(self, choice: BudgetChoice, acceptance_probability: np.ndarray) -> int:
-        """Return how many draft tokens to verify, the likeliest first, and note it in ``choice``.
+        """Return how many draft tokens to verify, likeliest first, and record the decision in ``choice``.
 
-        ``acceptance_probability`` float32 [N], in decreasing order: of each draft token, times what tokens of its
-        request are worth.
+        ``acceptance_probability`` float32 [N], in decreasing order: of each draft token, times the value of its
+        request's tokens.
         """
         num_requests, costs = choice.num_requests, self.costs
         probability = acceptance_probability
         if not choice.is_urgent:
             probability = np.minimum(acceptance_probability * self._correction.factor, 1.0)
-        worth = num_requests + np.concatenate([[0.0], np.cumsum(probability, dtype=np.float64)])
-        seconds, is_allowed = self._step_seconds(choice, len(worth))
-        rates = np.where(is_allowed, worth / seconds, 0.0)
+        num_tokens = num_requests + np.concatenate([[0.0], np.cumsum(probability, dtype=np.float64)])
+        seconds, is_allowed = self._step_seconds(choice, len(num_tokens))
+        rates = np.where(is_allowed, num_tokens / seconds, 0.0)
         best = self._num_chosen = int(rates.argmax())
         choice.num_draft_tokens, choice.num_proposed_tokens = best, len(acceptance_probability)
-        choice.expected_accepted_tokens = float(worth[best]) - num_requests
+        choice.expected_accepted_tokens = float(num_tokens[best]) - num_requests
         choice.predicted_seconds += float(seconds[best]) - costs.plain(num_requests, choice.num_context_tokens)
         choice.predicted_rate = float(rates[best]) * self._unit(choice)
         if not choice.is_urgent:
             load = self._state(num_requests)
             gain = math.log(choice.predicted_rate * load.measured / load.predicted / load.plain_rate)
-            # Where no draft token is taken the heads may look free; but the host looked for draft tokens in vain.
+            # If no draft token is chosen, the gain does not include the host's time for proposing them.
             load.weigh(gain if best else min(gain, -2 * GAIN_MARGIN))
             choice.wants_heads = load.is_speculating
         return best
 
     def observe(self, choice: BudgetChoice, seconds: float, num_accepted: int) -> None:
-        """Take how long the step took, and how many of its draft tokens were accepted."""
+        """Learn from the measured ``seconds`` of a step and the number of its accepted draft tokens."""
         if choice.num_draft_tokens > 0 and not choice.is_urgent:
             expected = choice.expected_accepted_tokens / self._correction.factor
             self._correction.learn(num_accepted, expected)
         if not choice.num_requests or choice.num_prompt_rows or not choice.predicted_seconds:
             return
         if not (choice.considers_drafts or not choice.wants_heads):
-            return  # heads that run without draft tokens: neither mode
+            return  # heads without draft tokens: neither mode
         load, rate = self._state(choice.num_requests), self._unit(choice) / seconds
-        # A step that took several times as long was disturbed: it may say that much less.
+        # The floor limits the effect of a disturbed step.
         rate = max(rate, 0.25 * min(load.plain_rate, 1.0))
         if not choice.considers_drafts:
             load.add_plain(rate)
@@ -213,19 +224,18 @@ class DraftBudget:
         extra = choice.num_prompt_rows + np.arange(count)
         seconds = costs.speculating(num_requests, extra, choice.num_context_tokens, prompts=has_prompts)
         if has_prompts:
-            # Rows of prompts take their time in any case: draft tokens have to beat a step without them.
+            # Prompt rows take the same time with or without draft tokens, so they must not count against these.
             seconds += costs.speculating(num_requests, np.zeros(1), choice.num_context_tokens)[0] - seconds[0]
-        if not costs.profile.steps:
+        if not costs.profile.is_padded:
             return seconds, _is_edge(num_requests + extra)
         return seconds, True if has_prompts else costs.are_full(num_requests, extra)
 
     def _unit(self, choice: BudgetChoice) -> float:
-        """Seconds that the uncorrected profile gives a request's token in plain decoding: multiplied by tokens per
-        second it makes a rate that is 1 for plain decoding as profiled."""
+        """Return the profiled seconds of a plain step. Times tokens per second and request, this is a relative rate."""
         return self.costs.profiled_plain(choice.num_requests, choice.num_context_tokens)
 
     def _is_trial(self, load: _LoadState, choice: BudgetChoice) -> bool:
-        """Whether this step of a speculating load tries plain decoding."""
+        """Return whether this step of a speculating load tries plain decoding."""
         if choice.num_prompt_rows or choice.is_urgent:
             return False
         load.num_until_trial -= 1
@@ -237,19 +247,20 @@ class DraftBudget:
         return True
 
     def _state(self, num_requests: int) -> _LoadState:
-        """Return the state of a load, half an octave of requests; when the load changes a pause is cut short."""
+        """Return the state of a load, which spans half an octave of requests. A change of load shortens its pause."""
         load = int(2 * math.log2(max(num_requests, 1)))
         state = self._loads.setdefault(load, _LoadState())
         if load != self._last_load:
             self._last_load = load
-            state.num_resting = min(state.num_resting, MIN_PAUSE)
+            state.num_paused = min(state.num_paused, MIN_PAUSE)
         return state
 
 
 def _is_edge(rows: np.ndarray) -> np.ndarray:
-    """Return whether a step may have so many rows, bool: eight sizes in each doubling, so that recordings of steps
-    serve again; the smallest in any case."""
-    coarse = np.maximum(1, 2 ** np.floor(np.log2(rows / 8))).astype(np.int64)
-    found = rows % coarse == 0
-    found[0] = True
-    return found
+    """Return which of ``rows`` int [N] may be the size of a step, bool [N].
+
+    There are eight sizes in each doubling, so that recorded steps can be reused. The first is always allowed."""
+    granularity = np.maximum(1, 2 ** np.floor(np.log2(rows / 8))).astype(np.int64)
+    is_allowed = rows % granularity == 0
+    is_allowed[0] = True
+    return is_allowed

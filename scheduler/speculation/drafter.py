@@ -1,4 +1,4 @@
-"""Which draft tokens each request has verified in a step: the protocol of drafters, and static trees."""
+"""The protocol of drafters, which propose draft tokens for each step, and the drafter of static trees."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -13,9 +13,12 @@ from euryale.scheduler.step_result import HeadCandidates
 
 
 class DraftTree(NamedTuple):
-    """The draft tokens of one request: ``tokens`` int32 [1 + N], the root, which is its last known token, and the draft
-    tokens; ``parents`` int32 [N], of each draft token (0: the root, i: the i-th draft token); ``depth`` of the deepest.
-    Without draft tokens there is no root either."""
+    """The N draft tokens of one request, as a tree.
+
+    ``tokens`` int32 [1 + N]: the root, which is the last known token, and the draft tokens. ``parents`` int32 [N]: each
+    draft token's parent (0: the root, i: the i-th draft token). ``depth``: of the deepest draft token. NO_DRAFT has no
+    root either.
+    """
 
     tokens: np.ndarray
     parents: np.ndarray
@@ -27,8 +30,11 @@ NO_DRAFT = DraftTree(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32), 0
 
 @dataclass(frozen=True, kw_only=True)
 class GrownDrafts:
-    """What a dynamic drafter has to know when the step is done: the ``requests`` it grew ``trees`` for, the trees'
-    ``nodes`` int64 [N] sorted by request, and where each request's ``starts`` among them, int64 [requests + 1]."""
+    """What a dynamic drafter needs to learn from a step: the ``trees`` it grew for ``requests``.
+
+    ``nodes`` int64 [N]: verified tree nodes and roots, sorted by request. ``starts`` int64 [requests + 1]: the index of
+    each request's first one, and N.
+    """
 
     requests: list[Request]
     trees: GrownTrees
@@ -38,8 +44,11 @@ class GrownDrafts:
 
 @dataclass(frozen=True, kw_only=True)
 class Drafts:
-    """What a drafter proposes for a step: one of ``trees`` for each decoding request; ``wants_heads``: the heads run in
-    this step; ``choice`` of the budget, None if there is none; ``grown``: None for static trees."""
+    """A drafter's proposal for a step.
+
+    ``trees``: one for each decoding request. ``wants_heads``: the heads run in this step. ``choice``: the budget's,
+    None without a budget. ``grown``: None for static trees.
+    """
 
     trees: list[DraftTree]
     wants_heads: bool
@@ -48,9 +57,12 @@ class Drafts:
 
 
 class RequestStepResult(NamedTuple):
-    """What a step found out for a request: its new ``tokens``, accepted draft tokens and the bonus token; the tree
-    nodes of the accepted ones, by depth; how many draft tokens were verified; and the ``head_candidates`` that were
-    known before the step, None if the heads had not run."""
+    """A request's step result: what speculation gave it.
+
+    ``tokens``: the accepted draft tokens and the bonus token. ``accepted_nodes``: tree nodes of the accepted draft
+    tokens, by depth. ``num_draft_tokens``: how many were verified. ``head_candidates``: those the tree was made from,
+    None if the heads had not run.
+    """
 
     request: Request
     tokens: list[int]
@@ -60,34 +72,36 @@ class RequestStepResult(NamedTuple):
 
 
 class Drafter(Protocol):
-    """For each step the scheduler calls ``draft`` and, when the step is done, ``learn`` with what ``draft`` returned.
-    ``depth``: of the deepest draft token."""
+    """Proposes draft tokens. For each step the scheduler calls ``draft`` and, after it, ``learn`` with what ``draft``
+    returned. ``depth`` is the maximum depth of a draft token."""
 
     depth: int
 
     def draft(self, decoding: list[Request], depths: list[int], room: int, num_prompt_rows: int) -> Drafts:
-        """Return draft tokens for each decoding request, no deeper than its of ``depths`` and at most ``room`` in all,
-        beside ``num_prompt_rows`` rows of prompts."""
+        """Return draft tokens for the ``decoding`` requests, at most ``room`` in total.
+
+        ``depths``: maximum depth for each request, at most 0 for no draft tokens. ``num_prompt_rows``: prompt rows in
+        the same step."""
         ...
 
     def learn(self, drafts: Drafts, results: list[RequestStepResult], seconds: float) -> None:
-        """Take what the step found, and how long it took (0: nobody measured)."""
+        """Learn from the ``results`` of a step and its ``seconds`` (0: not measured)."""
         ...
 
 
 class StaticDrafter:
-    """The same tree in every step and for every request, as far as there are rows."""
+    """Proposes the same tree in every step for every request, cut to the rows available."""
 
     def __init__(self, shape: TreeShape) -> None:
         self._shape, self.depth = shape, shape.depth
 
     def draft(self, decoding: list[Request], depths: list[int], room: int, num_prompt_rows: int) -> Drafts:
-        """See Drafter. All get the same number of rows, the first requests one more."""
+        """See Drafter. Every request gets an equal part of ``room``, and the first ones the remainder."""
         drafting = [i for i, r in enumerate(decoding) if r.head_candidates is not None and depths[i]]
-        rows, extra = divmod(max(room, 0), max(1, len(drafting)))
+        rows, remainder = divmod(max(room, 0), max(1, len(drafting)))
         trees = [NO_DRAFT] * len(decoding)
         for place, i in enumerate(drafting):
-            shape, candidates = self._shape.limited(rows + (place < extra), depths[i]), decoding[i].head_candidates
+            shape, candidates = self._shape.limited(rows + (place < remainder), depths[i]), decoding[i].head_candidates
             if not shape.depth or candidates is None:
                 continue
             tokens = np.array([*decoding[i].last_tokens(1), *shape.tokens(candidates.ids)], dtype=np.int32)
@@ -95,4 +109,4 @@ class StaticDrafter:
         return Drafts(trees=trees, wants_heads=True)
 
     def learn(self, drafts: Drafts, results: list[RequestStepResult], seconds: float) -> None:
-        """See Drafter; there is nothing to learn."""
+        """See Drafter; static trees learn nothing."""

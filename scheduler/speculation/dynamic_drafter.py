@@ -1,4 +1,4 @@
-"""Dynamic trees: the likeliest draft tokens over the whole batch, as many as pay."""
+"""The drafter of dynamic trees: the likeliest draft tokens of the whole batch, as many as the budget chooses."""
 
 import hashlib
 import itertools
@@ -27,7 +27,8 @@ from euryale.scheduler.step_result import HeadCandidates
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """The n-gram sources that draft tokens come from, beside the heads; each can be switched off."""
+    """Which n-gram sources propose draft tokens, in addition to the heads: calibration text, recent traffic, and the
+    request's own context."""
 
     text: bool = True
     traffic: bool = True
@@ -36,9 +37,11 @@ class Sources:
 
 @dataclass(slots=True)
 class _DrafterState:
-    """What the drafter keeps of a request: its sampling class, the ids of its n-gram ``sources``, the ``correction`` of
-    its acceptance rate, ``since`` when it decodes (seconds on the drafter's clock), and how many of its known tokens
-    were learned from."""
+    """The drafter's state of one request.
+
+    ``sources``: ids of its own tokens, its traffic and the text. ``since``: when it began to decode, in seconds on the
+    drafter's clock. ``num_learned``: known tokens that the n-gram table has learned.
+    """
 
     sampling_class: int
     sources: tuple[int, int, int]
@@ -48,7 +51,7 @@ class _DrafterState:
 
 
 class DynamicDrafter:
-    """Makes the trees of every step anew (see ``tree_builder.py``), and learns from what came true."""
+    """Grows new trees for every step (see ``tree_builder.py``), and learns from the accepted tokens."""
 
     depth = DYNAMIC_DEPTH
 
@@ -62,16 +65,16 @@ class DynamicDrafter:
         sources: Sources | None = None,
         secret: bytes = b"",
     ) -> None:
-        """``max_per_request``: draft tokens of one request; ``budget`` None: always that many; ``stats``: to begin
-        with; ``sources`` None: all; ``secret``: at most 64 bytes, without which nobody can choose tokens whose contexts
-        take the place of others'."""
+        """``max_per_request``: maximum number of draft tokens of one request. ``budget``: None verifies all of them.
+        ``text``: n-grams of the calibration text. ``stats``: initial statistics. ``sources``: None uses all.
+        ``secret``: at most 64 bytes that key the n-gram hashes, against crafted collisions."""
         self._max_per_request, self._budget, self._sources = max_per_request, budget, sources or Sources()
         table = text or NgramTable()
         if not self._sources.text:
             table = NgramTable(live_bits=table.live_bits)
         self.builder = TreeBuilder(table, stats or AcceptanceStats(num_heads))
         self._secret, self._numbers = secret, itertools.count()
-        self._now = 0.0  # seconds that steps have taken
+        self._now = 0.0  # the drafter's clock: total seconds of all steps
 
     def draft(self, decoding: list[Request], depths: list[int], room: int, num_prompt_rows: int) -> Drafts:
         """See Drafter."""
@@ -107,16 +110,16 @@ class DynamicDrafter:
                 state.since = self._now
         if drafts.grown:
             self._learn_acceptance(drafts.grown, results)
-        # Of requests that go on only before a step that may speculate: what is missed now is caught up on then.
-        goes_on = self._sources.context and drafts.wants_heads
+        # Running requests learn only before a step that may speculate; they catch up on missed tokens then.
+        learns_running = self._sources.context and drafts.wants_heads
         requests = [result.request for result in results]
-        self._learn_tokens([r for r in requests if (self._sources.traffic if r.finish_reason else goes_on)])
+        self._learn_tokens([r for r in requests if (self._sources.traffic if r.finish_reason else learns_running)])
         if self._budget and drafts.choice and seconds:
             num_accepted = sum(len(result.accepted_nodes) for result in results)
             self._budget.observe(drafts.choice, seconds, num_accepted)
 
     def _learn_acceptance(self, grown: GrownDrafts, results: list[RequestStepResult]) -> None:
-        """Learn from all draft tokens that were proposed below an accepted node, verified or not."""
+        """Learn from all draft tokens proposed below an accepted node, verified or not."""
         place = {request.key: i for i, request in enumerate(grown.requests)}
         nodes, starts = grown.nodes.tolist(), grown.starts.tolist()
         expected = grown.trees.expected_children[: grown.trees.num_nodes].tolist()
@@ -135,7 +138,7 @@ class DynamicDrafter:
             self.builder.learn(grown.trees, np.asarray(reached, dtype=np.int32), np.asarray(truths, dtype=np.int32))
 
     def _learn_tokens(self, requests: list[Request]) -> None:
-        """Learn what follows what in the requests' new tokens: for themselves, and if they ended for others."""
+        """Add the requests' new tokens to the n-gram table: to their own source, or to the traffic if they ended."""
         sequences = []
         for request in requests:
             state = self._state(request)
@@ -149,9 +152,10 @@ class DynamicDrafter:
             self.builder.add(sequences)
 
     def _state(self, request: Request) -> _DrafterState:
+        """Return the request's state, made on first use."""
         state = request.drafter_state
         if state is None:
-            own = self._source(f"request {next(self._numbers)}")  # a key may come again
+            own = self._source(f"request {next(self._numbers)}")  # a request's key may be reused
             traffic = self._source(f"salt {request.params.cache_salt}") if self._sources.traffic else EMPTY_SOURCE
             state = _DrafterState(sampling_class_of(request.params), (own, traffic, TEXT_SOURCE))
             request.drafter_state = state
@@ -159,12 +163,12 @@ class DynamicDrafter:
         return state
 
     def _source(self, name: str) -> int:
-        """Return the id of a source, above all those with a meaning of their own."""
+        """Return the id of a named source, larger than the reserved ids."""
         digest = hashlib.blake2b(name.encode(), digest_size=8, key=self._secret).digest()
         return (int.from_bytes(digest) >> 2) + EMPTY_SOURCE + 1
 
     def _is_behind(self, request: Request) -> bool:
-        """Whether the request's tokens took longer than its latency target until now."""
+        """Return whether the mean time of the request's tokens exceeds its latency target."""
         target = request.params.latency_target
         if not target:
             return False
@@ -172,6 +176,7 @@ class DynamicDrafter:
         return since is not None and 1000 * (self._now - since) > target * (len(request.output) - 1)
 
     def _roots(self, requests: list[Request], depths: list[int], values: list[float]) -> TreeRoots:
+        """Return the inputs of the tree builder for the requests."""
         known = [r.head_candidates for r in requests]
         shape = next((c.ids.shape for c in known if c is not None), (0, 0))
         none = HeadCandidates(np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32))
@@ -189,27 +194,28 @@ class DynamicDrafter:
         )
 
     def _grow(self, roots: TreeRoots, room: int, choice: BudgetChoice | None) -> tuple[GrownTrees, int]:
-        """Return the trees, and how many of their draft tokens are to be verified, the likeliest first."""
+        """Return the trees, and how many of their draft tokens are verified, likeliest first."""
         count = len(roots.depths)
         proposed = self._budget.max_proposed(choice) if self._budget and choice else room
-        most = max(0, min(room, count * self._max_per_request, proposed))
-        trees = self.builder.grow(roots, most, self._max_per_request, MIN_PROBABILITY)
+        max_draft_tokens = max(0, min(room, count * self._max_per_request, proposed))
+        trees = self.builder.grow(roots, max_draft_tokens, self._max_per_request, MIN_PROBABILITY)
         total = trees.num_nodes - count
         if self._budget and choice:
-            found = slice(count, count + total)
-            values = roots.values[trees.request[found]]
-            total = self._budget.choose(choice, trees.acceptance_probability[found] * values)
+            grown = slice(count, count + total)
+            values = roots.values[trees.request[grown]]
+            total = self._budget.choose(choice, trees.acceptance_probability[grown] * values)
         return trees, total
 
 
 def _split(trees: GrownTrees, count: int, total: int) -> tuple[list[DraftTree], np.ndarray, np.ndarray]:
-    """Return the ``count`` roots with the first ``total`` draft tokens by request, the nodes int64 [count + total]
-    sorted by request, and where each request's start among them, int64 [count + 1]."""
+    """Return the first ``total`` draft tokens below the ``count`` roots, split by request.
+
+    Also returns the ``nodes`` and ``starts`` of GrownDrafts, int64 [count + total] and int64 [count + 1]."""
     owners, places = trees.request[: count + total], np.arange(count + total)
     nodes = owners.argsort(kind="stable")  # the root comes first
     owners = owners[nodes]
     starts = np.searchsorted(owners, np.arange(count + 1))
-    number = np.empty(count + total, dtype=np.int32)  # of a node in its request's tree
+    number = np.empty(count + total, dtype=np.int32)  # of each node in its request's tree
     number[nodes] = places - starts[owners]
     tokens, parents = trees.token[nodes], number[trees.parent[nodes]]
     deepest = np.maximum.reduceat(trees.depth[nodes], starts[:-1])

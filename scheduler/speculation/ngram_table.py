@@ -1,9 +1,9 @@
-"""What followed the same tokens before: a table of n-grams that says which tokens are likely after a given few.
+"""A table of n-grams: which tokens followed a given context before.
 
-A *context* is the last one to ORDERS tokens, within a *source*: the calibration text, the tokens of one request, or
-those of several requests that may learn from each other. The table is bounded: contexts are hashed to rows, and one
-that needs a row takes it from whoever had it. A 32-bit fingerprint keeps strangers apart. The text's contexts have rows
-of their own, which nobody takes.
+A *context* is the last one to ORDERS tokens within a *source*. A source is the calibration text, the tokens of one
+request, or the traffic of all requests with the same cache salt. The table has a fixed size: contexts are hashed to
+rows, and a new context overwrites the one in its row. A 32-bit fingerprint detects contexts of the same row. The text
+has rows of its own, which are never overwritten.
 
 Shape suffixes: N contexts, O orders.
 """
@@ -30,52 +30,55 @@ from euryale.scheduler.speculation.constants import (
 
 FILE = "ngrams.safetensors"
 
-# The text's rows hold the ``total`` likeliest successors with their shares in 65535ths. Those of other sources hold the
-# latest successors, as often as they came; where ``total`` modulo SUCCESSORS says is room, or the eldest, which is the
-# next to go.
+# Rows of the text hold the ``total`` likeliest successors, with their fractions in 65535ths in ``shares``. Rows of
+# other sources hold the latest successors, with repetitions. The next one goes to place ``total`` modulo SUCCESSORS,
+# which is empty or has the oldest one.
 ROW = np.dtype([("fingerprint", "u4"), ("total", "u4"), ("successors", "i4", SUCCESSORS), ("shares", "u2", SUCCESSORS)])
+_COLUMNS = ("fingerprint", "total", "successors", "shares")
 
 
 def _windows(tokens: np.ndarray) -> np.ndarray:
-    """Each of ``tokens`` int32 behind the ORDERS before it, -1 where there is none: int32 [len(tokens), ORDERS + 1]."""
+    """Return each of ``tokens`` int32 [T] after the ORDERS tokens before it, padded with -1: int32 [T, ORDERS + 1]."""
     padded = np.concatenate([np.full(ORDERS, -1, dtype=np.int32), tokens])
     return np.lib.stride_tricks.sliding_window_view(padded, ORDERS + 1)
 
 
 def keys_of(last_NO: np.ndarray, source_N: np.ndarray) -> np.ndarray:
-    """Names of the contexts of one to ORDERS tokens that end in ``last_NO``, the latest token first: uint64 [N, O]."""
+    """Return the hashes of the contexts of one to ORDERS tokens, uint64 [N, O].
+
+    ``last_NO`` int32: the last tokens, latest first. ``source_N`` int64: ids of their sources."""
     sums = ((last_NO + 1).astype(np.uint64) * PLACE_MULTIPLIERS).cumsum(axis=1) + ORDER_OFFSETS
     keys = (sums + (source_N.astype(np.uint64) * SOURCE_MULTIPLIER)[:, None]) * MIX_MULTIPLIER
     return (keys ^ (keys >> FOLD_BITS)) * MIX_MULTIPLIER
 
 
 class NgramTable:
-    """``rows``: the text's, then the others', of dtype ROW."""
+    """``rows`` [2**text_bits + 2**live_bits] of dtype ROW: those of the text, then those of other sources."""
 
     def __init__(self, text_bits: int = 0, live_bits: int = LIVE_BITS) -> None:
-        """2 ** bits rows each."""
+        """Make an empty table with 2**``text_bits`` rows for the text and 2**``live_bits`` others."""
         self.text_bits, self.live_bits = text_bits, live_bits
         self.rows = np.zeros((1 << text_bits) + (1 << live_bits), dtype=ROW)
 
     def rows_of(self, keys: np.ndarray, is_text: bool) -> np.ndarray:
-        """Where the contexts of these names are, or would be: int64."""
+        """Return the row index of each context hash: int64 [N]."""
         if is_text:
-            return (
-                (keys >> np.uint64(64 - self.text_bits)).astype(np.int64)
-                if self.text_bits
-                else np.zeros(len(keys), int)
-            )
+            if not self.text_bits:
+                return np.zeros(len(keys), dtype=np.int64)
+            return (keys >> np.uint64(64 - self.text_bits)).astype(np.int64)
         return (keys >> np.uint64(64 - self.live_bits)).astype(np.int64) + (1 << self.text_bits)
 
     @classmethod
     def of_text(cls, documents: list[np.ndarray], text_bits: int = TEXT_BITS) -> "NgramTable":
-        """A table that knows ``documents``, int32 each. Of contexts that share a row the one seen most often gets it;
-        contexts of ORDERS tokens are left out, being too many."""
+        """Return a table of the calibration text ``documents``, each int32 [T].
+
+        If several contexts have the same row, the most frequent one gets it. Contexts of ORDERS tokens are left out,
+        since there are too many."""
         table = cls(text_bits)
-        found = np.concatenate([_windows(tokens) for tokens in documents])
-        used = found[:, ORDERS - 1 : 0 : -1] >= 0
-        keys = keys_of(found[:, ORDERS - 1 :: -1], np.full(len(found), TEXT_SOURCE))[:, : ORDERS - 1][used]
-        tokens = np.broadcast_to(found[:, ORDERS:], used.shape)[used]
+        windows = np.concatenate([_windows(tokens) for tokens in documents])
+        used = windows[:, ORDERS - 1 : 0 : -1] >= 0
+        keys = keys_of(windows[:, ORDERS - 1 :: -1], np.full(len(windows), TEXT_SOURCE))[:, : ORDERS - 1][used]
+        tokens = np.broadcast_to(windows[:, ORDERS:], used.shape)[used]
         order = np.lexsort([tokens, keys])
         keys, tokens = keys[order], tokens[order]
         is_new = np.ones(len(keys), dtype=bool)
@@ -96,30 +99,33 @@ class NgramTable:
 
     @staticmethod
     def bits_for(num_tokens: int) -> int:
-        """How many live bits so many tokens need, within bounds: of each the contexts of all orders are kept twice."""
+        """Return the ``live_bits`` for ``num_tokens`` tokens, within bounds.
+
+        Each token has contexts of all orders, in its request's source and in the traffic's."""
         return min(max(LIVE_BITS, (2 * ORDERS * num_tokens).bit_length()), MAX_LIVE_BITS)
 
     def save_text(self, directory: Path) -> None:
-        """Write what is known of the text."""
+        """Write the rows of the text to FILE in ``directory``."""
         text = self.rows[: 1 << self.text_bits]
-        save_file({name: np.ascontiguousarray(text[name]) for name in ROW.names}, directory / FILE)
+        save_file({name: np.ascontiguousarray(text[name]) for name in _COLUMNS}, directory / FILE)
 
     @classmethod
     def load_text(cls, directory: Path, vocab_size: int, live_bits: int = LIVE_BITS) -> "NgramTable":
-        """A table that knows the text that ``save_text`` wrote; ValueError if there is no such file, or if it names
-        tokens that are not below ``vocab_size``."""
+        """Return a table with the text that ``save_text`` wrote.
+
+        Raises ValueError if the file cannot be read or has tokens outside the vocabulary."""
         try:
             arrays = load_file(directory / FILE)
-            for name in ROW.names:
+            for name in _COLUMNS:
                 kind = ROW[name]
                 if arrays[name].dtype != kind.base or arrays[name].shape != (len(arrays["total"]), *kind.shape):
                     raise ValueError(f"its tensor {name} is not of rows of {kind}")
             table = cls(len(arrays["total"]).bit_length() - 1, live_bits)
-            for name in ROW.names:
+            for name in _COLUMNS:
                 table.rows[name][: 1 << table.text_bits] = arrays[name]
             successors, totals = table.rows["successors"], table.rows["total"]
             if successors.max() >= vocab_size or successors.min() < -1 or totals.max() > SUCCESSORS:
-                raise ValueError(f"it names tokens beyond the vocabulary of {vocab_size}")
+                raise ValueError(f"it has tokens outside the vocabulary of {vocab_size}")
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise ValueError(
                 f"{directory / FILE} is no table of n-grams ({error}): calibrate the heads again or remove it"

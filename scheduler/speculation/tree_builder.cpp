@@ -1,4 +1,4 @@
-// Candidate trees of one step, for all requests at once: what tree_builder_reference.py does, which says why.
+// Builds the dynamic trees of one step for all requests at once. tree_builder_reference.py explains the method.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -17,11 +17,11 @@ constexpr uint64_t PLACE_MULTIPLIERS[] = {0x6A09E667F3BCC909, 0xBB67AE8584CAA73B
 constexpr uint64_t ORDER_OFFSETS[] = {0x510E527FADE682D1, 0x9B05688C2B3E6C1F, 0x1F83D9ABFB41BD6B};
 constexpr uint64_t SOURCE_MULTIPLIER = 0xA54FF53A5F1D36F1, MIX_MULTIPLIER = 0x5BE0CD19137E2179;
 
-// The row of a context, which may be somebody else's; `mark` is how to tell.
-Row* row_of(const Table& table, uint64_t sum, int order, int64_t source, uint32_t& mark) {
+// Returns the row of a context. It belongs to another context unless its fingerprint is `fingerprint`.
+Row* row_of(const Table& table, uint64_t sum, int order, int64_t source, uint32_t& fingerprint) {
     uint64_t key = (sum + ORDER_OFFSETS[order] + (uint64_t)source * SOURCE_MULTIPLIER) * MIX_MULTIPLIER;
     key = (key ^ (key >> FOLD_BITS)) * MIX_MULTIPLIER;
-    mark = (uint32_t)key;
+    fingerprint = (uint32_t)key;
     if (source) return table.rows + ((int64_t)1 << table.text_bits) + (key >> (64 - table.live_bits));
     return table.rows + (table.text_bits ? key >> (64 - table.text_bits) : 0);
 }
@@ -30,69 +30,69 @@ uint64_t place_sum(uint64_t sum, int order, int32_t token) {
     return sum + (uint64_t)(int64_t)(token + 1) * PLACE_MULTIPLIERS[order];
 }
 
-// What followed a context: successors, shares, and what that is worth.
+// The successors of a context, with their fractions.
 struct Known {
     int32_t tokens[SUCCESSORS];
-    float shares[SUCCESSORS];
+    float fractions[SUCCESSORS];
     int evidence, cases;
 };
 
-// What followed the longest known context that ends in `last`, in each source.
+// Looks up the longest known context in `last`, latest token first, in each source.
 void find(const Table& table, const int32_t* last, const int64_t* sources, Known* out) {
     const Row* rows[NUM_SOURCES][ORDERS];
-    uint32_t marks[NUM_SOURCES][ORDERS];
+    uint32_t fingerprints[NUM_SOURCES][ORDERS];
     uint64_t sum = 0;
     int length = 0;
     for (; length < ORDERS && last[length] >= 0; ++length) {
         sum = place_sum(sum, length, last[length]);
         for (int d = 0; d < NUM_SOURCES; ++d) {
-            rows[d][length] = row_of(table, sum, length, sources[d], marks[d][length]);
-            __builtin_prefetch(rows[d][length]);  // they lie anywhere: all are fetched at once
+            rows[d][length] = row_of(table, sum, length, sources[d], fingerprints[d][length]);
+            __builtin_prefetch(rows[d][length]);  // rows are scattered: fetch all of them at once
         }
     }
     for (int d = 0; d < NUM_SOURCES; ++d) {
         Known& known = out[d] = {{-1, -1, -1, -1}, {0, 0, 0, 0}, 0, 0};
         int o = length - 1;
-        while (o >= 0 && (rows[d][o]->fingerprint != marks[d][o] || !rows[d][o]->total)) --o;
+        while (o >= 0 && (rows[d][o]->fingerprint != fingerprints[d][o] || !rows[d][o]->total)) --o;
         if (o < 0) continue;
         const Row& row = *rows[d][o];
         known.cases = std::min<uint32_t>(row.total, SUCCESSORS);
         known.evidence = o * SUCCESSORS + known.cases;
         for (int s = 0; s < known.cases; ++s) {
             known.tokens[s] = row.successors[s];
-            known.shares[s] = sources[d] ? 1.0f / known.cases : row.shares[s] / 65535.0f;
+            known.fractions[s] = sources[d] ? 1.0f / known.cases : row.shares[s] / 65535.0f;
         }
     }
 }
 
-// Half octaves below 1/2.
-int halves(float share) {
+// Returns how many half octaves a fraction lies below 1/2.
+int half_octaves(float fraction) {
     int32_t bits;
-    std::memcpy(&bits, &share, 4);
+    std::memcpy(&bits, &fraction, 4);
     return 251 - (bits >> 22);
 }
 
 int bin_of(float probability, int bins) {
     const int unlikely = bins - LIKELY_BINS;
-    if (probability < 0.5f) return std::max(unlikely - 1 - halves(probability), 0);
-    return unlikely + std::clamp(halves(1 - probability), 0, LIKELY_BINS - 1);
+    if (probability < 0.5f) return std::max(unlikely - 1 - half_octaves(probability), 0);
+    return unlikely + std::clamp(half_octaves(1 - probability), 0, LIKELY_BINS - 1);
 }
 
-struct Candidate {
+struct HeapEntry {
     double key;
     int32_t parent, child;  // index among the children of node `parent`
-    bool operator<(const Candidate& other) const {
+    bool operator<(const HeapEntry& other) const {
         if (key != other.key) return key < other.key;
         return parent != other.parent ? parent > other.parent : child > other.child;
     }
 };
 
-// One step's work.
+// The state of growing the trees of one step.
 struct Growth {
     Arguments& f;
-    std::priority_queue<Candidate> heap;
+    std::priority_queue<HeapEntry> heap;
     std::vector<int32_t> lasts, nodes_of;
-    std::vector<float> powers;  // of the heads' probabilities, of each head R and one for what it does not name
+    std::vector<float> powers;  // of head probabilities: for each head its R candidates, then any other token
     std::vector<bool> has_powers;
     int64_t nodes = 0, children = 0;
 
@@ -113,7 +113,7 @@ struct Growth {
         for (int k = 0; k < f.ranks; ++k) sum += std::exp(logits[k] - top);
         const float total = top + std::log(sum);
         for (int k = 0; k < f.ranks; ++k) out[k] = std::exp(f.head_power * (logits[k] - total));
-        out[f.ranks] = std::exp(f.head_power * (logits[f.ranks - 1] - total - f.unnamed));
+        out[f.ranks] = std::exp(f.head_power * (logits[f.ranks - 1] - total - f.outsider_nats));
         return out;
     }
 
@@ -128,8 +128,8 @@ struct Growth {
         std::copy_n(parent < 0 ? f.last + request * ORDERS + 1 : lasts.data() + parent * ORDERS, ORDERS - 1, last + 1);
     }
 
-    // Put a child of a node on the heap, if its probability is worth a row.
-    void offer(int node, int child) {
+    // Pushes a possible child of a node onto the heap, if it is likely enough.
+    void push_child(int node, int child) {
         if (child == f.count[node]) return;
         const double key = (double)f.children[f.first[node] + child].acceptance_probability * f.values[f.request[node]];
         if (key >= f.min_probability) heap.push({key, node, child});
@@ -140,17 +140,17 @@ struct Growth {
         const double value = (double)f.acceptance_probability[node] * f.values[request];
         if (f.depth[node] >= f.depths[request] || value < f.min_probability) return;
         f.first[node] = children;
-        children += f.count[node] = name(node, f.children + children);
-        offer(node, 0);
+        children += f.count[node] = write_children(node, f.children + children);
+        push_child(node, 0);
     }
 
-    // Write a node's children, likeliest first; returns how many.
-    int name(int node, Child* out) {
+    // Writes the possible children of a node, likeliest first; returns how many.
+    int write_children(int node, Child* out) {
         const int r = f.request[node], depth = f.depth[node];
         const int64_t head = r * f.heads + depth;
         const int ranks = depth < f.heads && f.ids[head * f.ranks] >= 0 ? f.ranks : 0;
         int32_t tokens[MAX_RANKS + EXTRA];
-        float opinions[NUM_SOURCES][MAX_RANKS + EXTRA] = {};
+        float fractions[NUM_SOURCES][MAX_RANKS + EXTRA] = {};
         if (ranks) std::copy_n(f.ids + head * f.ranks, ranks, tokens);
         int total = ranks;
         Known known[NUM_SOURCES];
@@ -159,17 +159,17 @@ struct Growth {
             for (int s = 0; s < known[d].cases; ++s) {
                 const int place = std::find(tokens, tokens + total, known[d].tokens[s]) - tokens;
                 if (place == total) tokens[total++] = known[d].tokens[s];
-                opinions[d][place] += known[d].shares[s];
+                fractions[d][place] += known[d].fractions[s];
             }
         }
         f.evidence[node] = known[OWN].evidence;
         const float cases = known[TRAFFIC].cases, text_cases = known[TEXT].cases ? f.text_cases : 0;
         const float traffic_weight = cases / (cases + text_cases + 1e-6f), power = ranks ? f.prior_power : 1;
-        const float floor = std::pow(f.floor, power), *powers = ranks ? powers_of(head) : nullptr;
-        float product[MAX_RANKS + EXTRA], sum = f.other;
+        const float floor = std::pow(f.prior_floor, power), *powers = ranks ? powers_of(head) : nullptr;
+        float product[MAX_RANKS + EXTRA], sum = f.other_mass;
         for (int i = 0; i < total; ++i) {
-            const float prior = traffic_weight * opinions[TRAFFIC][i] + (1 - traffic_weight) * opinions[TEXT][i];
-            product[i] = prior > 0 ? std::pow(prior + f.floor, power) : floor;
+            const float prior = traffic_weight * fractions[TRAFFIC][i] + (1 - traffic_weight) * fractions[TEXT][i];
+            product[i] = prior > 0 ? std::pow(prior + f.prior_floor, power) : floor;
             if (ranks) product[i] *= powers[std::min(i, ranks)];
             sum += product[i];
         }
@@ -177,13 +177,13 @@ struct Growth {
         const float weight = f.weights[cls * f.evidences + known[OWN].evidence], rest = (1 - weight) / sum;
         int written = 0;
         for (int i = 0; i < total; ++i) {
-            const float own = weight * opinions[OWN][i], probability = own + rest * product[i];
-            if (probability < f.slightest) continue;
+            const float own = weight * fractions[OWN][i], probability = own + rest * product[i];
+            if (probability < f.min_child_probability) continue;
             const int rank = i < ranks ? std::min(i, 2) : 3;
             const int row = (cls * f.num_depths + level) * f.rank_classes + rank;
             const int cell = row * f.bins + bin_of(probability, f.bins);
-            const float chance = std::min(probability * f.ratios[cell] * f.factors[r], f.highest);
-            const float joint = f.acceptance_probability[node] * chance;
+            const float alone = std::min(probability * f.ratios[cell] * f.factors[r], f.max_probability);
+            const float joint = f.acceptance_probability[node] * alone;
             int place = written++;
             for (; place > 0 && out[place - 1].acceptance_probability < joint; --place) out[place] = out[place - 1];
             out[place] = {tokens[i], cell, joint, probability, own};
@@ -195,7 +195,7 @@ struct Growth {
         for (int r = 0; r < f.requests; ++r) add(r, -1, f.last[r * ORDERS], 1);
         for (int r = 0; r < f.requests; ++r) expand(r);
         while (!heap.empty() && nodes < f.requests + f.max_draft_tokens) {
-            const Candidate best = heap.top();
+            const HeapEntry best = heap.top();
             heap.pop();
             const int request = f.request[best.parent];
             if (nodes_of[request] == f.max_per_request) continue;
@@ -203,7 +203,7 @@ struct Growth {
             const Child& child = f.children[f.first[best.parent] + best.child];
             f.expected_children[best.parent] += child.acceptance_probability / f.acceptance_probability[best.parent];
             add(request, best.parent, child.token, child.acceptance_probability);
-            offer(best.parent, best.child + 1);
+            push_child(best.parent, best.child + 1);
             expand(nodes - 1);
         }
     }
@@ -211,20 +211,20 @@ struct Growth {
 
 }  // namespace
 
-// Grow the trees; returns the number of nodes, roots (one per request, the first ones) included.
+// Grows the trees; returns the number of nodes, with the roots, which come first.
 extern "C" int64_t tree_builder_grow(Arguments* arguments) {
     Growth growth(*arguments);
     growth.run();
     return growth.nodes;
 }
 
-// Learn from the nodes that were reached, and the tokens that came after them.
+// Updates the statistics by accepted nodes and the tokens emitted after them.
 extern "C" void tree_builder_learn(const Arguments* arguments, int64_t count, const int32_t* nodes,
                                    const int32_t* truths) {
     const Arguments& f = *arguments;
     for (int64_t i = 0; i < count; ++i) {
         const int node = nodes[i], cls = f.classes[f.request[node]];
-        if (f.evidence[node] < 0) continue;  // its children were never looked for
+        if (f.evidence[node] < 0) continue;  // its children were not searched
         double own = 0;
         for (int g = f.first[node]; g < f.first[node] + f.count[node]; ++g) {
             const Child& child = f.children[g];
@@ -245,8 +245,8 @@ extern "C" void tree_builder_learn(const Arguments* arguments, int64_t count, co
     }
 }
 
-// Learn what followed in `count` sequences that lie one behind the other in `tokens`, each of `lengths` tokens, those
-// from place `starts` on new, and in its source.
+// Adds `count` sequences to the table. They are concatenated in `tokens`; sequence n has lengths[n] tokens, of which
+// those from starts[n] on are new.
 extern "C" void ngrams_add(const Table* table, int64_t count, const int32_t* tokens, const int64_t* lengths,
                            const int64_t* starts, const int64_t* sources) {
     for (int64_t n = 0; n < count; tokens += lengths[n++])
@@ -254,16 +254,17 @@ extern "C" void ngrams_add(const Table* table, int64_t count, const int32_t* tok
             uint64_t sum = 0;
             for (int o = 0; o < ORDERS && o < at; ++o) {
                 sum = place_sum(sum, o, tokens[at - 1 - o]);
-                uint32_t mark;
-                Row* row = row_of(*table, sum, o, sources[n], mark);
-                if (row->fingerprint != mark) *row = {mark, 0, {-1, -1, -1, -1}, {0, 0, 0, 0}};
+                uint32_t fingerprint;
+                Row* row = row_of(*table, sum, o, sources[n], fingerprint);
+                if (row->fingerprint != fingerprint) *row = {fingerprint, 0, {-1, -1, -1, -1}, {0, 0, 0, 0}};
                 row->successors[row->total % SUCCESSORS] = tokens[at];
-                row->total = row->total + 1 < 2 * SUCCESSORS ? row->total + 1 : SUCCESSORS;  // where to go on, if full
+                // The next successor goes to place total % SUCCESSORS, which has the oldest one if the row is full.
+                row->total = row->total + 1 < 2 * SUCCESSORS ? row->total + 1 : SUCCESSORS;
             }
         }
 }
 
-// Whether the Python side has the same constants and structs; `values` in the order of tree_builder.py.
+// Returns whether Python has the same constants and struct sizes; `values` in the order of tree_builder.py.
 extern "C" int tree_builder_matches(const uint64_t* values, int64_t count) {
     std::vector<uint64_t> own(PLACE_MULTIPLIERS, PLACE_MULTIPLIERS + ORDERS);
     own.insert(own.end(), ORDER_OFFSETS, ORDER_OFFSETS + ORDERS);

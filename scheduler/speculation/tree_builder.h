@@ -1,11 +1,11 @@
-// What candidate trees are grown from and what they are, shared with builder.py.
+// Inputs and outputs of the tree builder, as tree_builder.py lays them out.
 #pragma once
 #include <cstdint>
 
 struct Row {
     uint32_t fingerprint, total;
     int32_t successors[4];
-    uint16_t shares[4];  // of the text's rows, in 65535ths
+    uint16_t shares[4];  // fractions in rows of the text, in 65535ths
 };
 
 struct Table {
@@ -13,7 +13,7 @@ struct Table {
     int64_t text_bits, live_bits;
 };
 
-// A child that a node may get.
+// A possible child of a node.
 struct Child {
     int32_t token, cell;
     float acceptance_probability, probability, context;
@@ -22,17 +22,18 @@ struct Child {
 struct Arguments {
     Table table;
     int64_t requests, heads, ranks, max_draft_tokens, max_per_request, num_depths, rank_classes, bins, evidences;
-    float min_probability, head_power, prior_power, floor, other, text_cases, unnamed, highest, slightest, window;
-    // Requests.
+    float min_probability, head_power, prior_power, prior_floor, other_mass, text_cases, outsider_nats, max_probability,
+        min_child_probability, window;
+    // Requests (TreeRoots).
     const int32_t *last, *ids;
     const float* logits;
     const int32_t *depths, *classes;
     const float *factors, *values;
     const int64_t* sources;
-    // Estimates.
+    // Acceptance statistics.
     float *weights, *ratios;
     double *accepted, *predicted, *context_accepted, *context_cases;
-    // Nodes, and their children.
+    // Nodes and their possible children.
     int32_t *request, *parent, *token, *depth;
     float *acceptance_probability, *expected_children;
     int32_t *evidence, *first, *count;

@@ -1,10 +1,10 @@
-"""Candidate trees made anew for every step: the nodes that are likeliest to be accepted, over the whole batch.
+"""Builds dynamic trees: the draft tokens of the whole batch that are likeliest to be accepted.
 
-The expected number of accepted draft tokens is the sum over nodes of the probability that all draft tokens on the way
-to the node are accepted. A child's never exceeds its parent's, so the likeliest nodes of all requests are the best
-trees, and closed under ancestors (Medusa paper, section 2.3.3, for one static tree; here with the step's own
-probabilities). They are found best first, by ``tree_builder_reference.py`` or, some hundred times as fast, by
-``tree_builder.cpp``.
+A node's acceptance probability is the probability that all draft tokens on its path are accepted. The sum over all
+nodes is the expected number of accepted draft tokens. A child's probability never exceeds its parent's, so the
+likeliest nodes of all requests form the best trees. (Medusa paper, section 2.3.3, does this for one static tree; here
+each step has its own probabilities.) The search is best first, in ``tree_builder_reference.py`` or, some hundred times
+as fast, in ``tree_builder.cpp``.
 
 Shape suffixes: B requests, K heads, R ranks, N nodes.
 """
@@ -16,6 +16,7 @@ from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,8 +39,8 @@ from euryale.scheduler.speculation.ngram_table import ROW, NgramTable
 
 logger = logging.getLogger("euryale.scheduler")
 
-# A child that a node may get: ``cell`` of the acceptance statistics, ``acceptance_probability`` of all draft tokens
-# down to it, ``probability`` of it alone before calibration, and the part of that which the request's ``context`` says.
+# A possible child of a node: its ``cell`` in the acceptance statistics, its ``acceptance_probability``, its
+# uncalibrated ``probability`` below its parent, and the part of this that comes from the request's own ``context``.
 CHILD = np.dtype(
     [("token", "i4"), ("cell", "i4"), ("acceptance_probability", "f4"), ("probability", "f4"), ("context", "f4")]
 )
@@ -47,11 +48,17 @@ CHILD = np.dtype(
 
 @dataclass(frozen=True, kw_only=True)
 class TreeRoots:
-    """Where trees may grow. ``last`` int32 [B, ORDERS]: a request's last tokens, the latest first (-1: none); ``ids``
-    int32 and ``logits`` float32 [B, K, R]: its head candidates, likeliest first (ids -1: its heads did not run);
-    ``depths`` int32 [B]: of the deepest useful draft token; ``classes`` int32 [B]: its sampling class; ``factors``
-    float32 [B]: on probabilities; ``values`` float32 [B]: what a draft token of this request is worth beside others';
-    ``sources`` int64 [B, NUM_SOURCES]: ids of its own tokens, of its traffic, and of the calibration text."""
+    """The requests for which trees are grown, one root each.
+
+    * ``last`` int32 [B, ORDERS]: last tokens, latest first, padded with -1.
+    * ``ids`` int32 [B, K, R], ``logits`` float32 [B, K, R]: head candidates, likeliest first; ids of -1 if the heads
+      did not run.
+    * ``depths`` int32 [B]: maximum depth of a draft token.
+    * ``classes`` int32 [B]: sampling class.
+    * ``factors`` float32 [B]: acceptance-rate correction.
+    * ``values`` float32 [B]: value of a draft token of the request, relative to other requests.
+    * ``sources`` int64 [B, NUM_SOURCES]: source ids of its own tokens, its traffic, and the calibration text.
+    """
 
     last: np.ndarray
     ids: np.ndarray
@@ -65,12 +72,15 @@ class TreeRoots:
 
 @dataclass(kw_only=True)
 class GrownTrees:
-    """The trees of one step; valid until their builder grows the next ones. The first B nodes are the roots.
+    """The trees of one step, valid until their builder grows the next ones. The first B nodes are the roots.
 
-    ``request``, ``parent`` (-1: none), ``token``, ``depth`` int32 [N]; ``acceptance_probability`` float32 [N]: that all
-    draft tokens down to the node are accepted; ``expected_children`` float32 [N]: that one of the node's children is,
-    if the node is. ``children`` CHILD [...]: those that each node may get, likeliest first; a node's are the ``count``
-    ones from ``first`` on, int32 [N], found with ``evidence`` int32 [N] of the context (-1: it was not looked at).
+    * ``request``, ``parent`` (-1: none), ``token``, ``depth``: int32 [N].
+    * ``acceptance_probability`` float32 [N]: that all draft tokens on the node's path are accepted.
+    * ``expected_children`` float32 [N]: probability that one of the node's children is accepted, if the node is.
+    * ``children`` CHILD [...]: possible children, likeliest first. Those of a node are the ``count`` int32 [N] ones
+      from ``first`` int32 [N] on.
+    * ``evidence`` int32 [N]: that of the context with which the children were found (-1: not searched).
+
     Arrays may be longer than ``num_nodes``.
     """
 
@@ -89,9 +99,11 @@ class GrownTrees:
 
     @classmethod
     def with_room(cls, num_nodes: int, num_children: int) -> "GrownTrees":
-        """Return trees without nodes, with memory for so many."""
+        """Return empty trees with memory for so many nodes and children."""
         floats = {"acceptance_probability", "expected_children"}
-        arrays = {n: np.empty(num_nodes, dtype=np.float32 if n in floats else np.int32) for n in _NODES}
+        arrays: dict[str, Any] = {
+            name: np.empty(num_nodes, dtype=np.float32 if name in floats else np.int32) for name in _NODES
+        }
         return cls(**arrays, children=np.empty(num_children, dtype=CHILD))
 
 
@@ -120,10 +132,10 @@ class _Arguments(ctypes.Structure):
 
 
 class TreeBuilder:
-    """Grows the trees of one step after the other from n-grams and acceptance statistics, and learns from what came."""
+    """Grows the trees of each step from head candidates, n-grams and acceptance statistics, and updates the latter."""
 
     def __init__(self, table: NgramTable, stats: AcceptanceStats) -> None:
-        """Both are changed by ``learn`` and ``add``."""
+        """``add`` changes ``table``, and ``learn`` changes ``stats``."""
         self.table, self.stats = table, stats
         self._native = _library()
         self._trees = GrownTrees.with_room(0, 0)
@@ -153,8 +165,10 @@ class TreeBuilder:
         return trees
 
     def learn(self, trees: GrownTrees, nodes: np.ndarray, tokens: np.ndarray) -> None:
-        """Learn from the ``nodes`` int32 [M] of the latest ``trees`` that were reached, roots included, and the
-        ``tokens`` int32 [M] that came after them."""
+        """Update the acceptance statistics after a step.
+
+        ``nodes`` int32 [M]: accepted nodes of the latest ``trees``, and roots. ``tokens`` int32 [M]: the tokens that
+        were emitted after them."""
         if self._native is None:
             reference.learn(self.stats, trees, nodes, tokens)
             return
@@ -162,8 +176,10 @@ class TreeBuilder:
         self._native.tree_builder_learn(ctypes.byref(self._arguments), len(nodes), _address(nodes), _address(tokens))
 
     def add(self, sequences: list[tuple[np.ndarray, int, int]]) -> None:
-        """Learn what followed what in some sequences, each given as its tokens int32, the index of the first new one,
-        and the id of its source. Tokens before the first new one, up to ORDERS, are its context."""
+        """Add sequences to the n-gram table.
+
+        A sequence is its tokens int32 [T], the index of the first new one, and the id of its source. Up to ORDERS
+        tokens before the first new one serve as its context."""
         if self._native is None:
             reference.add(self.table, sequences)
             return
@@ -175,7 +191,7 @@ class TreeBuilder:
         self._native.ngrams_add(table, len(sequences), _address(tokens), at, at + step, at + 2 * step)
 
     def _room_for(self, num_nodes: int, ranks: int) -> GrownTrees:
-        """Return trees with memory for so many nodes with that many head candidates below each."""
+        """Return trees with memory for ``num_nodes`` nodes and ``ranks`` head candidates below each."""
         trees, num_children = self._trees, num_nodes * (ranks + NUM_SOURCES * SUCCESSORS)
         if num_nodes > len(trees.request) or num_children > len(trees.children):
             num_nodes = max(2 * num_nodes, len(trees.request))
@@ -186,11 +202,13 @@ class TreeBuilder:
 
 
 def _address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]
+    """Return the address of the array's data; faster than ``array.ctypes``."""
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def _constants() -> np.ndarray:
-    """The constants that tree_builder.cpp repeats, uint64, in its order."""
+    """Return the constants that tree_builder.cpp repeats, uint64, in its order."""
     multipliers = [*PLACE_MULTIPLIERS.tolist(), *ORDER_OFFSETS.tolist(), int(SOURCE_MULTIPLIER), int(MIX_MULTIPLIER)]
     sizes = [ORDERS, SUCCESSORS, NUM_SOURCES, MAX_RANKS, LIKELY_BINS, int(FOLD_BITS)]
     structs = [ctypes.sizeof(_Arguments), CHILD.itemsize, ROW.itemsize]
@@ -199,7 +217,7 @@ def _constants() -> np.ndarray:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """Load the compiled half; None, with a warning, if it was not built here or from other sources."""
+    """Load the compiled library; return None, with a warning, if it is missing or was built from other sources."""
     names = (f"_native{sysconfig.get_config_var('EXT_SUFFIX')}", "_native.so")
     found = [path for name in names if (path := Path(__file__).parent / name).is_file()]
     try:
@@ -214,6 +232,6 @@ def _library() -> ctypes.CDLL | None:
         if not library.tree_builder_matches(_address(constants), len(constants)):
             raise OSError("it was built from other sources")
     except (OSError, AttributeError) as error:
-        logger.warning("trees are planned in Python, far slower (%s): install a C++ compiler and install again", error)
+        logger.warning("trees are built in Python, far more slowly (%s): install a C++ compiler and reinstall", error)
         return None
     return library

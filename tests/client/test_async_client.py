@@ -1,4 +1,4 @@
-"""The asyncio client: the same promises as the synchronous one."""
+"""The asyncio client: the same behaviour as the synchronous one."""
 
 import asyncio
 import subprocess
@@ -97,7 +97,7 @@ def test_leaving_cancels():
                 await leave(client)
                 await until(lambda count=count: len(rig.engine.cancels) == count)
             adds = len(rig.engine.adds)
-            await by_forgetting(client)  # given up before it was sent, or cancelled after
+            await by_forgetting(client)  # abandoned before it was sent, or cancelled after
             assert len(rig.engine.adds) == adds or await until(lambda: len(rig.engine.cancels) == adds + 1) is None
             await until(lambda: not rig.engine.running)
 

@@ -68,10 +68,10 @@ def test_a_seed_is_given_or_drawn(client):
 def test_interleaving(client):
     one, two = client.generate("hello", **LONG), client.generate("world", **LONG)
     pieces = [[], []]
-    for deltas in itertools.zip_longest(one, two):  # zip would leave, and so cancel, the longer one
+    for deltas in itertools.zip_longest(one, two):  # zip would leave the longer one, and so cancel it
         for texts, delta in zip(pieces, deltas, strict=True):
             texts.append(delta.text if delta else "")
-        assert client.health().status == "ok"  # a call in between disturbs neither
+        assert client.health().status == "ok"  # a call in between affects neither
     for word, generation, texts in zip(("hello", "world"), (one, two), pieces, strict=True):
         assert generation.text() == "".join(texts) == (word * 75)[: len(generation.text())]
         assert len(generation.result().tokens) == 150
@@ -88,12 +88,12 @@ def leave_by_break(client):
         break
 
 
-def leave_by_break_keeping_a_reference(client, kept=[]):  # noqa: B006
-    kept.append(client.generate("hello", **LONG))
-    for _ in kept[-1]:
+def leave_by_break_keeping_a_reference(client, references=[]):  # noqa: B006
+    references.append(client.generate("hello", **LONG))
+    for _ in references[-1]:
         break
     with pytest.raises(euryale.Cancelled):
-        kept[-1].result()
+        references[-1].result()
 
 
 def leave_by_exception(client):
@@ -124,7 +124,7 @@ def leave_in_another_thread(client):
     thread = threading.Thread(target=held.clear)
     thread.start()
     thread.join()
-    client.health()  # the client's own thread sends what is overdue
+    client.health()  # the client's own thread sends the cancellation
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,9 @@ def test_cancel():
         assert rig.engine.cancels == [1]
 
 
-def iter_of(generation, kept=[]):  # noqa: B006
-    kept.append(iter(generation))  # a dropped iterator would cancel
-    return kept[-1]
+def iter_of(generation, references=[]):  # noqa: B006
+    references.append(iter(generation))  # a dropped iterator would cancel
+    return references[-1]
 
 
 def test_stop_strings_and_tokens():
@@ -177,7 +177,7 @@ def test_stop_strings_and_tokens():
         for stop in ("wo th", ["xyz", "wo th"]):
             completion = client.generate("hello", stop=stop).result()
             assert (completion.text, completion.finish_reason, completion.stop) == ("one t", "stop", "wo th")
-            # The tokens end with the one that completed the string, whatever the step brought beyond it.
+            # The tokens end with the one that completed the string, even if the step emitted more.
             assert "wo th" in TOKENIZER.decode(completion.tokens)
             assert "wo th" not in TOKENIZER.decode(completion.tokens[:-1])
             assert sum(completion.tokens_per_step) == len(completion.tokens) == completion.usage.output_tokens
@@ -210,15 +210,15 @@ def test_stop_strings_and_tokens():
         ({"messages": ["a"]}, "messages"),
     ],
 )
-def test_what_cannot_be_sent(client, arguments, text):
+def test_invalid_requests_are_refused_before_sending(client, arguments, text):
     with pytest.raises(euryale.InvalidRequest, match=text):
         client.generate(**arguments)
     assert client.health().status == "ok"
 
 
-def test_what_the_server_refuses(client):
+def test_invalid_requests_are_refused_by_the_server(client):
     generation = client.generate(prompt_tokens=[100_000])
     with pytest.raises(euryale.InvalidRequest, match="token id 100000; this model's ids are"):
         generation.result()
-    with pytest.raises(ValueError, match="100000"):  # the error stays, and is a ValueError too
+    with pytest.raises(ValueError, match="100000"):  # the error is raised again, and is a ValueError too
         generation.result()

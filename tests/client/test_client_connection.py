@@ -1,4 +1,4 @@
-"""The synchronous client and servers that are far, slow, strange or dead."""
+"""The synchronous client with servers that are unreachable, slow, invalid or killed."""
 
 import gc
 import signal
@@ -27,13 +27,13 @@ def rig():
 
 def test_too_large_is_seen_before_sending():
     with serving(max_message_bytes=10_000) as rig, Client(rig.address, max_message_bytes=5_000) as client:
-        with pytest.raises(euryale.TooLarge, match="the server takes 5000"):
+        with pytest.raises(euryale.TooLarge, match="the server accepts 5000: shorten it"):
             client.generate("x" * 5_000)
         assert client.hello().max_message_bytes == 10_000
         assert client._session.max_message_bytes == 10_000
 
 
-def test_a_message_beyond_all_limits_costs_the_connection_only():
+def test_a_message_beyond_all_limits_ends_the_connection_only():
     with (
         serving(max_message_bytes=10_000) as rig,
         Client(rig.address, timeout=10) as good,
@@ -41,15 +41,15 @@ def test_a_message_beyond_all_limits_costs_the_connection_only():
     ):
         rig.engine.pause = 0.01
         running = good.generate("hello", **LONG)
-        with pytest.raises(euryale.TooLarge):  # within the band in which the server answers
+        with pytest.raises(euryale.TooLarge):  # slightly too large: the server answers
             bad.generate("x" * 15_000).result()
-        with pytest.raises(euryale.ServerLost):  # beyond it: the server hangs up
+        with pytest.raises(euryale.ServerLost):  # far too large: the server disconnects
             bad.generate("x" * 50_000).result()
-        assert bad.health().status == "ok"  # by a new connection
+        assert bad.health().status == "ok"  # with a new connection
         assert len(running.result().tokens) == 150
 
 
-def test_nobody_there():
+def test_no_server():
     with Client("tcp://127.0.0.1:1", connect_timeout=0.2) as client:
         with pytest.raises(euryale.ServerLost, match=r"no server answers at tcp://127.0.0.1:1 within 0.2 seconds"):
             client.hello()
@@ -57,7 +57,7 @@ def test_nobody_there():
             client.generate("hello")
 
 
-def test_an_address_that_is_none():
+def test_an_invalid_address_is_refused():
     with pytest.raises(ValueError, match="address must be tcp://host:port or ipc://path, not 'localhost:5555'"):
         Client("localhost:5555")
 
@@ -66,7 +66,7 @@ def test_timeout():
     with serving(hold=True) as rig, Client(rig.address, timeout=0.2) as client:
         with pytest.raises(euryale.TimedOut, match=r"within 0.2 seconds"):
             client.generate("hello").result()
-        wait_until(lambda: rig.engine.cancels == [1])  # nobody waits for it any more
+        wait_until(lambda: rig.engine.cancels == [1])  # the timeout cancels it
 
 
 def test_a_closed_client(rig):
@@ -91,12 +91,12 @@ class NewerHello:
 def test_a_server_of_another_version(rig):
     with (
         Client(rig.address) as client,
-        pytest.raises(euryale.UnsupportedVersion, match="version 3 is not spoken here, version 2 is"),
+        pytest.raises(euryale.UnsupportedVersion, match="version 3 is not supported, only version 2"),
     ):
         client._call(NewerHello(), protocol.ServerInfo, 5)
 
 
-def test_a_server_that_talks_nonsense():
+def test_a_server_with_invalid_replies():
     context = zmq.Context()
     router = context.socket(zmq.ROUTER)
     port = router.bind_to_random_port("tcp://127.0.0.1")
@@ -151,7 +151,7 @@ def test_a_killed_server_is_noticed_at_once(process):
         assert generation.partial().tokens
 
 
-def test_what_arrived_before_the_server_went_is_still_there():
+def test_replies_before_a_disconnect_can_still_be_read():
     with serving() as rig, Client(rig.address, timeout=10) as client:
         generation = client.generate("hello", max_tokens=100)
         wait_until(lambda: not rig.engine.running and rig.engine.adds)
@@ -167,7 +167,7 @@ def _begin_drain():
     return BeginDrain()
 
 
-def test_reconnecting_to_a_server_started_anew(tmp_path):
+def test_reconnecting_to_a_restarted_server(tmp_path):
     address = f"ipc://{tmp_path}/socket"
     with Client(address, timeout=10) as client:
         for _ in range(2):
@@ -176,7 +176,7 @@ def test_reconnecting_to_a_server_started_anew(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_thread_and_no_socket_is_left():
+def test_closing_leaves_no_thread_and_no_socket():
     before = threading.active_count()
     with serving() as rig, Client(rig.address) as client:
         client.hello()

@@ -1,4 +1,4 @@
-"""Several samples of one request, and log-probabilities, from the clients to a scripted engine and back."""
+"""Several samples of one request, and log-probabilities, between the clients and a scripted engine."""
 
 import asyncio
 
@@ -13,11 +13,11 @@ PROMPT = tuple(TOKENIZER.encode("hello world"))
 
 
 def by_sample(request):
-    """Sample i says the quick brown fox from the i-th word on, two tokens a step."""
+    """Sample i is the quick brown fox from the i-th word on, two tokens a step."""
     return saying(" ".join(["the", "quick", "brown", "fox"][request.sample_index :]), 2)(request)
 
 
-def test_samples_arrive_side_by_side_and_whole():
+def test_samples_are_interleaved_and_complete():
     with serving(by_sample) as rig, Client(rig.address) as client:
         generation = client.generate("hello world", n=3, seed=9, max_tokens=50)
         texts, positions = ["", "", ""], [0, 0, 0]
@@ -43,20 +43,20 @@ def test_samples_arrive_side_by_side_and_whole():
         assert stats["output_tokens"] == sum(positions)
 
 
-def test_one_sample_is_among_its_samples():
+def test_a_single_sample_is_in_samples_too():
     with serving(saying("hello")) as rig, Client(rig.address) as client:
         result = client.generate("hello", max_tokens=20).result()
         assert [sample.text for sample in result.samples] == ["hello"]
         assert (result.samples[0].finish_reason, result.logprobs, result.prompt_logprobs) == ("stop", None, None)
 
 
-def test_a_stop_string_ends_its_own_sample():
+def test_a_stop_string_ends_its_own_sample_only():
     with serving(by_sample) as rig, Client(rig.address) as client:
         result = client.generate("hello world", n=3, stop="quick", logprobs=1, max_tokens=50).result()
         assert [sample.text for sample in result.samples] == ["the ", "", "brown fox"]
         assert [sample.stop for sample in result.samples] == ["quick", "quick", 1]
         assert result.finish_reason == "stop"
-        for sample in result.samples:  # tokens after the stop string are dropped, and what is said of them
+        for sample in result.samples:  # tokens after the stop string are dropped, with their logprobs
             assert sample.logprobs == as_client(made_up(list(sample.tokens), 1))
         wait_until(lambda: not rig.engine.running)
         assert set(rig.engine.cancels) <= {1, 2}
@@ -104,7 +104,7 @@ def rig_rejection(key: int):
     return messages.Rejected(key=key, code="invalid_request", message="too long")
 
 
-def test_every_sample_takes_a_place():
+def test_every_sample_counts_as_a_request():
     with serving(hold=True, max_queue=4) as rig, Client(rig.address) as client:
         with pytest.raises(euryale.InvalidRequest, match="ask for 4 or less"):
             client.generate("hello", n=5).result()
@@ -121,13 +121,13 @@ def test_every_sample_takes_a_place():
         assert last.result().finish_reason == "length"
 
 
-def test_logprobs_are_told_once_and_for_every_token():
+def test_logprobs_are_sent_once_and_for_every_token():
     with serving() as rig, Client(rig.address) as client:
         generation = client.generate("hello world", n=2, max_tokens=10, logprobs=2, prompt_logprobs=3, seed=1)
-        told = [delta for delta in generation if delta.prompt_logprobs is not None]
-        assert [(delta.sample_index, delta.index) for delta in told] == [(0, 0)]
+        with_prompt = [delta for delta in generation if delta.prompt_logprobs is not None]
+        assert [(delta.sample_index, delta.index) for delta in with_prompt] == [(0, 0)]
         result = generation.result()
-        assert result.prompt_logprobs == told[0].prompt_logprobs == as_client(made_up(list(PROMPT[1:]), 3))
+        assert result.prompt_logprobs == with_prompt[0].prompt_logprobs == as_client(made_up(list(PROMPT[1:]), 3))
         for sample in result.samples:
             assert sample.logprobs == as_client(made_up(list(sample.tokens), 2))
             assert len(sample.logprobs) == len(sample.tokens) == 10
@@ -137,7 +137,7 @@ def test_logprobs_are_told_once_and_for_every_token():
         assert (first.logprob, first.top) == (-token, ((token, -token / 2), (token + 1, -(token + 1) / 2)))
 
 
-def test_the_client_names_every_parameter():
+def test_the_client_has_every_parameter():
     assert set(euryale.GenerateParams.__annotations__) == set(RULES)
 
 

@@ -1,4 +1,4 @@
-"""A client's text over real sockets, from a vocabulary whose characters span several tokens, in steps of every size."""
+"""Text over real sockets, with characters of several tokens and steps of every size."""
 
 import itertools
 
@@ -20,26 +20,26 @@ STEPS = [[1], [2], [3], [4], [5], [5, 1, 4, 2, 3], [2, 4, 4, 4, 4, 4, 4, 4, 4, 4
 
 
 def steps_of(tokens, sizes):
-    """The tokens in steps of these sizes, over and over."""
+    """Split the tokens into steps of these sizes, repeated."""
     rest = iter(tokens)
     return list(itertools.takewhile(bool, (list(itertools.islice(rest, size)) for size in itertools.cycle(sizes))))
 
 
 def smiling(sizes):
-    """A script that writes the four byte tokens of SMILE up to ``max_tokens``."""
+    """Return a script that repeats the four byte tokens of SMILE up to ``max_tokens``."""
     return lambda request: steps_of(SMILES[: request.params.max_tokens], sizes)
 
 
 @pytest.mark.parametrize("sizes", STEPS, ids=str)
 def test_characters_of_several_tokens_streamed_and_whole(sizes):
     with serving(smiling(sizes), tokenizer=TOKENIZER) as rig, Client(rig.address) as client:
-        rig.engine.pause = 0.001  # so that deltas do not all arrive as one
+        rig.engine.pause = 0.001  # so that deltas are not all merged into one
         generation = client.generate("a", max_tokens=120, logprobs=1)
         tokens, text = [], ""
         for delta in generation:
             tokens += delta.tokens
             text += delta.text
-            assert text == SMILE * (len(tokens) // 4)  # nothing is late
+            assert text == SMILE * (len(tokens) // 4)  # no text is missing
             assert delta.logprobs == as_client(made_up(list(delta.tokens), 1))
         whole = client.generate("a", max_tokens=120).result()
         assert (text, tokens) == (30 * SMILE, SMILES)
@@ -59,7 +59,7 @@ def test_a_stop_string_of_characters_of_several_tokens(sizes):
         assert result.logprobs == as_client(made_up(answer[:18], 1))
 
 
-def test_the_last_message_brings_the_unfinished_character():
+def test_the_last_message_has_the_incomplete_character():
     with serving(smiling([3]), tokenizer=TOKENIZER) as rig, RawClient(rig.address) as raw:
         raw.request(b"id", type="generate", prompt="a", params={"max_tokens": 7})
         replies = []
@@ -70,7 +70,7 @@ def test_the_last_message_brings_the_unfinished_character():
 
 
 def answer_of(tokens, sizes, params):
-    """Text, tokens, log-probabilities and end of a sample that gets these tokens in steps of these sizes."""
+    """Return text, tokens, log-probabilities and end of a sample with these tokens in steps of these sizes."""
     sample = OpenSample(key=1, index=0, context=[1], params=params, token_bytes=TokenBytes(TOKENIZER))
     text, taken, logprobs = "", [], []
     steps = steps_of(tokens, sizes)
@@ -102,6 +102,6 @@ def test_an_answer_is_the_same_in_any_steps(tokens, sizes, stops):
     if stop is None:
         assert (text, taken) == (whole, tokens)
     else:
-        # The unfinished end of what was taken counts as text only where the answer ends.
+        # An incomplete character is part of the text only at the end of the answer.
         shown = reference(TOKENIZER, taken)
         assert shown.startswith(text + stop)

@@ -96,4 +96,4 @@ def test_choosing_guesses_is_part_of_a_step_with_guesses():
         assert costs.plain(requests) == pytest.approx(1.0)
         assert costs.speculating(requests, np.zeros(1, dtype=int))[0] == pytest.approx(1 + 0.1 * requests)
     real = profile.measure(lambda segments: None, LIMITS, 3, False, time_step=lambda step: step() or 1.0)
-    assert all(0 < seconds < 1 for seconds in real.choosing)
+    assert all(0 < seconds < 1 for seconds in real.drafting)

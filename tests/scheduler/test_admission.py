@@ -1,4 +1,4 @@
-"""Who is let in and who gives way, case by case; test_batches.py has the rules in general."""
+"""Admission and preemption, case by case; test_batches.py tests the general rules."""
 
 import dataclasses
 from unittest.mock import patch
@@ -15,7 +15,7 @@ ONE_SEAT = dataclasses.replace(LIMITS, max_num_seqs=1)
 
 
 def step(scheduler: Scheduler, rng=None) -> list[Request]:
-    """One step; returns who ran."""
+    """Run one step; return the requests that ran."""
     planned = scheduler.plan(1, 0)
     scheduler.advance(planned, results(planned, rng or np.random.default_rng(0)))
     return planned.requests
@@ -39,10 +39,10 @@ def test_a_request_runs_on_the_pages_of_its_known_tokens():
     assert scheduler.admission.running == many
     run_all(scheduler)
     assert all(len(made.output) == 30 for made in many)
-    assert [made.num_preempted > 0 for made in many] == [False, False, True, True]  # the first ones let in go on
+    assert [made.num_preempted > 0 for made in many] == [False, False, True, True]  # the first admitted ones go on
 
 
-def test_of_two_requests_that_need_most_of_the_pages_each_comes_to_its_end():
+def test_two_requests_that_each_need_most_pages_both_finish():
     for bound in (0, 1, 3, 1000):
         scheduler = Scheduler(dataclasses.replace(LIMITS, num_pages=10), None, starvation_bound=bound)
         two = [request(key, 10, first=key + 10, max_tokens=28, priority=key) for key in range(2)]  # ten pages each
@@ -54,8 +54,8 @@ def test_of_two_requests_that_need_most_of_the_pages_each_comes_to_its_end():
         assert 0 < two[1].num_preempted <= max(bound, 1)  # a preempted request waits for a step at least
 
 
-def test_drafts_give_way_before_anybody_is_preempted():
-    """Of seven pages two requests need six, and the drafts of the first would like to have the seventh for good."""
+def test_draft_tokens_give_way_before_requests_are_preempted():
+    """Two requests need six of seven pages, and the draft tokens of the first could use the seventh forever."""
     limits = dataclasses.replace(LIMITS, num_pages=7, max_num_batched_tokens=40)
     scheduler = Scheduler(limits, StaticDrafter(TREE))
     for key, length in ((0, 11), (1, 9)):
@@ -69,13 +69,13 @@ def test_drafts_give_way_before_anybody_is_preempted():
         found = [dataclasses.replace(f, tokens=f.tokens[-1:], accepted_nodes=[]) for f in found]  # none is accepted
         scheduler.advance(planned, found)
     first, second = scheduler.admission.running[0], scheduler.admission.waiting.first
-    # A page holds four tokens. In the end the second lacks one for its own and leaves all that it had.
+    # A page holds four tokens. In the end the second request lacks a page and is preempted.
     assert depths == [[3, 2], [3, 1], [2, 0], [3]]
     assert (first.num_known, second.num_known) == (16, 13)
     assert (first.num_preempted, second.num_preempted) == (0, 1)
 
 
-def test_a_better_priority_passes_those_that_wait_and_preempts_one_that_runs():
+def test_a_higher_priority_overtakes_waiting_requests_and_preempts_a_running_one():
     scheduler = Scheduler(ONE_SEAT, None)
     usual, other, urgent = (
         request(key, 5, first=key + 10, max_tokens=8, priority=p) for key, p in ((0, 1), (1, 1), (2, 0))
@@ -90,42 +90,42 @@ def test_a_better_priority_passes_those_that_wait_and_preempts_one_that_runs():
     run_all(scheduler)
     values = EngineStats(scheduler).values()
     assert (values["preemptions_for_priority"], values["preemptions_for_pages"]) == (1, 0)
-    assert values["recomputed_tokens"] == 1  # five tokens were computed, of which four fill a page that was kept
+    assert values["recomputed_tokens"] == 1  # five tokens were computed, of which four fill a cached page
     assert values["prompt_tokens_admitted"] == 15
 
 
-def test_a_request_is_passed_for_as_long_as_the_bound_says_and_no_longer():
+def test_a_request_is_overtaken_until_the_starvation_bound():
     for bound in (1, 7, 20):
         scheduler = Scheduler(ONE_SEAT, None, starvation_bound=bound)
-        patient = request(0, 5, max_tokens=9, priority=5)
-        scheduler.add(patient)
+        waiting = request(0, 5, max_tokens=9, priority=5)
+        scheduler.add(waiting)
         for key in range(1, 30):
-            scheduler.add(request(key, 1, max_tokens=1))  # a better one for every step
+            scheduler.add(request(key, 1, max_tokens=1))  # one of higher priority for every step
         ran = [step(scheduler)[0] for _ in range(bound + 9)]
-        assert [r is patient for r in ran] == [False] * bound + [True] * 9
-        assert patient.num_waited == bound
-        assert patient.finish_reason
-        assert patient.num_preempted == 0
+        assert [r is waiting for r in ran] == [False] * bound + [True] * 9
+        assert waiting.num_waited == bound
+        assert waiting.finish_reason
+        assert waiting.num_preempted == 0
 
 
-def test_the_bound_counts_all_steps_of_waiting_and_then_nothing_preempts():
+def test_an_aged_request_is_never_preempted_and_all_waiting_steps_count():
     scheduler = Scheduler(ONE_SEAT, None, starvation_bound=4)
-    patient = request(0, 5, max_tokens=9, priority=5)
-    scheduler.add(patient)
+    waiting = request(0, 5, max_tokens=9, priority=5)
+    scheduler.add(waiting)
     ran = []
     for key in range(1, 30):
         if key % 2 == 0:
             scheduler.add(request(key, 1, max_tokens=1))
         if scheduler.has_work:
             ran += step(scheduler)
-        if patient.finish_reason:
+        if waiting.finish_reason:
             break
-    # Every other step belongs to another until the patient one has waited four times.
-    assert [r is patient for r in ran] == [True, False] * 4 + [True] * 5
-    assert patient.num_preempted == 4
+    # Every other step runs another request, until this one has waited four steps.
+    assert [r is waiting for r in ran] == [True, False] * 4 + [True] * 5
+    assert waiting.num_preempted == 4
 
 
-def test_cancelling_a_preempted_request_frees_what_waits_for_it():
+def test_cancelling_a_preempted_request_wakes_those_that_wait_for_its_pages():
     scheduler = Scheduler(ONE_SEAT, None)
     usual, urgent = request(0, 9, max_tokens=8, priority=1), request(1, 9, first=8, max_tokens=8)
     scheduler.add(usual)
@@ -140,8 +140,8 @@ def test_cancelling_a_preempted_request_frees_what_waits_for_it():
     assert EngineStats(scheduler).values()["recomputed_tokens"] == 0
 
 
-def test_a_step_looks_at_few_of_those_that_wait():
-    """Thousands that wait, for pages, for a seat, or for a prefix that is under way."""
+def test_a_step_visits_few_waiting_requests():
+    """Thousands wait: for pages, for one of max_num_seqs places, or for a prefix that is being computed."""
     for seats, first in ((1, None), (8, None), (8, 7)):
         limits = dataclasses.replace(LIMITS, max_num_seqs=seats, max_num_batched_tokens=8)
         scheduler = Scheduler(limits, None)

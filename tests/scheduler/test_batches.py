@@ -1,6 +1,6 @@
-"""The scheduler under random arrivals, cancels and steps, against a made-up model: whatever happens, the rules hold.
+"""The scheduler under random arrivals, cancellations and steps, with a scripted model: its rules always hold.
 
-``pytest --hypothesis-profile nightly`` makes it twenty times as long.
+``pytest --hypothesis-profile nightly`` runs twenty times as many operations.
 """
 
 import dataclasses
@@ -29,24 +29,24 @@ from euryale.scheduler.speculation.dynamic_drafter import DynamicDrafter
 from euryale.scheduler.step_cost import Profile, StepCosts
 
 FEW = dataclasses.replace(LIMITS, num_pages=16)  # two large requests do not fit together
-SIZE, BOUND, EACH = FEW.page_size, 12, 9
+SIZE, BOUND, MAX_PER_REQUEST = FEW.page_size, 12, 9
 COSTS = Profile(requests=[1, 4], plain=[1.0, 1.2], extra=[0, 8], speculating=[[1.1, 1.6], [1.4, 2.2]])
 DRAFTERS = {
     "static": lambda costs: StaticDrafter(TREE),
-    "dynamic": lambda costs: DynamicDrafter(3, EACH),
-    "dynamic with a budget": lambda costs: DynamicDrafter(3, EACH, DraftBudget(costs, max_draft_tokens=10)),
+    "dynamic": lambda costs: DynamicDrafter(3, MAX_PER_REQUEST),
+    "dynamic with a budget": lambda costs: DynamicDrafter(3, MAX_PER_REQUEST, DraftBudget(costs, max_draft_tokens=10)),
 }
 
 
 class Batches(RuleBasedStateMachine):
-    """What the machine itself keeps is counted anew from what it sees: waits, order, contents of pages."""
+    """Counts waits, order and contents of pages independently of the scheduler, from its plans."""
 
-    seen: ClassVar[Counter] = Counter()  # over all runs
+    seen: ClassVar[Counter] = Counter()  # in all runs
 
     def __init__(self):
         super().__init__()
         self.rng = np.random.default_rng(0)
-        self.all, self.ended, self.said = {}, {}, {}
+        self.all, self.ended, self.emitted = {}, {}, {}
         self.contents = {}  # slot -> the token whose K/V it holds
         self.waits, self.aged = Counter(), {}  # steps waited; the plan before which the bound was reached
 
@@ -69,7 +69,7 @@ class Batches(RuleBasedStateMachine):
         key = len(self.all)
         new = request(key, length, first, max_tokens=max_tokens, speculation=speculation, priority=priority)
         self.scheduler.add(new)
-        self.all[key], self.said[key] = new, []
+        self.all[key], self.emitted[key] = new, []
         self.seen["operations"] += 1
 
     @precondition(lambda self: len(self.all) > len(self.ended))
@@ -97,15 +97,15 @@ class Batches(RuleBasedStateMachine):
         self.check_who_runs(before)
         self.waits.update(r.key for r in self.admission.waiting)
         assert planned.plan.num_rows <= FEW.max_num_batched_tokens
-        assert all(segment.num_draft_tokens <= EACH for segment in planned.plan.segments)
-        self.seen["guesses"] += any(segment.num_draft_tokens for segment in planned.plan.segments)
-        assert len(planned.plan.segments) > 0 or not self.scheduler.has_work, "nobody makes progress"
+        assert all(segment.num_draft_tokens <= MAX_PER_REQUEST for segment in planned.plan.segments)
+        self.seen["draft steps"] += any(segment.num_draft_tokens for segment in planned.plan.segments)
+        assert len(planned.plan.segments) > 0 or not self.scheduler.has_work, "no request makes progress"
         found = results(planned, self.rng, token)
         self.write(planned, found)
         for output in self.scheduler.advance(planned, found, self.rng.uniform(1e-3, 3e-3)).outputs:
             key = output.key
             assert key not in self.ended
-            self.said[key] += output.tokens
+            self.emitted[key] += output.tokens
             if output.finish_reason:
                 self.ended[key] = output.finish_reason
 
@@ -121,9 +121,9 @@ class Batches(RuleBasedStateMachine):
             assert (r.aged_since is not None) == (r.key in self.aged), "the bound is counted wrongly"
         self.check_preempted(before, admitted, preempted)
         for late in admitted:
-            for passed in waiting:
-                if passed not in preempted and self.turn(passed) < self.turn(late):
-                    assert before.keeps_waiting(passed, running), "passed for no reason"
+            for overtaken in waiting:
+                if overtaken not in preempted and self.turn(overtaken) < self.turn(late):
+                    assert before.keeps_waiting(overtaken, running), "overtaken for no reason"
         self.seen["admitted aged"] += any(r.key in self.aged for r in admitted)
         self.seen["found pages"] += any(r.num_computed > 0 for r in admitted)
 
@@ -147,9 +147,9 @@ class Batches(RuleBasedStateMachine):
                     and not before.protected[other.key]
                     and (for_pages or other.key not in self.aged)
                 ):
-                    assert before.worth(victim, self.aged) > before.worth(other, self.aged)
+                    assert before.victim_order(victim, self.aged) > before.victim_order(other, self.aged)
         if for_pages:
-            assert not admitted, "let in though pages are short"
+            assert not admitted, "admitted though pages are short"
             assert before.lacks_pages, "preempted though there are pages: by speculation?"
         elif preempted:
             best = min(r.params.priority for r in admitted)
@@ -158,20 +158,20 @@ class Batches(RuleBasedStateMachine):
     # ---- pages
 
     def write(self, planned, found):
-        """What a step reads is what the request's earlier tokens wrote; what it commits, it writes to its own pages."""
+        """Check that a step reads what the request's earlier tokens wrote, and that it writes to its own pages only."""
         found = iter(found)
         for made, segment in zip(planned.requests, planned.plan.segments, strict=True):
             assert all(0 <= p <= i for i, p in enumerate(segment.parents)), "not closed under ancestors"
             slots = [page * SIZE + at for page in segment.pages.tolist() for at in range(SIZE)]
             seen = [self.contents[slot] for slot in slots[: segment.context]]
             assert seen == made.known_tokens(0, segment.context).tolist()
-            kept = segment.tokens[: segment.num_new_tokens].tolist()
+            computed = segment.tokens[: segment.num_new_tokens].tolist()
             if segment.emits_tokens:
-                kept += next(found).tokens[:-1]
-            assert deepest(segment) <= max(made.remaining - 1, 0)
+                computed += next(found).tokens[:-1]
+            assert deepest(segment) <= max(made.num_remaining - 1, 0)
             room = slots[segment.context :]
             assert segment.num_new_tokens + deepest(segment) <= len(room), "a path that is committed needs pages"
-            for slot, token in zip(room, kept, strict=False):
+            for slot, token in zip(room, computed, strict=False):
                 assert self.admission.pages._holders[slot // SIZE] == 1, "written to a page that others read"
                 self.contents[slot] = token
 
@@ -199,7 +199,7 @@ class Batches(RuleBasedStateMachine):
         assert not self.admission._pending
         assert set(self.ended) == set(self.all)
         for key, made in self.all.items():
-            assert made.output == self.said[key]
+            assert made.output == self.emitted[key]
             assert len(made.output) <= made.params.max_tokens
             assert made.finish_reason == self.ended[key]
             assert sum(made.tokens_per_step) == len(made.output)
@@ -209,7 +209,7 @@ class Batches(RuleBasedStateMachine):
 
 
 class Before:
-    """What there was before a step was planned."""
+    """The state before a step was planned."""
 
     def __init__(self, admission):
         pool = admission.pages
@@ -222,25 +222,25 @@ class Before:
         lacking = sum(max(pool.pages_for(r.num_known) - len(r.pages), 0) for r in self.running)
         self.lacks_pages = len(held) + lacking > FEW.num_pages
 
-    def worth(self, r: Request, aged):
-        """The lowest is preempted last."""
-        let_in = self.running.index(r) if r in self.running else len(self.running)
-        return r.key not in aged, r.params.priority, let_in
+    def victim_order(self, r: Request, aged):
+        """Return a key; requests with higher ones are preempted first."""
+        place = self.running.index(r) if r in self.running else len(self.running)
+        return r.key not in aged, r.params.priority, place
 
-    def keeps_waiting(self, passed: Request, running):
-        """Whether somebody computes the page that the request would begin with."""
+    def keeps_waiting(self, overtaken: Request, running):
+        """Return whether a running request computes the page that the request would begin with."""
         for r in {*self.running, *running}:
             end = (self.computed.get(r.key, r.num_computed) // SIZE + 1) * SIZE
-            if end < passed.num_known and r.known_tokens(0, end).tolist() == passed.known_tokens(0, end).tolist():
+            if end < overtaken.num_known and r.known_tokens(0, end).tolist() == overtaken.known_tokens(0, end).tolist():
                 return True
         return False
 
 
 @pytest.mark.timeout(3600)  # of the nightly profile
-def test_whatever_happens_the_rules_hold():
+def test_the_rules_hold_under_random_operations():
     Batches.seen.clear()
     most = settings.default.max_examples
-    # Always the same operations, so that what they meet is no matter of luck, but for the nightly ones.
+    # The operations are always the same, except in the nightly profile, so that the counts below are reproducible.
     options = settings(stateful_step_count=75, deadline=None, derandomize=most <= 100)
     run_state_machine_as_test(Batches, settings=options)
     seen = Batches.seen
@@ -248,5 +248,5 @@ def test_whatever_happens_the_rules_hold():
     for name in ("for pages", "for priority", "aged"):
         assert seen[f"preempted {name}"] > 0, name
     assert min(seen[name] for name in DRAFTERS) > 10
-    assert seen["guesses"] > 500
+    assert seen["draft steps"] > 500
     assert min(seen["found pages"], seen["admitted aged"], seen["cancelled preempted"]) > 0

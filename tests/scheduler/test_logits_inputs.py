@@ -1,4 +1,4 @@
-"""What plans say of requests with penalties or log-probabilities, and that those without say nothing."""
+"""Logits inputs in plans: of requests with penalties or logprobs, and that others have none."""
 
 import dataclasses
 
@@ -20,13 +20,13 @@ def request(length: int, key: int = 0, output: list[int] | None = None, **params
 
 
 def as_logprobs(tokens) -> TokenLogprobs:
-    """Log-probabilities that are the tokens themselves."""
+    """Return log-probabilities whose values are the tokens themselves."""
     nothing = np.zeros((len(tokens), 0))
     return TokenLogprobs(np.asarray(tokens, dtype=np.float32), nothing.astype(np.int32), nothing.astype(np.float32))
 
 
-def told(planned, found: list[SegmentResult]) -> list[SegmentResult]:
-    """The made-up results of a plan with log-probabilities where they are asked for."""
+def with_logprobs(planned, found: list[SegmentResult]) -> list[SegmentResult]:
+    """Return the scripted results of a plan, with log-probabilities where they were requested."""
     out, found = [], iter(found)
     for segment in planned.plan.segments:
         if segment.has_result:
@@ -39,7 +39,7 @@ def told(planned, found: list[SegmentResult]) -> list[SegmentResult]:
     return out
 
 
-def test_those_who_ask_for_nothing_pay_nothing():
+def test_a_request_without_such_parameters_has_no_logits_inputs():
     for params in ({}, {"temperature": 0.7, "top_p": 0.9, "stop_token_ids": (4,), "n": 3}):
         assert request(5, **params).logits_inputs(5, True, frozenset([2])) is None
     penalised = request(9, frequency_penalty=0.5)
@@ -51,7 +51,7 @@ def test_those_who_ask_for_nothing_pay_nothing():
     assert barred.logits_inputs(1, True, frozenset([2])) is None, "nothing is barred any more"
 
 
-def test_a_history_counts_the_answer():
+def test_a_history_counts_the_output():
     history, output = History(np.asarray([5, 6, 5], dtype=np.int32)), []
     rng = np.random.default_rng(0)
     for _ in range(30):
@@ -67,8 +67,8 @@ def test_a_history_counts_the_answer():
     assert dict(seen.T.tolist()) == {3: 1, 10: 0}
 
 
-def test_every_token_of_a_prompt_is_told_once():
-    """Over chunks, and again over a prompt that is computed twice."""
+def test_every_prompt_token_is_scored_once():
+    """In chunks, and also if the prompt is computed twice."""
     scheduler, rng = Scheduler(LIMITS, StaticDrafter(TREE)), np.random.default_rng(0)
     asking = request(40, prompt_logprobs=2, logprobs=0, max_tokens=9)
     scheduler.add(asking)
@@ -82,7 +82,9 @@ def test_every_token_of_a_prompt_is_told_once():
             break
         planned = scheduler.plan(1, 0)
         outputs += [
-            o for o in scheduler.advance(planned, told(planned, results(planned, rng))).outputs if o.key == asking.key
+            o
+            for o in scheduler.advance(planned, with_logprobs(planned, results(planned, rng))).outputs
+            if o.key == asking.key
         ]
     assert [p for part in asking.prompt_logprobs for p in part.chosen.tolist()] == asking.prompt[1:].tolist()
     assert [output.prompt_logprobs is not None for output in outputs] == [True] + [False] * (len(outputs) - 1)
@@ -90,7 +92,7 @@ def test_every_token_of_a_prompt_is_told_once():
     assert len(outputs[-1].logprobs) == len(outputs[-1].tokens)
 
 
-def test_who_wants_to_know_of_its_prompt_computes_all_of_it_for_the_others_too():
+def test_prompt_logprobs_compute_the_whole_prompt_and_cache_its_pages():
     scheduler, rng = Scheduler(LARGE, None), np.random.default_rng(0)
 
     def run(key: int, **params) -> int:
@@ -98,7 +100,7 @@ def test_who_wants_to_know_of_its_prompt_computes_all_of_it_for_the_others_too()
         scheduler.add(request(200, key=key, max_tokens=1, **params))
         while scheduler.has_work:
             planned = scheduler.plan(1, 0)
-            scheduler.advance(planned, told(planned, results(planned, rng)))
+            scheduler.advance(planned, with_logprobs(planned, results(planned, rng)))
         return scheduler.admission.num_cached_tokens - before
 
     assert run(0, prompt_logprobs=0) == 0

@@ -1,4 +1,4 @@
-"""The plan buffer: what goes in comes out, and damage does not pass."""
+"""The plan buffer: decoding inverts encoding, and damaged buffers are refused."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The scheduler alone, against a made-up model: what is refused, budget, shared pages."""
+"""The scheduler with a scripted model: refused requests, row budget, cached pages."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from euryale.scheduler.scheduler import Scheduler
 from euryale.scheduler.speculation.drafter import StaticDrafter
 
 
-def test_an_end_token_inside_an_accepted_path_ends_the_answer():
+def test_an_end_token_inside_an_accepted_path_ends_the_output():
     made = request(0, 3, max_tokens=10)
     assert made.append([5, 2, 6, 7], frozenset([2])) == [5, 2]
     assert made.finish_reason == FinishReason.STOP
@@ -32,14 +32,14 @@ def test_an_end_token_inside_an_accepted_path_ends_the_answer():
     [
         ([], {}, "the prompt is empty"),
         ([50], {"max_tokens": 1}, "token id 50 is outside the vocabulary of 50"),
-        ([5], {"max_tokens": 1, "logit_bias": ((1 << 30, 1.0),)}, "of the parameters is outside the vocabulary of 50"),
-        ([5], {"max_tokens": 9, "stop_token_ids": (50,), "min_tokens": 2}, "of the parameters is outside"),
+        ([5], {"max_tokens": 1, "logit_bias": ((1 << 30, 1.0),)}, "in the parameters is outside the vocabulary of 50"),
+        ([5], {"max_tokens": 9, "stop_token_ids": (50,), "min_tokens": 2}, "in the parameters is outside"),
         ([-1], {"max_tokens": 1}, "token id -1 is outside"),
         ([1] * 60, {"max_tokens": 1}, "ask for at most 0"),
         ([1] * 50, {"max_tokens": 11}, "ask for at most 10"),
     ],
 )
-def test_what_can_never_run_is_refused(prompt, params, message):
+def test_a_request_that_can_never_run_is_refused(prompt, params, message):
     scheduler = Scheduler(LIMITS, StaticDrafter(TREE))
     bad = Request(key=0, prompt=np.asarray(prompt, dtype=np.int32), params=SamplingParams(**params))
     with pytest.raises(ValueError, match=message):
@@ -92,7 +92,7 @@ def test_trees_do_not_starve_prompts():
         ("priority", 2**31),
     ],
 )
-def test_bad_parameters_are_refused_by_name(field, value):
+def test_invalid_parameters_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):
         SamplingParams(**{field: value})
 
@@ -101,7 +101,7 @@ LARGE = dataclasses.replace(LIMITS, max_model_len=400, max_num_seqs=8, max_num_b
 
 
 def run_all(scheduler: Scheduler, requests: list[Request]) -> int:
-    """Run them to their ends; returns how many prompt rows were computed."""
+    """Run the requests to their ends; return how many prompt rows were computed."""
     rng, rows = np.random.default_rng(0), 0
     for made in requests:
         scheduler.add(made)
@@ -112,55 +112,55 @@ def run_all(scheduler: Scheduler, requests: list[Request]) -> int:
     return rows
 
 
-def alike(count: int, shared: int, own: int) -> list[Request]:
-    """Prompts that begin with the same ``shared`` tokens and go on with ``own`` ones each."""
+def with_common_prefix(count: int, num_common: int, num_own: int) -> list[Request]:
+    """Return requests whose prompts have a common prefix of ``num_common`` tokens and ``num_own`` further ones each."""
     rng = np.random.default_rng(1)
-    head = rng.integers(3, 50, shared).astype(np.int32)
-    tails = rng.integers(3, 50, (count, own)).astype(np.int32)
+    head = rng.integers(3, 50, num_common).astype(np.int32)
+    tails = rng.integers(3, 50, (count, num_own)).astype(np.int32)
     params = SamplingParams(max_tokens=5)
     return [Request(key=i, prompt=np.concatenate([head, tail]), params=params) for i, tail in enumerate(tails)]
 
 
-def test_what_requests_begin_with_is_computed_once():
+def test_a_common_prefix_is_computed_once():
     scheduler = Scheduler(LARGE, None)
-    assert run_all(scheduler, alike(32, 200, 7)) == 200 + 32 * 7
+    assert run_all(scheduler, with_common_prefix(32, 200, 7)) == 200 + 32 * 7
     assert scheduler.admission.num_cached_tokens == 31 * 200
     assert scheduler.admission.num_prompt_tokens == 32 * 207
     assert scheduler.admission.pages.num_free == LARGE.num_pages
-    # The same again finds all full pages but the last token's.
-    assert run_all(scheduler, alike(1, 200, 7)) == 207 - 204
-    assert run_all(Scheduler(LARGE, None, enable_prefix_caching=False), alike(32, 200, 7)) == 32 * 207
+    # The same prompt again finds all full pages except the last token's.
+    assert run_all(scheduler, with_common_prefix(1, 200, 7)) == 207 - 204
+    assert run_all(Scheduler(LARGE, None, enable_prefix_caching=False), with_common_prefix(32, 200, 7)) == 32 * 207
 
 
-def test_the_last_token_is_computed_even_if_its_page_is_known():
+def test_the_last_token_is_computed_even_if_its_page_is_cached():
     scheduler = Scheduler(LARGE, None)
-    assert [run_all(scheduler, alike(1, 8, 0)) for _ in range(2)] == [8, 4]
+    assert [run_all(scheduler, with_common_prefix(1, 8, 0)) for _ in range(2)] == [8, 4]
 
 
-def test_an_answer_is_found_as_the_beginning_of_the_next_prompt():
-    scheduler, first = Scheduler(LARGE, None), alike(1, 20, 0)[0]
+def test_an_output_is_cached_for_the_next_prompt():
+    scheduler, first = Scheduler(LARGE, None), with_common_prefix(1, 20, 0)[0]
     first.params = SamplingParams(max_tokens=13)
     run_all(scheduler, [first])
     longer = np.concatenate([first.prompt, np.asarray(first.output, dtype=np.int32), [3]])
-    # 34 tokens, of which the answer's last was never computed: eight full pages are known.
+    # 34 tokens, of which the output's last was never computed: eight full pages are cached.
     assert run_all(scheduler, [Request(key=9, prompt=longer.astype(np.int32), params=SamplingParams())]) == 34 - 32
 
 
-def test_pages_are_forgotten_when_their_place_is_needed_the_longest_unused_first():
+def test_the_least_recently_used_pages_are_evicted_first():
     scheduler = Scheduler(dataclasses.replace(LARGE, num_pages=24), None)
-    one, two, three = (alike(1, 33 + n, 0)[0] for n in range(3))
+    one, two, three = (with_common_prefix(1, 33 + n, 0)[0] for n in range(3))
     for n, made in enumerate((one, two, three)):
         made.prompt[0] = 40 + n
-    for made in (one, two, three):  # ten pages each, of which nine are full in the end
+    for made in (one, two, three):  # ten pages each, nine of them full in the end
         run_all(scheduler, [dataclasses.replace(made, output=[], tokens_per_step=[], page_hashes=[])])
     again = [dataclasses.replace(made, output=[], tokens_per_step=[], page_hashes=[]) for made in (three, one)]
     assert run_all(scheduler, [again[0]]) == 35 - 32
     assert run_all(scheduler, [again[1]]) > 1 + 33 - 32
 
 
-def test_a_request_whose_beginning_is_under_way_waits_and_lets_others_pass():
+def test_a_request_whose_prefix_is_being_computed_waits_and_is_overtaken():
     scheduler = Scheduler(dataclasses.replace(LARGE, max_num_batched_tokens=8), None)
-    first, second = alike(2, 40, 3)
+    first, second = with_common_prefix(2, 40, 3)
     other = request(7, 5, max_tokens=2)
     for made in (first, second, other):
         scheduler.add(made)
@@ -172,9 +172,9 @@ def test_a_request_whose_beginning_is_under_way_waits_and_lets_others_pass():
     assert scheduler.admission.running == [other, second]
 
 
-def test_cancelling_one_that_waits_for_shared_pages_leaves_the_others_waiting():
+def test_cancelling_one_that_waits_for_pages_leaves_the_others_waiting():
     scheduler = Scheduler(dataclasses.replace(LARGE, max_num_batched_tokens=8), None)
-    first, second, third = alike(3, 40, 3)
+    first, second, third = with_common_prefix(3, 40, 3)
     for made in (first, second, third):
         scheduler.add(made)
     scheduler.plan(1, 0)
@@ -184,15 +184,15 @@ def test_cancelling_one_that_waits_for_shared_pages_leaves_the_others_waiting():
     assert scheduler.admission.running == [first]
 
 
-def test_pages_known_by_name_are_not_those_of_other_tokens():
-    names, one, two = PageHasher(4), [], []
-    names.extend(one, np.arange(8, dtype=np.int32))
-    names.extend(two, np.arange(4, dtype=np.int32))
-    names.extend(two, np.arange(4, 11, dtype=np.int32))  # three tokens more than fill a page
+def test_page_hashes_depend_on_all_tokens_before():
+    hasher, one, two = PageHasher(4), [], []
+    hasher.extend(one, np.arange(8, dtype=np.int32))
+    hasher.extend(two, np.arange(4, dtype=np.int32))
+    hasher.extend(two, np.arange(4, 11, dtype=np.int32))  # three tokens more than fill a page
     assert one == two
     assert len({*one}) == 2
     after_others: list[bytes] = []
-    names.extend(after_others, np.arange(1, 9, dtype=np.int32)[::-1].copy())
+    hasher.extend(after_others, np.arange(1, 9, dtype=np.int32)[::-1].copy())
     assert not set(after_others) & set(one)
     elsewhere: list[bytes] = []
     PageHasher(4).extend(elsewhere, np.arange(8, dtype=np.int32))

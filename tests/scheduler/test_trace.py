@@ -1,4 +1,4 @@
-"""Statistics and traces of guesses: counts agree with what happened, files survive kills, bad paths are refused."""
+"""Statistics and traces of draft tokens: counts are correct, files survive kills, bad paths are refused."""
 
 import json
 
@@ -32,7 +32,7 @@ def next_token(tokens: list[int]) -> int:
 
 
 def results(plan, known: dict[int, list[int]], rng) -> list[SegmentResult]:
-    """A model with a rule; its heads name the truth at a random rank, or, if that is RANKS, not at all."""
+    """A scripted model whose heads have the correct token at a random rank, or not at all if that is RANKS."""
     found = []
     for segment in (s for s in plan.segments if s.emits_tokens):
         tokens = known[segment.params.seed]
@@ -51,14 +51,14 @@ def results(plan, known: dict[int, list[int]], rng) -> list[SegmentResult]:
             ids[h] = 4999 - np.arange(RANKS) - 1 * (ahead[-1] > 4980) * 100
             if (rank := rng.integers(RANKS + 1)) < RANKS:
                 ids[h, rank] = ahead[-1]
-        guesses = HeadCandidates(ids, -np.arange(RANKS, dtype=np.float32) * np.ones((HEADS, 1), dtype=np.float32))
+        candidates = HeadCandidates(ids, -np.arange(RANKS, dtype=np.float32) * np.ones((HEADS, 1), dtype=np.float32))
         taken = tokens[len(tokens) - len(path) - 1 :]
-        found.append(SegmentResult(tokens=taken, accepted_nodes=path, head_candidates=guesses))
+        found.append(SegmentResult(tokens=taken, accepted_nodes=path, head_candidates=candidates))
     return found
 
 
 def run(drafter, path=None) -> tuple[EngineStats, list[dict], list[RequestStepResult]]:
-    """Four requests to their ends: the statistics, a record of every step, and all that was tested."""
+    """Run four requests to their ends; return the statistics, the record of every step, and all step results."""
     scheduler = Scheduler(LIMITS, drafter, enable_prefix_caching=False)
     stats, rng = EngineStats(scheduler), np.random.default_rng(0)
     known, records, tested = {}, [], []
@@ -88,7 +88,7 @@ def drafter(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic", "plain"])
-def test_statistics_count_what_was_tested(kind):
+def test_statistics_count_draft_tokens(kind):
     stats, records, tested = run(drafter(kind))
     values = stats.values()
     accepted = [len(t.accepted_nodes) for t in tested]
@@ -105,11 +105,11 @@ def test_statistics_count_what_was_tested(kind):
         str(d): sum(n >= d for n in accepted) for d in range(1, max(accepted) + 1)
     }
     ranks = [rank for record in records for request in record["requests"] for rank in request["ranks"]]
-    counted = {"unnamed" if r is None else str(r): ranks.count(r) for r in set(ranks)}
+    counted = {"other" if r is None else str(r): ranks.count(r) for r in set(ranks)}
     assert {r: n for r, n in values["accepted_tokens_by_rank"].items() if n} == counted
     assert (values["num_accepted_tokens"] > 20) == (kind != "plain"), "or nothing was tested here"
     if kind == "static":
-        assert "unnamed" not in counted, "a static tree knows no other tokens"
+        assert "other" not in counted, "a static tree knows no other tokens"
         assert values["predicted_steps"] == 0
     if kind == "dynamic":
         assert values["predicted_seconds"] > 0
@@ -121,16 +121,16 @@ def test_statistics_count_what_was_tested(kind):
 
 def test_ranks_of_a_path():
     ids = np.array([[4, 5, 6], [7, 8, 9]], dtype=np.int32)
-    guesses = HeadCandidates(ids, np.zeros((2, 3), dtype=np.float32))
+    candidates = HeadCandidates(ids, np.zeros((2, 3), dtype=np.float32))
     request = Request(key=0, prompt=np.ones(1, dtype=np.int32), params=SamplingParams())
-    path = [6, 7, 4, 1]  # the third one lies deeper than there are heads, the last one is the bonus token
-    assert trace.path_ranks(RequestStepResult(request, path, [3, 4, 5], 8, guesses)) == [2, 0, None]
-    assert trace.path_ranks(RequestStepResult(request, [9, 1], [1], 8, guesses)) == [None]
+    path = [6, 7, 4, 1]  # the third is deeper than there are heads, the last is the bonus token
+    assert trace.path_ranks(RequestStepResult(request, path, [3, 4, 5], 8, candidates)) == [2, 0, None]
+    assert trace.path_ranks(RequestStepResult(request, [9, 1], [1], 8, candidates)) == [None]
     assert trace.path_ranks(RequestStepResult(request, path, [3, 4, 5], 8, None)) == [None] * 3
-    assert trace.path_ranks(RequestStepResult(request, [6], [], 0, guesses)) == []
+    assert trace.path_ranks(RequestStepResult(request, [6], [], 0, candidates)) == []
 
 
-def test_a_file_holds_run_after_run_and_half_lines_do_not_matter(tmp_path):
+def test_a_file_holds_several_runs_and_incomplete_lines_are_skipped(tmp_path):
     path = tmp_path / "trace.jsonl"
     _, first, _ = run(drafter("dynamic"), path)
     with path.open("ab") as file:
@@ -144,7 +144,7 @@ def test_a_file_holds_run_after_run_and_half_lines_do_not_matter(tmp_path):
     assert sum(r["num_draft_tokens"] for r in found[1]) > 0
 
 
-def test_lines_wait_but_not_for_long(tmp_path, monkeypatch):
+def test_lines_are_buffered_for_a_second_at_most(tmp_path, monkeypatch):
     path, now = tmp_path / "trace.jsonl", [0.0]
     monkeypatch.setattr(trace.time, "monotonic", lambda: now[0])
     file = Trace(path)
@@ -156,8 +156,8 @@ def test_lines_wait_but_not_for_long(tmp_path, monkeypatch):
     assert list(trace.read(path)) == [[{"t": 1}]]
 
 
-def test_a_full_disk_ends_the_trace_and_nothing_else(caplog):
-    file = Trace("/dev/full")  # its first line already fails
+def test_a_full_disk_ends_only_the_trace(caplog):
+    file = Trace("/dev/full")  # even its first line fails
     assert "the trace ends here" in caplog.text
     file._put("{}")
     file.flush()
@@ -165,7 +165,7 @@ def test_a_full_disk_ends_the_trace_and_nothing_else(caplog):
 
 
 @pytest.mark.parametrize("content", [None, b"", b'{"t": 1}\n', b'{"trace": 99}\n'])
-def test_what_is_no_trace_is_refused(tmp_path, content):
+def test_an_invalid_trace_is_refused(tmp_path, content):
     path = tmp_path / "trace.jsonl"
     if content is not None:
         path.write_bytes(content)
@@ -183,7 +183,7 @@ def test_a_path_that_cannot_be_written_is_refused_at_start(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_an_engine_traces_its_steps_and_pictures_show_them(tmp_path, capsys):
+def test_an_engine_traces_its_steps_and_they_are_plotted(tmp_path, capsys):
     prompts, path = tmp_path / "prompts.jsonl", tmp_path / "trace.jsonl"
     prompts.write_text(json.dumps({"id": 1, "prompt": "def read_lines(path):\n"}) + "\n")
     command = ["--model", str(ROOT / "demo" / "model")]

@@ -1,4 +1,4 @@
-"""How many draft tokens pay: against brute force, over time, and what steps are thought to cost."""
+"""The number of draft tokens: against brute force and over time; and the cost model."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from euryale.scheduler.step_cost import Profile, StepCosts
 
 
 def profile(**changes) -> Profile:
-    """A step of 1 ms, of which a quarter again for heads and 0.1 ms a row."""
+    """Return a profile: 1 ms for a plain step, 0.25 ms more for the heads, 0.1 ms for each row."""
     fields = {
         "requests": [1, 8],
         "plain": [1e-3, 2e-3],
@@ -30,7 +30,7 @@ def profile(**changes) -> Profile:
 def test_the_choice_is_that_of_brute_force(requests, num_prompt_rows, acceptance_probability, steps, prompt_scale):
     costs = StepCosts(
         prompt_scale=prompt_scale,
-        profile=profile(steps=steps, extra=[0, 7, 11], speculating=[[2e-3, 3e-3, 4e-3], [4e-3, 4e-3, 5e-3]]),
+        profile=profile(is_padded=steps, extra=[0, 7, 11], speculating=[[2e-3, 3e-3, 4e-3], [4e-3, 4e-3, 5e-3]]),
     )
     acceptance_probability = sorted(acceptance_probability, reverse=True)
     budget = DraftBudget(costs, max_draft_tokens=100)
@@ -42,7 +42,7 @@ def test_the_choice_is_that_of_brute_force(requests, num_prompt_rows, acceptance
         # Sizes that steps may have, up to 31 rows: any at first, then every second; where steps are padded, full ones.
         padded = {0, 7 if requests == 1 else 4, 11 if requests == 1 else 0}
         if n == 0 or (num_prompt_rows or n in padded if steps else rows < 16 or rows % 2 == 0):
-            # Prompts take their time in any case, however long that is: guesses are weighed as if without them.
+            # Prompt rows take the same time in any case: draft tokens are judged as in a step without them.
             with_them, alone = (
                 costs.speculating(requests, np.array([num_prompt_rows + more]), prompts=num_prompt_rows > 0)[0]
                 for more in (n, 0)
@@ -59,7 +59,7 @@ def test_the_choice_is_that_of_brute_force(requests, num_prompt_rows, acceptance
     assert choice.predicted_seconds > prompts
 
 
-def test_heads_rest_where_drafts_do_not_pay_and_run_again_now_and_then():
+def test_heads_pause_where_speculation_does_not_pay_and_are_tried_again():
     budget = DraftBudget(StepCosts(profile()), max_draft_tokens=10)
     useless, steps_on = np.full(4, 0.01, dtype=np.float32), []
     for step in range(400):
@@ -76,8 +76,8 @@ def test_heads_rest_where_drafts_do_not_pay_and_run_again_now_and_then():
     assert budget.begin(1, 0).considers_drafts
 
 
-def test_heads_rest_though_they_seem_to_cost_nothing():
-    """A profile may say so by its noise."""
+def test_heads_pause_even_if_profiled_without_cost():
+    """A noisy profile may have heads without cost."""
     costs = StepCosts(profile(speculating=[[1e-3, 3e-3], [2e-3, 4e-3]]))
     budget, looked = DraftBudget(costs, max_draft_tokens=10), 0
     for _ in range(100):
@@ -88,8 +88,8 @@ def test_heads_rest_though_they_seem_to_cost_nothing():
     assert looked < 10
 
 
-def test_expectations_that_prove_too_low_are_raised():
-    """The second draft token does not pay as such; where more come true than expected, it does."""
+def test_expectations_that_are_too_low_are_corrected():
+    """The second draft token does not pay as predicted; it does if more are accepted than expected."""
     costs = StepCosts(profile(speculating=[[1.02e-3, 1.5e-3], [2.04e-3, 2.5e-3]], requests=[1, 2], extra=[0, 1]))
     for right, more in ((0.35, False), (1.0, True)):
         budget, rng, found = DraftBudget(costs, max_draft_tokens=4), np.random.default_rng(0), []
@@ -103,7 +103,7 @@ def test_expectations_that_prove_too_low_are_raised():
 
 
 class Machine:
-    """Steps whose true seconds are not the profile's: ``plain_factor`` and ``draft_factor`` times as many."""
+    """Simulates steps that take ``plain_factor`` and ``draft_factor`` times as long as profiled."""
 
     def __init__(self, *, plain_factor: float = 1.0, draft_factor: float = 1.0, **changes) -> None:
         sizes = {"requests": [1, 8, 32], "plain": [1e-3, 2e-3, 4e-3], "extra": [0, 10]}
@@ -123,15 +123,15 @@ class Machine:
                 taken = self.budget.choose(choice, np.full(count, acceptance, dtype=np.float32))
                 accepted = int((self.rng.random(taken) < acceptance).sum())
                 took = self.factors[1] * self.truth.speculating(num_requests, np.array([taken]))[0]
-            took *= np.exp(0.1 * self.rng.standard_normal())  # steps differ
+            took *= np.exp(0.1 * self.rng.standard_normal())  # step times vary
             self.budget.observe(choice, took, accepted)
             found.append(choice.considers_drafts)
             tokens, seconds = tokens + num_requests + accepted, seconds + took
         return found, tokens / seconds * self.factors[0] * self.truth.plain(num_requests) / num_requests
 
 
-def test_measured_rates_overrule_a_profile_that_flatters_speculation():
-    """The profile promises 1.3 times the tokens per second; steps with draft tokens really take half as long again."""
+def test_measured_rates_overrule_a_profile_that_is_too_optimistic():
+    """The profile predicts 1.3 times the tokens per second, but speculative steps take 1.5 times as long."""
     machine = Machine(draft_factor=1.5)
     machine.run(8, 300, 0.4)
     found, speed = machine.run(8, 2000, 0.4)
@@ -140,7 +140,7 @@ def test_measured_rates_overrule_a_profile_that_flatters_speculation():
 
 
 def test_plain_steps_are_tried_while_speculating():
-    """The profile says that plain steps take twice as long as they do, so that speculation seems to pay."""
+    """The profile has plain steps twice as long as they are, so that speculation seems to pay."""
     machine = Machine(plain_factor=0.5)
     found, _ = machine.run(8, 100, 0.4)
     assert np.mean(found[:40]) == 1
@@ -150,8 +150,8 @@ def test_plain_steps_are_tried_while_speculating():
     assert speed > 0.97
 
 
-def test_measured_rates_overrule_a_profile_that_slanders_speculation():
-    """The profile says that speculation brings 0.9 times the tokens per second; it really brings 1.4 times as many."""
+def test_measured_rates_overrule_a_profile_that_is_too_pessimistic():
+    """The profile predicts 0.9 times the tokens per second; speculation really has 1.4 times as many."""
     sizes = [[1.1e-3, 2.0e-3], [2.2e-3, 4.5e-3], [4.4e-3, 9e-3]]
     machine = Machine(draft_factor=0.6, speculating=sizes)
     machine.run(8, 4000, 0.5)
@@ -161,8 +161,8 @@ def test_measured_rates_overrule_a_profile_that_slanders_speculation():
 
 
 @pytest.mark.parametrize("acceptance_before", [0.0, 0.6])
-def test_speculation_is_back_soon_when_the_load_falls(acceptance_before):
-    """Whatever was known of a single request before: that it did not pay, or that it did."""
+def test_speculation_resumes_soon_when_the_load_falls(acceptance_before):
+    """Whether or not speculation paid for a single request before."""
     machine = Machine()
     machine.run(1, 400, acceptance_before)
     found, _ = machine.run(32, 1000, 0.3)
@@ -183,7 +183,7 @@ def test_costs_are_interpolated_and_monotone():
     for requests in (1, 3, 8):
         assert np.all(np.diff(noisy.speculating(requests, np.arange(12))) >= 0)
         assert noisy.speculating(requests, np.array([0]))[0] >= noisy.plain(requests)
-    stepped = StepCosts(profile(steps=True, extra=[0, 7, 11], speculating=[[2e-3, 3e-3, 4e-3], [4e-3, 4e-3, 6e-3]]))
+    stepped = StepCosts(profile(is_padded=True, extra=[0, 7, 11], speculating=[[2e-3, 3e-3, 4e-3], [4e-3, 4e-3, 6e-3]]))
     assert stepped.plain(2) == pytest.approx(2e-3), "padded to eight requests"
     np.testing.assert_allclose(stepped.speculating(1, np.array([0, 1, 7, 8])), [2e-3, 3e-3, 3e-3, 4e-3])
     np.testing.assert_allclose(stepped.speculating(8, np.array([0, 1, 4])), [4e-3, 6e-3, 6e-3])
@@ -193,8 +193,8 @@ def test_costs_are_interpolated_and_monotone():
     assert far.plain(1, context=500) == pytest.approx(1.5e-3)
 
 
-def test_prompts_do_not_make_drafts_look_cheap():
-    """They take their time in any case: a draft token that costs more than its token elsewhere is not worth its row."""
+def test_prompts_do_not_make_draft_tokens_look_cheap():
+    """Prompt rows take their time in any case: a draft token must pay as in a step without them."""
     costs = StepCosts(profile(requests=[8], plain=[2e-3], extra=[0, 100], speculating=[[2e-3, 32e-3]]))
     for num_prompt_rows in (0, 50):  # a step of 2 or of 17 ms, and 0.3 ms for each draft token
         budget = DraftBudget(costs, max_draft_tokens=100)
@@ -203,7 +203,7 @@ def test_prompts_do_not_make_drafts_look_cheap():
         assert taken == 0, "8 tokens in 2 ms; 3 more in each further 1"
 
 
-def test_more_drafts_are_looked_for_while_they_pay():
+def test_more_draft_tokens_are_proposed_while_they_pay():
     costs = StepCosts(profile(speculating=[[1.25e-3, 1.3e-3], [2.5e-3, 2.6e-3]]))
     budget, found = DraftBudget(costs, max_draft_tokens=200), []
     for _ in range(4):
@@ -237,6 +237,6 @@ def test_costs_learn_from_steps():
         {"speculating": [[1e-3, 1e-3]]},
     ],
 )
-def test_a_profile_that_is_none_is_refused(changes):
+def test_an_invalid_profile_is_refused(changes):
     with pytest.raises(ValueError, match="profile"):
         profile(**changes)

@@ -1,4 +1,4 @@
-"""What requests are given to guess with: sources switched off, isolation, latency targets, idle heads."""
+"""Which draft tokens requests get: sources switched off, isolation by salt, latency targets, paused heads."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def take(drafter, made: Request, tokens: list[int], ends: bool = False) -> None:
     drafter.learn(Drafts(trees=[NO_DRAFT], wants_heads=True), [RequestStepResult(made, tokens, [])], 0.01)
 
 
-def told(drafter, made: Request, room: int = 6) -> list[int]:
+def proposed(drafter, made: Request, room: int = 6) -> list[int]:
     return drafter.draft([made], [8], room, 0).trees[0].tokens[1:].tolist()
 
 
@@ -43,16 +43,16 @@ def told(drafter, made: Request, room: int = 6) -> list[int]:
     ],
 )
 def test_sources_can_be_switched_off(sources, own, from_others):
-    """The heads say nothing here: what is proposed was seen before."""
+    """The heads did not run, so all draft tokens come from n-grams."""
     drafter = DynamicDrafter(3, 6, sources=sources)
     first = without_heads(0, [])
     take(drafter, first, SEQUENCES[1:])
     take(drafter, first, SEQUENCES[:2])
-    assert (told(drafter, first)[:3] == [13, 14, 15]) == own
+    assert (proposed(drafter, first)[:3] == [13, 14, 15]) == own
     take(drafter, first, [19], ends=True)
     second = without_heads(1, [])
     take(drafter, second, [12])
-    assert (13 in told(drafter, second)) == from_others
+    assert (13 in proposed(drafter, second)) == from_others
 
 
 def test_requests_learn_from_others_of_their_salt_only():
@@ -62,22 +62,22 @@ def test_requests_learn_from_others_of_their_salt_only():
     for salt, knows in (("", False), ("theirs", False), ("mine", True)):
         other = without_heads(len(salt) + 1, [], cache_salt=salt)
         take(drafter, other, [12])
-        assert (13 in told(drafter, other)) == knows, salt
+        assert (13 in proposed(drafter, other)) == knows, salt
 
 
-def test_a_key_that_comes_again_finds_nothing_of_its_namesake():
+def test_a_reused_key_does_not_find_the_tokens_of_its_predecessor():
     drafter = DynamicDrafter(3, 6, sources=Sources(traffic=False))
     for turn in range(2):
         made = without_heads(7, [])
         take(drafter, made, SEQUENCES[1:])
         take(drafter, made, SEQUENCES[:2])
-        assert told(drafter, made)[:3] == [13, 14, 15]
+        assert proposed(drafter, made)[:3] == [13, 14, 15]
         again = without_heads(7, [])
         take(drafter, again, [12])
-        assert 13 not in told(drafter, again), turn
+        assert 13 not in proposed(drafter, again), turn
 
 
-def test_a_step_that_only_reads_prompts_says_nothing_of_decoding():
+def test_a_step_with_prompts_only_does_not_count_as_decoding():
     profile = Profile(requests=[1], plain=[1e-3], extra=[0, 60], speculating=[[1e-3, 1.5e-3]])
     costs = StepCosts(profile)
     scheduler = Scheduler(LIMITS, DynamicDrafter(3, 6, DraftBudget(costs, max_draft_tokens=8)), costs=costs)
@@ -96,7 +96,7 @@ def test_a_step_that_only_reads_prompts_says_nothing_of_decoding():
     assert record(scheduler, step, 0.0)["expected_accepted_tokens"] is None
 
 
-def test_a_target_of_a_request_that_cannot_guess_keeps_nobody_awake():
+def test_a_latency_target_without_speculation_does_not_run_the_heads():
     dear = Profile(requests=[1], plain=[1e-3], extra=[0, 1, 8], speculating=[[1.1e-3, 2.0e-3, 9e-3]])
     budget = DraftBudget(StepCosts(dear), max_draft_tokens=8)
     scheduler, rng, asked = Scheduler(LIMITS, DynamicDrafter(3, 6, budget)), np.random.default_rng(0), 0
@@ -109,34 +109,34 @@ def test_a_target_of_a_request_that_cannot_guess_keeps_nobody_awake():
     assert 0 < asked < 10
 
 
-def test_pages_are_shared_within_a_salt_only():
-    names, found = PageHasher(4), {}
+def test_page_hashes_are_equal_within_a_salt_only():
+    hasher, found = PageHasher(4), {}
     for salt in ("", "a", "b"):
         found[salt] = []
-        names.extend(found[salt], np.arange(8, dtype=np.int32), salt)
+        hasher.extend(found[salt], np.arange(8, dtype=np.int32), salt)
     assert len({name for chain in found.values() for name in chain}) == 6
     again: list[bytes] = []
-    names.extend(again, np.arange(8, dtype=np.int32), "a")
+    hasher.extend(again, np.arange(8, dtype=np.int32), "a")
     assert again == found["a"]
 
 
-def test_guesses_go_first_to_requests_behind_their_target():
-    """Two requests whose heads say the same; rows for three guesses."""
+def test_draft_tokens_go_first_to_requests_behind_their_target():
+    """Two requests have the same head candidates, and there are rows for three draft tokens."""
     ids = np.arange(20, 32, dtype=np.int32).reshape(3, 4)
-    guesses = HeadCandidates(ids, np.tile(np.asarray([3, 1, 0, -1], dtype=np.float32), (3, 1)))
+    candidates = HeadCandidates(ids, np.tile(np.asarray([3, 1, 0, -1], dtype=np.float32), (3, 1)))
     drafter = DynamicDrafter(3, 6, sources=Sources(traffic=False, context=False))
     relaxed, behind = (without_heads(key, [], latency_target=target) for key, target in ((0, 0.0), (1, 5.0)))
     for made in (relaxed, behind):
         take(drafter, made, [12])
-        made.head_candidates = guesses
+        made.head_candidates = candidates
     assert [len(d.parents) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0).trees] == [2, 2]
     take(drafter, behind, [12])  # 10 ms for a token that should take 5
     drafts = [len(d.parents) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0).trees]
     assert drafts[1] > drafts[0]
 
 
-def test_an_urgent_request_gets_guesses_where_others_do_not_pay():
-    """A guess costs four times what it brings."""
+def test_an_urgent_request_gets_draft_tokens_where_others_do_not_pay():
+    """A draft token costs four times as much as it yields."""
     dear = Profile(requests=[1], plain=[1e-3], extra=[0, 1, 8], speculating=[[1.1e-3, 2.0e-3, 9e-3]])
     for target, pays in ((0.0, False), (0.5, True)):
         scheduler = Scheduler(LIMITS, DynamicDrafter(3, 6, DraftBudget(StepCosts(dear), max_draft_tokens=8)))
@@ -151,7 +151,7 @@ def test_an_urgent_request_gets_guesses_where_others_do_not_pay():
         assert (sum(drafts[3:]) > 0) == pays
 
 
-def test_static_trees_share_rows_equally():
+def test_static_trees_divide_rows_equally():
     drafter = StaticDrafter(TREE)
     made = [without_heads(key, [1]) for key in range(3)]
     for r in made[:2]:

@@ -1,4 +1,4 @@
-"""Candidate trees: parsing, limiting, searching."""
+"""Tree shapes: parsing, limiting, searching."""
 
 import json
 
@@ -29,11 +29,11 @@ def test_every_listed_path_is_in_the_tree_and_parents_come_first(listed):
 def test_a_limited_tree_is_a_part_of_the_tree(listed, num_draft_tokens, depth):
     shape = TreeShape.from_paths(listed)
     part = shape.limited(num_draft_tokens, depth)
-    kept = [tuple(p) for p in part.paths()]
+    limited = [tuple(p) for p in part.paths()]
     assert part.num_draft_tokens <= num_draft_tokens
     assert part.depth <= depth
     whole = [tuple(p) for p in shape.paths() if len(p) <= depth]
-    assert kept == whole[:num_draft_tokens]
+    assert limited == whole[:num_draft_tokens]
 
 
 def test_tokens_follow_head_and_rank():
@@ -43,7 +43,7 @@ def test_tokens_follow_head_and_rank():
 
 
 def test_search_is_optimal_for_small_cases():
-    """Against every tree closed under ancestors, by brute force."""
+    """Compares with every tree closed under ancestors, by brute force."""
     rng = np.random.default_rng(0)
     for _ in range(20):
         accuracy = np.sort(rng.uniform(0, 0.4, size=(2, 3)), axis=1)[:, ::-1]

@@ -1,4 +1,4 @@
-"""Dynamic trees: the compiled half does what the reference says, and what that says is the best tree."""
+"""Dynamic trees: the compiled builder equals the reference, and its trees are the best ones."""
 
 import itertools
 
@@ -18,7 +18,7 @@ VOCAB, HEADS, RANKS = 12, 2, 4
 
 
 def pair() -> tuple[TreeBuilder, TreeBuilder]:
-    """A builder that runs compiled, and one that runs the reference."""
+    """Return a compiled builder, and one that runs the reference."""
     text = np.random.default_rng(0).integers(0, VOCAB, 400).astype(np.int32)
     made = [TreeBuilder(NgramTable.of_text([text], text_bits=5), AcceptanceStats(HEADS)) for _ in range(2)]
     assert made[0]._native is not None, "install with a compiler: pip install -e ."
@@ -46,17 +46,19 @@ def roots(rng, count: int, has_heads: bool) -> TreeRoots:
 @given(
     seed=st.integers(0, 2**32),
     count=st.integers(1, 5),
-    most=st.integers(0, 40),
-    each=st.integers(1, 20),
+    max_draft_tokens=st.integers(0, 40),
+    max_per_request=st.integers(1, 20),
     has=st.booleans(),
 )
-def test_the_compiled_builder_is_the_reference(seed, count, most, each, has):
+def test_the_compiled_builder_is_the_reference(seed, count, max_draft_tokens, max_per_request, has):
     rng, (native, reference) = np.random.default_rng(seed), pair()
     for _ in range(3):
         made, sequences = roots(rng, count, has), rng.integers(0, VOCAB, 30).astype(np.int32)
         for builder in (native, reference):
             builder.add([(sequences, int(seed % 5), 2 + int(seed % 3)), (sequences[5:9], 1, 9)])
-        grown, expected = (builder.grow(made, most, each, 1e-3) for builder in (native, reference))
+        grown, expected = (
+            builder.grow(made, max_draft_tokens, max_per_request, 1e-3) for builder in (native, reference)
+        )
         assert grown.num_nodes == expected.num_nodes
         nodes = slice(0, grown.num_nodes)
         for name in ("request", "parent", "token", "depth", "evidence", "count"):
@@ -77,44 +79,44 @@ def test_the_compiled_builder_is_the_reference(seed, count, most, each, has):
 
 
 @settings(deadline=None)
-@given(seed=st.integers(0, 2**32), most=st.integers(1, 30), each=st.integers(1, 10))
-def test_trees_are_closed_bounded_and_the_best_come_first(seed, most, each):
+@given(seed=st.integers(0, 2**32), max_draft_tokens=st.integers(1, 30), max_per_request=st.integers(1, 10))
+def test_trees_are_closed_and_bounded_and_the_likeliest_nodes_come_first(seed, max_draft_tokens, max_per_request):
     rng, (builder, _) = np.random.default_rng(seed), pair()
     made = roots(rng, 4, True)
-    trees = builder.grow(made, most, each, 1e-3)
+    trees = builder.grow(made, max_draft_tokens, max_per_request, 1e-3)
     total = trees.num_nodes
     request, parent = trees.request[:total], trees.parent[:total]
     acceptance_probability = trees.acceptance_probability[:total]
-    assert total - 4 <= most
-    assert np.bincount(request[4:], minlength=4).max(initial=0) <= each
-    worth = acceptance_probability * made.values[request]
-    assert np.all(np.diff(worth[4:]) <= 1e-6)
+    assert total - 4 <= max_draft_tokens
+    assert np.bincount(request[4:], minlength=4).max(initial=0) <= max_per_request
+    value = acceptance_probability * made.values[request]
+    assert np.all(np.diff(value[4:]) <= 1e-6)
     for node in range(4, total):
         assert parent[node] < node
         assert request[parent[node]] == request[node]
         assert acceptance_probability[node] <= acceptance_probability[parent[node]]
         assert trees.depth[node] == trees.depth[parent[node]] + 1 <= made.depths[request[node]]
     children = list(zip(parent[4:].tolist(), trees.token[4:total].tolist(), strict=True))
-    assert len(set(children)) == len(children), "a guess twice below one node"
+    assert len(set(children)) == len(children), "a token twice below one node"
 
 
 def test_the_chosen_nodes_are_the_best_of_all_trees():
-    """Against every subset of what the trees could hold, by the sum of acceptance_probability times value."""
+    """Compares with every subset of possible nodes, by the sum of acceptance probability times value."""
     rng, (builder, _) = np.random.default_rng(5), pair()
     made = roots(rng, 2, True)
     trees = builder.grow(made, 9, 9, 1e-3)
     total = trees.num_nodes
-    parent, worth = trees.parent, trees.acceptance_probability[:total] * made.values[trees.request[:total]]
+    parent, value = trees.parent, trees.acceptance_probability[:total] * made.values[trees.request[:total]]
     for size in range(1, 6):
         closed = [
-            worth[list(chosen)].sum()
+            value[list(chosen)].sum()
             for chosen in itertools.combinations(range(2, total), size)
             if all(parent[n] < 2 or parent[n] in chosen for n in chosen)
         ]
-        assert worth[2 : 2 + size].sum() == pytest.approx(max(closed), rel=1e-6)
+        assert value[2 : 2 + size].sum() == pytest.approx(max(closed), rel=1e-6)
 
 
-def test_a_table_knows_what_followed_and_forgets_strangers():
+def test_a_table_knows_successors_and_overwrites_other_contexts():
     builder, _ = pair()
     table = builder.table
     sequences = np.asarray([5, 6, 7, 8, 5, 6, 7, 9, 5, 6, 7, 9, 5, 6, 7, 9, 5, 6, 7, 9], dtype=np.int32)
@@ -126,7 +128,7 @@ def test_a_table_knows_what_followed_and_forgets_strangers():
     assert builders.reference.find(table, np.asarray([7, 6, 5], dtype=np.int32), 78)[0] == {}
     shorter = builders.reference.find(table, np.asarray([7, 1, 1], dtype=np.int32), 77)
     assert shorter == ({9: 1.0}, 4, 4)
-    # As many contexts again as there are rows: the table stays as large as it is, and the text's rows stay.
+    # With as many new contexts as rows, the table keeps its size and the rows of the text.
     text = table.rows[: 1 << table.text_bits].copy()
     small = TreeBuilder(NgramTable(live_bits=4), AcceptanceStats(HEADS))
     many = np.random.default_rng(1).integers(0, 1000, 500).astype(np.int32)
@@ -136,7 +138,7 @@ def test_a_table_knows_what_followed_and_forgets_strangers():
     assert np.array_equal(table.rows[: 1 << table.text_bits], text)
 
 
-def test_the_text_counts_what_follows(tmp_path):
+def test_the_text_counts_successors(tmp_path):
     text = np.asarray([1, 2, 3, 1, 2, 3, 1, 2, 4, 1, 2, 3], dtype=np.int32)
     table = NgramTable.of_text([text], text_bits=8)
     shares, evidence, _ = builders.reference.find(table, np.asarray([2, 1, 9], dtype=np.int32), TEXT_SOURCE)
@@ -145,15 +147,15 @@ def test_the_text_counts_what_follows(tmp_path):
     table.save_text(tmp_path)
     again = NgramTable.load_text(tmp_path, vocab_size=5)
     assert np.array_equal(again.rows[:256], table.rows[:256])
-    with pytest.raises(ValueError, match="beyond the vocabulary of 4"):
+    with pytest.raises(ValueError, match="outside the vocabulary of 4"):
         NgramTable.load_text(tmp_path, vocab_size=4)
     (tmp_path / FILE).write_bytes(b"no table")
     with pytest.raises(ValueError, match="no table of n-grams"):
         NgramTable.load_text(tmp_path, vocab_size=5)
 
 
-def test_a_context_may_come_without_end():
-    """Half a million times, and what came last is still known."""
+def test_a_context_may_occur_without_limit():
+    """After half a million occurrences the latest successors are still known."""
     for builder in pair():
         tokens = np.asarray([3, 4] * (250 if builder._native is None else 250_000) + [3, 5], dtype=np.int32)
         builder.add([(tokens, 0, 3)])
@@ -162,8 +164,8 @@ def test_a_context_may_come_without_end():
         assert builder.table.rows["total"][1 << builder.table.text_bits :].max() < 2 * SUCCESSORS
 
 
-def test_stats_follow_what_comes_true():
-    """Guesses that are right half as often as expected are believed half as much, soon, and again when that changes."""
+def test_stats_follow_the_acceptance_rate():
+    """Draft tokens accepted half as often as predicted soon get half the probability; the same when that changes."""
     builder, _ = pair()
     rng, stats = np.random.default_rng(0), builder.stats
     made = roots(rng, 1, True)
@@ -180,18 +182,18 @@ def test_stats_follow_what_comes_true():
     assert stats.ratios.shape == (NUM_CLASSES, HEADS + 1, 4, BINS)
 
 
-def test_momentum_follows_a_requests_luck():
-    lucky, unlucky, fair = AcceptanceRateCorrection(), AcceptanceRateCorrection(), AcceptanceRateCorrection()
+def test_the_correction_follows_a_requests_acceptance_rate():
+    high, low, fair = AcceptanceRateCorrection(), AcceptanceRateCorrection(), AcceptanceRateCorrection()
     for _ in range(30):
-        lucky.learn(2, 1)
-        unlucky.learn(0, 1)
+        high.learn(2, 1)
+        low.learn(0, 1)
         fair.learn(1, 1)
-    assert lucky.factor > 1.3
-    assert unlucky.factor < 0.5
+    assert high.factor > 1.3
+    assert low.factor < 0.5
     assert fair.factor == pytest.approx(1)
 
 
-def test_classes_tell_sampling_apart():
+def test_sampling_classes():
     kinds = [
         SamplingParams(),
         SamplingParams(temperature=0.3),
