@@ -86,7 +86,7 @@ class Engine:
             self._trace.flush()
 
     def close(self) -> None:
-        """Leave the group. Recordings are dropped first: a communicator cannot close while they hold its collectives."""
+        """Leave the group. Drops recordings first: a communicator cannot close while they hold its collectives."""
         self.runner.graphs = None
         self.group.close()
 

@@ -67,7 +67,7 @@ def longest_request(engine: EngineConfig, config: ModelConfig, num_kv_heads: int
     a --max-model-len beyond either. Called before weights are loaded, so on GPUs the result is an upper bound:
     ``count_pages`` sees what memory the weights leave.
     """
-    most, wanted = min(config.max_positions, rope.MOST_POSITIONS), engine.max_model_len
+    most, wanted = min(config.max_positions, rope.MAX_POSITIONS), engine.max_model_len
     if wanted > most:
         raise ValueError(f"--max-model-len {wanted} is more than the {most} tokens the model was made for: lower it")
     memory = _allowed_memory(engine, group)

@@ -77,7 +77,7 @@ def test_groups_of_inputs_that_ranks_would_cut_are_refused(ranks, tmp_path):
     odd = directory, save_heads(directory / "heads", head_tensors(made))
     run(ranks, 1, odd, quantization="int4")  # alone, any width goes
     for said in ranks(2).run(refusal, config(odd, quantization="int4")):
-        assert "in groups of 32 inputs, which a rank's share of 48 of 96 inputs would cut: use fewer ranks" in said
+        assert "in groups of 32 inputs, which a rank's shard of 48 of 96 inputs would cut: use fewer ranks" in said
     plain = run(ranks, 1, odd, quantization="int8", tree="off")
     assert run(ranks, 2, odd, quantization="int8")["outputs"] == plain["outputs"]
 
