@@ -7,6 +7,7 @@ The front end knows neither the model nor the scheduler.
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -65,7 +66,7 @@ class FrontEnd:
         self._started = self._last_read = time.monotonic()
         self._next_probe = 0.0
         self._engine_stats: dict[str, Any] = {}
-        self._handlers = {
+        self._handlers: dict[type, Callable[[bytes, bytes, Any], None]] = {
             protocol.Hello: self._hello,
             protocol.Generate: self._generate,
             protocol.Cancel: self._cancel,

@@ -213,7 +213,8 @@ class Intake:
 
     def _admit(self, client: bytes, request_id: bytes, message: protocol.Generate, prompt: np.ndarray) -> None:
         params = read_params(message.params, len(prompt), self._known_limits())
-        queued = protocol.Queued(prompt_tokens=prompt.tobytes(), seed=params.seed, fingerprint=self.fingerprint)
+        packed: Any = prompt.tobytes()  # the field's packing accepts packed tokens, which spares a tuple of integers
+        queued = protocol.Queued(prompt_tokens=packed, seed=params.seed, fingerprint=self.fingerprint)
         self._port.send(client, request_id, queued)
         self._requests.add(client, request_id, prompt, params)
 

@@ -180,5 +180,9 @@ class Drained:
     """Answer to Drain: the engine stops."""
 
 
-TO_ENGINE = {cls.type: cls for cls in (Attach, Failed, AddRequest, CancelRequest, Drain)}
-TO_FRONT_END = {cls.type: cls for cls in (Loading, Welcome, StepOutput, Rejected, Stats, BeginDrain, Drained)}
+def _by_name(*classes: type[Any]) -> dict[str, type]:
+    return {cls.type: cls for cls in classes}
+
+
+TO_ENGINE = _by_name(Attach, Failed, AddRequest, CancelRequest, Drain)
+TO_FRONT_END = _by_name(Loading, Welcome, StepOutput, Rejected, Stats, BeginDrain, Drained)

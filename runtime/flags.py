@@ -22,7 +22,8 @@ class FlagParser(argparse.ArgumentParser):
     """An argument parser that reports an error on one line."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, "usage": "%(prog)s FLAGS"} | options)
+        defaults: dict[str, Any] = {"allow_abbrev": False, "usage": "%(prog)s FLAGS"}
+        super().__init__(**defaults | options)
 
     def error(self, message: str) -> NoReturn:
         """Print ``message`` on one line and exit."""

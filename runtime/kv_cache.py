@@ -52,7 +52,8 @@ class KVCache:
         ``rotary``: cosines and sines by position.
         """
         scratch, pages = self._layers[layer]
-        q = rope_qk(qkv, metadata.positions, *rotary, scratch, *norms)
+        (cos, sin), (q_norm, k_norm, eps) = rotary, norms
+        q = rope_qk(qkv, metadata.positions, cos, sin, scratch, q_norm, k_norm, eps)
         return tree_attention(q, scratch, pages, metadata, self._scale, self._windows[layer])
 
     def commit(self, slots: torch.Tensor) -> None:
