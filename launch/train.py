@@ -29,7 +29,7 @@ from euryale.training.demo.build import DemoOptions
 from euryale.training.demo.pretrain import PretrainOptions
 from euryale.training.options import CalibrateOptions, DistillOptions, Medusa1Options, Medusa2Options
 
-COMMANDS: dict[str, tuple[Callable[[Any, Group], dict[str, Any]], type]] = {
+COMMANDS: dict[str, tuple[Callable[[Any, Group], dict[str, Any] | None], type]] = {
     "medusa1": (medusa1.run, Medusa1Options),
     "medusa2": (medusa2.run, Medusa2Options),
     "distill": (distill.run, DistillOptions),
