@@ -1,1 +1,1 @@
-"""The server's side of the protocol: a process of its own between clients and the engine."""
+"""The server's side of the protocol, a process between the clients and the engine."""

@@ -1,4 +1,4 @@
-"""The public socket: frames in, messages out, and who has gone away. Knows clients by their routing id only."""
+"""The public socket: receives frames, sends messages and finds clients that left. Knows clients by routing id only."""
 
 import contextlib
 import ctypes
@@ -21,33 +21,33 @@ from euryale.frontend.connections import Connections, most_connections, set_refu
 
 logger = logging.getLogger("euryale.frontend")
 
-# What may wait per client inside ZeroMQ, in messages. Incoming ones can be as large as max_message_bytes.
+# Messages per client that ZeroMQ may queue. Incoming ones can be as large as max_message_bytes.
 RECEIVE_HIGH_WATER = 1
 SEND_HIGH_WATER = 1_000
 HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
-KEPT_FRAMES = 4  # of a message: routing id, request id, body, and one that says that there are too many
-MAX_TURN_FRAMES = 500  # read in a turn; a message of more takes several
-MANY_FRAMES = 50_000  # in one message, after which memory is given back to the system
-TRIM_DELAY = 1.0  # seconds until ZeroMQ has freed what it held for a connection or a message
-FREED_CONNECTIONS = 8  # given up when no descriptor is left, to have some for other things
-WATCH_INTERVAL = 0.1  # seconds between looks at what connections have sent
+KEPT_FRAMES = 4  # of a message: routing id, request id, body, and one that marks a message with more
+MAX_TURN_FRAMES = 500  # read in one turn; a message with more takes several turns
+MANY_FRAMES = 50_000  # of one message, after which freed memory is returned to the system
+TRIM_DELAY = 1.0  # seconds until ZeroMQ has freed the memory of a connection or a message
+FREED_CONNECTIONS = 8  # closed when no descriptor is left, to free some for other uses
+WATCH_INTERVAL = 0.1  # seconds between checks of what connections have sent
 
 
 @dataclass(kw_only=True)
 class Backlog:
-    """Messages that one client's queue had no room for."""
+    """Messages to one client that its ZeroMQ queue had no room for."""
 
     frames: deque[list[bytes]] = field(default_factory=deque)
     num_bytes: int = 0
 
 
 class ClientPort:
-    """A ROUTER that never blocks and never grows without bound."""
+    """A ROUTER socket that never blocks and whose memory is bounded."""
 
     def __init__(self, context: zmq.Context, config: FrontEndConfig) -> None:
-        """Listens at ``config.bind``. Raises ValueError if that is impossible."""
+        """Listen at ``config.bind``. Raises ValueError if that is impossible."""
         self._config = config
         self.num_clients = 0
         self.socket = context.socket(zmq.ROUTER)
@@ -55,7 +55,7 @@ class ClientPort:
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER)
         self.socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER)
-        # Above our own limit there is a band in which the sender is told so; beyond it ZeroMQ hangs up.
+        # Messages above max_message_bytes get an error. Above twice that, ZeroMQ closes the connection.
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * config.max_message_bytes)  # of one frame
         self.socket.setsockopt(zmq.HEARTBEAT_IVL, protocol.HEARTBEAT_INTERVAL_MS)
         self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, protocol.HEARTBEAT_TIMEOUT_MS)
@@ -69,14 +69,14 @@ class ClientPort:
             | HANDSHAKE_FAILED
             | zmq.EVENT_DISCONNECTED
         )
-        # Of a client that follows the protocol there is less: a part of the largest body and its request id.
+        # A client that follows the protocol has fewer unread bytes: part of the largest body and its request id.
         self._connections = Connections(2 * config.max_message_bytes + (64 << 10))
         self._max_connections = most_connections()
         self._is_full = False
         self._listener = -1  # descriptor
         self._next_watch = 0.0
         self._next_trim = math.inf
-        self._frames: list[bytes] = []  # of a message that is being read
+        self._frames: list[bytes] = []  # of the message being read
         self._num_frames = 0
         self._backlogs: dict[bytes, Backlog] = {}
         self._gone: set[bytes] = set()
@@ -102,8 +102,10 @@ class ClientPort:
         return endpoint
 
     def receive(self, limit: int) -> Iterator[list[bytes]]:
-        """Up to ``limit`` messages that are there: routing id first, then the client's frames. All frames of a message
-        with more than three after the routing id are dropped but these."""
+        """Yield up to ``limit`` received messages: routing id, then the client's frames.
+
+        Of a message with more than three frames after the routing id only the first three are kept, the last one empty.
+        """
         with contextlib.suppress(zmq.Again):
             for _ in range(limit):
                 message = self._read_message()
@@ -112,7 +114,7 @@ class ClientPort:
                 yield message
 
     def _read_message(self) -> list[bytes] | None:
-        """The next message; None if it has so many frames that the rest of them is left for the next call."""
+        """Read the next message; None if it has so many frames that the next call has to continue."""
         for _ in range(MAX_TURN_FRAMES):
             frame = self.socket.recv(zmq.DONTWAIT, copy=False)
             self._num_frames += 1
@@ -129,7 +131,7 @@ class ClientPort:
         return None
 
     def send(self, client: bytes, request_id: bytes, message: Any) -> None:
-        """Sends, or keeps the message until the client has room for it, or finds the client gone."""
+        """Send ``message``, or queue it until the client has room. Does nothing for a client that is gone."""
         if client in self._gone:
             return
         frames = [client, request_id, wire.encode(message)]
@@ -146,13 +148,13 @@ class ClientPort:
             self._give_up(client)
 
     def _give_up(self, client: bytes) -> None:
-        """A reader too slow is treated like one that left, but finds out should it read again."""
+        """Treat a client that reads too slowly like one that left. It gets one error if it reads again."""
         error = protocol.Error(code="slow_reader", message="answers were left unread for too long; all were dropped")
         self._backlogs[client] = Backlog(frames=deque([[client, b"", wire.encode(error)]]))
         self._gone.add(client)
 
     def retry(self) -> None:
-        """Tries again to send what clients had no room for."""
+        """Try again to send queued messages."""
         for client, backlog in list(self._backlogs.items()):
             while backlog.frames and self._try(backlog.frames[0]):
                 backlog.num_bytes -= len(backlog.frames.popleft()[2])
@@ -174,16 +176,16 @@ class ClientPort:
 
     @property
     def has_backlog(self) -> bool:
-        """Whether messages wait that ``retry`` should try to send."""
+        """Whether ``retry`` has messages to send."""
         return bool(self._backlogs)
 
     def take_gone(self) -> set[bytes]:
-        """The clients that were found gone since the last call."""
+        """Return the clients that were found gone since the last call."""
         gone, self._gone = self._gone, set()
         return gone
 
     def read_monitor(self) -> bool:
-        """Counts clients and connections; True if a connection broke. Which client's, only sending can tell."""
+        """Count clients and connections. Returns whether a connection closed; only sending reveals whose it was."""
         broke = failed = False
         with contextlib.suppress(zmq.Again):
             while True:
@@ -197,7 +199,7 @@ class ClientPort:
                 elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                     self.num_clients += 1
                 elif event & HANDSHAKE_FAILED:
-                    self.num_clients += 1  # no client, but one less when it is disconnected
+                    self.num_clients += 1  # not a client, but its disconnection will be counted as one
                 elif event == zmq.EVENT_DISCONNECTED:
                     broke = True
                     self.num_clients -= 1
@@ -207,7 +209,7 @@ class ClientPort:
         return broke
 
     def watch(self, now: float) -> None:
-        """Ends connections that send messages without an end: call it every ``watch_delay`` seconds."""
+        """Shut down connections that send endless messages. Call it at least every ``watch_delay`` seconds."""
         if now >= self._next_watch:
             self._next_watch = now + WATCH_INTERVAL
             if count := self._connections.shut_down_senders_of_too_much():
@@ -215,16 +217,16 @@ class ClientPort:
                 self._next_trim = now + TRIM_DELAY
         if now >= self._next_trim:
             self._next_trim = math.inf
-            _give_memory_back()
+            _trim_memory()
 
     @property
     def watch_delay(self) -> float:
-        """Seconds, at most, until ``watch`` has to be called again."""
+        """Seconds until ``watch`` must be called again, at most."""
         return WATCH_INTERVAL if self._connections or self._next_trim < math.inf else math.inf
 
     def _bound_connections(self, accepting_failed: bool) -> None:
-        """Refuses new connections while there are too many, and ends the newest of those."""
-        if accepting_failed and not self._is_full:  # there are fewer descriptors than expected
+        """Refuse new connections while there are too many, and shut down the newest ones above the limit."""
+        if accepting_failed and not self._is_full:  # fewer descriptors than expected
             self._max_connections = max(1, len(self._connections) - FREED_CONNECTIONS)
         is_full = len(self._connections) > self._max_connections * (15 / 16 if self._is_full else 1)
         if is_full:
@@ -240,19 +242,19 @@ class ClientPort:
             logger.warning(text, self._max_connections)
 
     def close(self, linger_ms: int = 0) -> None:
-        """Closes the socket, giving the last messages ``linger_ms`` to leave; an ipc file goes with it."""
+        """Close the socket and remove its ipc file. Queued messages get ``linger_ms`` to be sent."""
         if not self.socket.closed:
             self._connections.close()
             self.socket.disable_monitor()
             self.monitor.close(0)
             self.socket.close(linger_ms)
-            if self._socket_file is not None:  # ZeroMQ leaves it
+            if self._socket_file is not None:  # ZeroMQ does not remove it
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._socket_file)
 
 
 def _is_listening(address: str) -> bool:
-    """Whether somebody answers at this ipc path; ZeroMQ would take it over from a living server."""
+    """Whether a server listens at this ipc path. ZeroMQ would silently replace its socket."""
     path = address.removeprefix("ipc://")
     if path == address or path[0] in "*@" or not os.path.exists(path):
         return False
@@ -265,7 +267,7 @@ def _is_listening(address: str) -> bool:
     return True
 
 
-def _give_memory_back() -> None:
-    """Has the C library return free memory to the system; without effect where it cannot."""
+def _trim_memory() -> None:
+    """Make the C library return free memory to the system, if it can."""
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

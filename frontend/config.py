@@ -1,4 +1,4 @@
-"""The front end's settings, checked once."""
+"""The front end's settings, from which its flags are generated."""
 
 import ipaddress
 import os
@@ -9,18 +9,17 @@ from euryale.client import protocol
 from euryale.client.rules import Rule, number, whole
 from euryale.scheduler.flag import check_flags, flag
 
-MAX_DRAIN_TIMEOUT = 28.0  # torchrun kills its workers 30 seconds after a signal
-
+MAX_DRAIN_TIMEOUT = 28.0  # seconds; torchrun kills its workers 30 seconds after a signal
 
 NETWORK, CLIENTS = "network", "limits for clients"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrontEndConfig:
-    """How the front end listens and what it allows. Every field is a flag of the same name in ``launch/``.
+    """Address and limits of the front end. Every field is a flag of the same name in ``launch/``.
 
-    The protocol has neither encryption nor passwords yet, so an address that other machines can reach needs
-    ``allow_remote``. Raises ValueError, with the way to mend it, for a value that cannot work.
+    The protocol has no encryption and no passwords, so an address that other machines can reach needs ``allow_remote``.
+    Raises ValueError, naming the flag and the remedy, for a value that cannot work.
     """
 
     bind: str = flag(
@@ -33,13 +32,13 @@ class FrontEndConfig:
     )
     engine_timeout: float = flag(
         60.0,
-        "seconds without a sign of life after which the engine counts as dead",
+        "seconds without a message after which the engine is considered dead",
         NETWORK,
         number(0, 86400, "seconds", above=True),
     )
     drain_timeout: float = flag(
         20.0,
-        "seconds that running requests have to finish when the server stops; then they are cancelled; at most 28",
+        "seconds that requests have to finish when the server stops before they are cancelled; at most 28",
         NETWORK,
         Rule(
             f"a number of seconds above 0 and at most {MAX_DRAIN_TIMEOUT:g} (torchrun kills its workers 30 "
@@ -49,15 +48,15 @@ class FrontEndConfig:
     )
     max_queue: int = flag(
         256,
-        "most requests in flight, running or waiting; more are answered with 'overloaded'",
+        "maximum number of requests in flight, running or waiting; others get the error 'overloaded'",
         CLIENTS,
         whole(1, 1 << 20, "requests"),
     )
     max_message_bytes: int = flag(
-        protocol.DEFAULT_MAX_MESSAGE_BYTES, "largest request in bytes", CLIENTS, whole(1, 1 << 30, "bytes")
+        protocol.DEFAULT_MAX_MESSAGE_BYTES, "maximum size of a request in bytes", CLIENTS, whole(1, 1 << 30, "bytes")
     )
     max_backlog_bytes: int = flag(
-        4 << 20, "bytes of unread answers after which a client is dropped", CLIENTS, whole(1, 1 << 40, "bytes")
+        4 << 20, "bytes of unread answers above which a client is dropped", CLIENTS, whole(1, 1 << 40, "bytes")
     )
 
     def __post_init__(self) -> None:
@@ -66,7 +65,7 @@ class FrontEndConfig:
 
 
 def check_bind(address: str, *, allow_remote: bool) -> None:
-    """Raises ValueError if ``address`` is none to listen at, or can be reached from elsewhere without leave."""
+    """Raise ValueError if ``address`` is malformed, or if other machines can reach it without ``allow_remote``."""
     transport, _, place = address.partition("://")
     if transport == "ipc" and place:
         return
@@ -86,14 +85,15 @@ def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        return False  # a name, an interface, or all of them
+        return False  # a name, an interface or all interfaces
 
 
 def check_socket_file(address: str) -> None:
-    """Raises ValueError if binding ``address`` would delete a file that is no socket: ZeroMQ unlinks whatever is there.
+    """Raise ValueError if binding ``address`` would delete a file that is no socket, since ZeroMQ unlinks any file
+    there.
 
-    A socket file that a killed server left behind may be replaced. One that a living server listens at may not; that
-    can only be found out by connecting.
+    A socket file of a killed server may be replaced. That of a running server may not, but only connecting can tell
+    them apart.
     """
     path = address.removeprefix("ipc://")
     if path == address or path[0] in "*@" or not os.path.lexists(path):

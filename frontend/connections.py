@@ -1,11 +1,11 @@
-"""The connections of the public socket: how many there are, and what each has sent that is no whole message yet.
+"""Bounds the connections of the public socket: their number, and the bytes of each one's unfinished message.
 
-ZeroMQ hands over whole messages only and keeps the frames of an unfinished one without any limit. So the bytes that a
-TCP connection has received since its last whole message are watched, and one with too many is shut down. Connections
-of unix sockets cannot be watched; only the server's own user can open them.
+ZeroMQ delivers whole messages only and buffers the frames of an unfinished one without limit. This file counts the
+bytes that a TCP connection has received since its last whole message, and shuts down connections with too many.
+Connections of unix sockets cannot be counted, but only the server's own user can open them.
 
-ZeroMQ also accepts connections until there is no descriptor left, and then tries again without a pause. So the newest
-are shut down where there are too many, and until some have left a filter drops what asks the listening socket for more.
+ZeroMQ also accepts connections until no descriptor is left, and then retries without a pause. If there are too many
+connections, the newest are shut down. A filter on the listening socket then drops new ones until enough have closed.
 """
 
 import contextlib
@@ -19,34 +19,38 @@ import termios
 from collections import deque
 from dataclasses import dataclass
 
-MAX_WATCHED = 256  # connections looked at in one call
-SPARE_DESCRIPTORS = 64  # for all else that the process opens after the start
+MAX_WATCHED = 256  # connections checked in one call
+SPARE_DESCRIPTORS = 64  # for other files that the process opens after the start
 _BYTES_RECEIVED = 128  # offset in struct tcp_info of linux/tcp.h
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # of asm-generic/socket.h
 _DROP_ALL = struct.pack("=HBBI", 0x06, 0, 0, 0)  # struct sock_filter: return 0 bytes of every packet
 
 
 def most_connections() -> int:
-    """How many connections the process may accept under its limit of open files, beside what is open now."""
+    """Return the number of connections that the process may accept under its limit of open files."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(1, limit - len(os.listdir("/proc/self/fd")) - SPARE_DESCRIPTORS)
 
 
 @dataclass(eq=False)
 class _Connection:
-    """``socket`` is ZeroMQ's and never closed here. ``mark``: bytes received up to the last whole message."""
+    """An open connection. ``socket`` belongs to ZeroMQ and is never closed here.
+
+    ``mark``: bytes received up to the last whole message.
+    """
 
     socket: socket.socket
     mark: int = 0
     is_ending: bool = False
 
     def shut_down(self) -> None:
+        """Shut the connection down; ZeroMQ then closes it."""
         self.is_ending = True
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
 
     def received(self) -> int:
-        """Bytes that ZeroMQ has taken from the connection so far. Raises OSError if it is closed, or not TCP."""
+        """Return the bytes that ZeroMQ has read so far. Raises OSError if it is closed or not TCP."""
         (received,) = struct.unpack_from(
             "=Q", self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED + 8), _BYTES_RECEIVED
         )
@@ -55,10 +59,10 @@ class _Connection:
 
 
 class Connections:
-    """All connections by descriptor, as the socket's monitor tells them. ``len()``: those that are open."""
+    """All connections by descriptor, as the socket's monitor reports them. ``len()`` counts open connections."""
 
     def __init__(self, max_unread_bytes: int) -> None:
-        """``max_unread_bytes``: what a connection may have sent since its last whole message."""
+        """``max_unread_bytes``: maximum bytes received on a connection since its last whole message."""
         self._max_unread_bytes = max_unread_bytes
         self._open: dict[int, _Connection] = {}
         self._turns: deque[tuple[int, _Connection]] = deque()
@@ -67,29 +71,31 @@ class Connections:
         return len(self._open)
 
     def opened(self, descriptor: int) -> None:
-        """Note an accepted connection."""
+        """Record an accepted connection."""
         self.closed(descriptor)
-        with contextlib.suppress(OSError):  # closed meanwhile
+        with contextlib.suppress(OSError):  # closed in the meantime
             connection = _Connection(_borrow(descriptor))
             self._open[descriptor] = connection
             self._turns.append((descriptor, connection))
 
     def closed(self, descriptor: int) -> None:
-        """Note that a connection is gone."""
+        """Record that a connection was closed."""
         connection = self._open.pop(descriptor, None)
         if connection is not None:
             connection.socket.detach()
 
     def delivered(self, descriptor: int) -> None:
-        """Note a whole message from this connection."""
+        """Record a whole message from this connection."""
         connection = self._open.get(descriptor)
         if connection is not None:
             with contextlib.suppress(OSError):
                 connection.mark = connection.received()
 
     def shut_down_senders_of_too_much(self) -> int:
-        """Ends connections with too many bytes since their last whole message; returns how many. Looks at some of them
-        each time, in turn."""
+        """Shut down connections with too many bytes since their last whole message and return their number.
+
+        Each call checks up to MAX_WATCHED connections, in turn.
+        """
         count = 0
         for _ in range(min(MAX_WATCHED, len(self._turns))):
             descriptor, connection = self._turns.popleft()
@@ -103,20 +109,22 @@ class Connections:
         return count
 
     def shut_down_newest(self, most: int) -> None:
-        """Ends all but the ``most`` oldest connections."""
+        """Shut down all but the ``most`` oldest connections."""
         open_ones = [connection for connection in self._open.values() if not connection.is_ending]
         for connection in open_ones[most:]:
             connection.shut_down()
 
     def close(self) -> None:
-        """Lets go of all connections, which stay ZeroMQ's."""
+        """Forget all connections without closing them."""
         for descriptor in list(self._open):
             self.closed(descriptor)
 
 
 def set_refusing(listener: int, is_refusing: bool) -> None:
-    """Have the listening socket of this descriptor ignore who wants to connect, or not any more. Established
-    connections go on. Without effect on a unix socket."""
+    """Make the listening socket of this descriptor drop new connections, or accept them again.
+
+    Established connections continue. Has no effect on a unix socket.
+    """
     program = ctypes.create_string_buffer(_DROP_ALL, len(_DROP_ALL))
     filters = struct.pack("@HP", 1, ctypes.addressof(program))  # struct sock_fprog
     borrowed = _borrow(listener)
@@ -131,6 +139,8 @@ def set_refusing(listener: int, is_refusing: bool) -> None:
 
 
 def _borrow(descriptor: int) -> socket.socket:
-    """A socket object for a descriptor of ZeroMQ's, to be detached and never closed. The family it claims to have does
-    not matter to what is done with it."""
+    """Return a socket object for a descriptor of ZeroMQ's. Detach it and never close it.
+
+    Its address family may be wrong, which the calls made here ignore.
+    """
     return socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=descriptor)

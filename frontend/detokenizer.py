@@ -1,4 +1,4 @@
-"""Turns tokens into text as they arrive. The text depends on the tokens alone, not on how steps divide them.
+"""Turns tokens into text as they arrive. The text depends on the tokens only, not on how steps divide them.
 
 Every token stands for bytes, and the text is the UTF-8 decoding of their concatenation.
 """
@@ -12,14 +12,14 @@ REPLACEMENT = "\ufffd"
 BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
-# The alphabet of byte-level BPE, one character for each byte: printable bytes are themselves, others follow U+0100.
+# The alphabet of byte-level BPE: printable bytes map to themselves, the others to characters from U+0100 on.
 BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
 
 
 class Tokenizer(Protocol):
-    """The part of a transformers fast tokenizer that is used here.
+    """The part of a transformers fast tokenizer that this file uses.
 
-    transformers declares wider results. For these arguments ``decode`` gives a str, and ``convert_ids_to_tokens`` the
+    transformers declares wider results. For these arguments ``decode`` returns a str, and ``convert_ids_to_tokens`` the
     token's name or None.
     """
 
@@ -31,30 +31,30 @@ class Tokenizer(Protocol):
 class TokenBytes:
     """The bytes that each token of a vocabulary adds to a text. They need not be whole characters.
 
-    Requires a decoder that maps tokens one by one, but for what it strips from the beginning of a text. Byte-level
-    BPE, byte fallback, Metaspace and Strip decoders do. Each token is decoded once and remembered.
+    Requires a decoder that maps tokens one by one, except for blanks that it strips from the beginning of a text.
+    Byte-level BPE, byte fallback, Metaspace and Strip decoders do. Each token is decoded once and cached.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._known: dict[int, bytes] = {}
-        # Decoders may strip a blank from the first token, so tokens are decoded after one that is whole characters.
+        # Decoders may strip a blank from the first token, so each token is decoded after one with whole characters.
         texts = ((token, self._decode([token])) for token in range(len(tokenizer)))
         self._first, self._first_text = next(
             (([token], text) for token, text in texts if text and REPLACEMENT not in text), ([], "")
         )
 
     def __getitem__(self, token: int) -> bytes:
-        """The token's bytes after other text; none for special tokens and for ids without a token."""
+        """Return the token's bytes after other text; empty for special tokens and ids without a token."""
         if token not in self._known:
             self._known[token] = self._read(token)
         return self._known[token]
 
     def at_start(self, tokens: list[int]) -> bytes:
-        """The bytes of the last of these tokens, before which the text is empty."""
+        """Return the bytes of the last of ``tokens``, if the others have no text."""
         try:
             self[tokens[-1]].decode()
-        except UnicodeDecodeError:  # part of a character: nothing that a decoder strips
+        except UnicodeDecodeError:  # part of a character, so no blank that a decoder strips
             return self[tokens[-1]]
         return self._decode(tokens).encode()
 
@@ -75,10 +75,10 @@ class TokenBytes:
 
 
 class Detokenizer:
-    """The text of one answer, in pieces of whole characters. Special tokens have no text.
+    """Decodes one answer into pieces of whole characters. Special tokens have no text.
 
-    Bytes that are no UTF-8 become U+FFFD, as by ``bytes.decode("utf-8", "replace")``. ``context`` holds the tokens
-    before the answer: the answer's first word keeps its leading blank if they have text.
+    Invalid UTF-8 becomes U+FFFD, as in ``bytes.decode("utf-8", "replace")``. ``context``: tokens before the answer. The
+    answer's first word keeps its leading blank if they have text.
     """
 
     def __init__(self, token_bytes: TokenBytes, context: Sequence[int] = ()) -> None:
@@ -91,11 +91,11 @@ class Detokenizer:
             self._bytes(token)
 
     def push(self, tokens: Iterable[int]) -> str:
-        """The characters that these tokens complete."""
+        """Return the characters that ``tokens`` complete."""
         return self._utf8.decode(b"".join(map(self._bytes, tokens)))
 
     def finish(self) -> str:
-        """U+FFFD if the answer ends within a character, else nothing; call it once, at the end of the answer."""
+        """Return U+FFFD if the answer ends within a character, else no text. Call it once, at the end of the answer."""
         return self._utf8.decode(b"", final=True)
 
     def _bytes(self, token: int) -> bytes:
@@ -110,17 +110,17 @@ class Detokenizer:
 
 
 class StopMatcher:
-    """Finds the first stop string to be completed, however the text is cut into pieces."""
+    """Finds the stop string that is completed first, independently of how the text is divided into pieces."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """The text that is certain to come before any stop string, and the stop string if one is complete.
+        """Return the text that cannot be part of a stop string, and the stop string if one is complete.
 
-        Of several, the one that ends first counts, then the one that begins first; so one character at a time and
-        all at once give the same result.
+        Of several, the one that ends first wins, then the one that begins first. The result is the same for one
+        character at a time.
         """
         if not self._stops:
             return text, None
@@ -135,11 +135,11 @@ class StopMatcher:
         return text[: len(text) - held], None
 
     def finish(self) -> str:
-        """What was held back, for an answer that ended without a stop string."""
+        """Return the text held back, for an answer that ended without a stop string."""
         held, self._held = self._held, ""
         return held
 
     @staticmethod
     def _overlap(text: str, stop: str) -> int:
-        """The length of the longest end of ``text`` that begins ``stop``."""
+        """Return the length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
         return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,7 +1,7 @@
 """The socket pair between the front end's process and the engine's.
 
-The engine binds in a directory of its own that only its user may enter. It removes the directory as soon as the front
-end is there, so that nothing is left behind whichever of the two dies.
+The engine binds in a directory of its own that only its user may enter. It removes the directory once the front end has
+connected, so that no file is left whichever process dies.
 """
 
 import contextlib
@@ -24,23 +24,26 @@ class LinkLost(ConnectionError):
 
 
 class _Link:
-    """One end of the socket pair. To be used by one thread."""
+    """One end of the socket pair, for use by one thread.
+
+    ``lost``: the other process is gone. Messages that it sent before can still be received.
+    """
 
     def __init__(self, incoming: dict[str, type]) -> None:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.PAIR)
         self.socket.linger = 0
-        # Without a high-water mark: neither process may ever wait for the other, and what can queue up is bounded by
-        # the front end, which limits the requests in flight and with them the tokens that can be under way.
+        # Without a high-water mark, because neither process may wait for the other. The front end bounds the queues: it
+        # limits the requests in flight, and with them the messages.
         self.socket.setsockopt(zmq.SNDHWM, 0)
         self.socket.setsockopt(zmq.RCVHWM, 0)
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self.lost = False  # the other process is gone; what it had sent can still be received
+        self.lost = False
         self._incoming = incoming
 
     def send(self, message: Any) -> None:
-        """Sends without waiting. Raises LinkLost if nobody is there."""
-        # Not left to the socket alone: for a moment after a loss it still takes messages that nobody will read.
+        """Send without waiting. Raises LinkLost if the other process is gone."""
+        # The socket alone does not suffice: shortly after a loss it still accepts messages that nobody will read.
         if not self.lost:
             with contextlib.suppress(zmq.Again):
                 self.socket.send(wire.encode(message), zmq.DONTWAIT)
@@ -48,16 +51,16 @@ class _Link:
         raise LinkLost("the process at the other end of the link is gone")
 
     def receive(self, timeout_ms: int = 0) -> list[Any]:
-        """All messages that are there, in order, after waiting up to ``timeout_ms`` for the first one.
+        """Return all received messages in order, after waiting up to ``timeout_ms`` milliseconds for the first one.
 
-        Returns early, and empty, when the other process dies; see ``lost``.
+        Stops waiting when the other process dies; see ``lost``.
         """
         if timeout_ms and not self.lost and not self.socket.poll(0):
             poller = zmq.Poller()
             poller.register(self.socket, zmq.POLLIN)
             poller.register(self.monitor, zmq.POLLIN)
             poller.poll(timeout_ms)
-        lost = self._read_monitor()  # before the messages, so that none that was sent is missed
+        lost = self._read_monitor()  # before reading messages, so that none sent before the loss is missed
         messages = []
         with contextlib.suppress(zmq.Again):
             while True:
@@ -68,7 +71,7 @@ class _Link:
         return messages
 
     def close(self, linger_ms: int = 0) -> None:
-        """Closes the socket, giving what was sent ``linger_ms`` to leave. May be called twice."""
+        """Close the socket. Queued messages get ``linger_ms`` to be sent. May be called twice."""
         if not self.socket.closed:
             self.socket.disable_monitor()
             self.monitor.close(0)
@@ -85,7 +88,7 @@ class _Link:
 
 
 class EngineLink(_Link):
-    """The engine's end: binds at ``endpoint``, which the front end's process has to be told."""
+    """The engine's end. Binds at ``endpoint``, which the front end's process gets as an argument."""
 
     def __init__(self) -> None:
         super().__init__(TO_ENGINE)
@@ -97,14 +100,14 @@ class EngineLink(_Link):
         self.socket.bind(self.endpoint)
 
     def receive(self, timeout_ms: int = 0) -> list[Any]:
-        """See ``_Link.receive``; with the first message the directory of the endpoint goes."""
+        """Receive as ``_Link.receive`` does. The first message removes the directory of the endpoint."""
         messages = super().receive(timeout_ms)
         if messages:
             self._remove_directory()
         return messages
 
     def close(self, linger_ms: int = 1000) -> None:
-        """Closes the socket, giving the last messages a second to leave, and leaves no file."""
+        """Close the socket and remove its files. Queued messages get ``linger_ms`` to be sent."""
         super().close(linger_ms)
         self._remove_directory()
 
@@ -115,7 +118,7 @@ class EngineLink(_Link):
 
 
 class FrontEndLink(_Link):
-    """The front end's end: connects to the engine's endpoint."""
+    """The front end's end. Connects to the engine's ``endpoint``."""
 
     def __init__(self, endpoint: str) -> None:
         super().__init__(TO_FRONT_END)

@@ -1,12 +1,13 @@
-"""The front end: takes requests from clients, hands them to the engine, and tells the clients what came of them.
+"""The front end: takes requests from clients, passes them to the engine and sends the results back.
 
-One loop, two sockets; it never waits for a client, for the engine, or for a long prompt to be tokenized, which other
-threads do (``intake.py``). Every request ends with exactly one final message. A message of any content can at most get
-its own sender an error. It knows neither the model nor how requests are scheduled; the tokenizer is handed to it.
+One loop serves two sockets. It never waits for a client or the engine, and other threads tokenize long prompts
+(``intake.py``). Every request ends with exactly one final message. A bad message causes an error for its sender only.
+The front end knows neither the model nor the scheduler.
 """
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -23,22 +24,23 @@ from euryale.frontend.validation import RequestError, RequestLimits
 
 logger = logging.getLogger("euryale.frontend")
 
-MAX_TURN_MESSAGES = 16  # client messages read before the engine's are looked at again
-MAX_TURN_SECONDS = 0.01  # after which no further one is read; a large message takes its time
-MAX_DRAINERS = 64
-PROBE_INTERVAL = 1.0  # seconds between signs of life to clients that wait; they also show who is gone
-PROBE_DELAY = 0.02  # seconds from a broken connection until ZeroMQ surely knows whose it was
-BACKLOG_INTERVAL = 0.02  # seconds between attempts to send what clients had no room for
-LOOKS_BEFORE_LOSS = 8  # how often the link must have been found empty, at least, before the engine is taken for dead
-STALLED_AFTER = 3.0  # seconds of the engine's silence after which health says so
+MAX_TURN_MESSAGES = 16  # client messages read in one turn of the loop, before the engine's are read again
+MAX_TURN_SECONDS = 0.01  # after which a turn reads no further client message
+MAX_DRAINERS = 64  # clients that may wait for the drain
+PROBE_INTERVAL = 1.0  # seconds between Alive messages to waiting clients, which also reveal clients that left
+PROBE_DELAY = 0.02  # seconds after a lost connection until ZeroMQ knows whose it was
+BACKLOG_INTERVAL = 0.02  # seconds between attempts to send queued messages
+MIN_EMPTY_READS = 8  # empty reads of the link before the engine may be considered dead
+STALLED_AFTER = 3.0  # seconds of the engine's silence after which health reports "stalled"
 FINAL_LINGER_MS = 1000
 
 
 class FrontEnd:
-    """The server's side of the protocol, for one engine at the other end of ``link``.
+    """The server's side of the protocol, for the engine at the other end of ``link``.
 
-    ``tokenizer`` is a transformers fast tokenizer (used: encode, decode, apply_chat_template, chat_template). The
-    constructor listens at ``config.bind``; ``endpoint`` is the actual address. Raises ValueError if it cannot.
+    ``tokenizer``: a transformers fast tokenizer, or an object with its encode, decode, apply_chat_template and
+    chat_template. The constructor listens at ``config.bind`` and raises ValueError if it cannot. ``endpoint`` is the
+    actual address.
     """
 
     def __init__(self, tokenizer: Any, link: FrontEndLink, config: FrontEndConfig | None = None) -> None:
@@ -50,21 +52,21 @@ class FrontEnd:
         self._requests = InFlight(self._port, link, TokenBytes(tokenizer))
         self._intake = Intake(self._port, self._requests, tokenizer, self._config)
         self._info: dict[str, Any] = {}
-        self._limits: RequestLimits | None = None  # both known once the engine has introduced itself
-        # Seconds without a message from the engine. Time between two looks at the link counts up to the longest that
-        # this thread sleeps: if it was more, it was this process that did not run.
+        self._limits: RequestLimits | None = None  # known with ``_info`` after the engine's Welcome
+        # Seconds without a message from the engine. The time between two reads of the link counts up to this thread's
+        # longest sleep: a longer gap means that this process was not running.
         self._silence = 0.0
-        self._longest_sleep = min(1.0, self._config.engine_timeout / LOOKS_BEFORE_LOSS)
-        self._is_loading = False  # the engine loads its model and cannot be heard of
+        self._longest_sleep = min(1.0, self._config.engine_timeout / MIN_EMPTY_READS)
+        self._is_loading = False  # the engine loads its model and sends nothing
         self._drainers: dict[tuple[bytes, bytes], None] = {}  # client and request id, in order
         self._drain_requested = False  # set by begin_drain, which may run in a signal handler
         self._drain_deadline: float | None = None  # set while draining
         self._drain_sent = False
         self._outcome: str | None = None
-        self._started = self._last_look = time.monotonic()
+        self._started = self._last_read = time.monotonic()
         self._next_probe = 0.0
         self._engine_stats: dict[str, Any] = {}
-        self._handlers = {
+        self._handlers: dict[type, Callable[[bytes, bytes, Any], None]] = {
             protocol.Hello: self._hello,
             protocol.Generate: self._generate,
             protocol.Cancel: self._cancel,
@@ -74,7 +76,7 @@ class FrontEnd:
         }
 
     def run(self) -> str:
-        """Serves until drained or until the engine is gone; returns "drained" or "group_lost", all sockets closed."""
+        """Serve until drained or until the engine is lost. Closes all sockets and returns "drained" or "group_lost"."""
         poller = zmq.Poller()
         for source in (
             self._port.socket,
@@ -85,7 +87,7 @@ class FrontEnd:
         ):
             poller.register(source, zmq.POLLIN)
         try:
-            self._started = self._last_look = time.monotonic()
+            self._started = self._last_read = time.monotonic()
             self._link.send(messages.Attach(endpoint=self.endpoint))
             while self._outcome is None:
                 poller.poll(self._sleep_ms())
@@ -95,11 +97,11 @@ class FrontEnd:
         return self._outcome
 
     def begin_drain(self) -> None:
-        """Asks ``run`` to take no new requests, finish the rest and return. May be called from a signal handler."""
+        """Ask ``run`` to refuse new requests, finish the others and return. Safe to call from a signal handler."""
         self._drain_requested = True
 
     def close(self) -> None:
-        """Closes the sockets after the last messages have left, or a second later. May be called twice."""
+        """Close the sockets. Queued messages get a second to be sent. May be called twice."""
         self._intake.close()
         self._port.close(FINAL_LINGER_MS)
         self._link.close(FINAL_LINGER_MS)
@@ -115,29 +117,30 @@ class FrontEnd:
     def _turn(self) -> None:
         if self._port.read_monitor():
             self._next_probe = min(self._next_probe, time.monotonic() + PROBE_DELAY)
-        self._hear_engine()
+        self._read_engine()
         self._requests.flush()
         self._intake.advance()
-        if self._limits is not None:  # until the engine has introduced itself clients have to wait
+        if self._limits is not None:  # clients wait until the engine's Welcome
             started = time.monotonic()
             for client, *frames in self._port.receive(MAX_TURN_MESSAGES):
                 self._from_client(client, frames)
                 if time.monotonic() - started > MAX_TURN_SECONDS:
                     break
-        self._look_after(time.monotonic())
+        self._run_timers(time.monotonic())
 
-    def _hear_engine(self) -> None:
-        messages = self._link.receive()
+    def _read_engine(self) -> None:
+        received = self._link.receive()
         now = time.monotonic()
-        self._silence = (
-            0.0 if messages or self._is_loading else self._silence + min(now - self._last_look, self._longest_sleep)
-        )
-        self._last_look = now
-        for message in messages:
+        if received or self._is_loading:
+            self._silence = 0.0
+        else:
+            self._silence += min(now - self._last_read, self._longest_sleep)
+        self._last_read = now
+        for message in received:
             self._from_engine(message)
 
-    def _look_after(self, now: float) -> None:
-        """What has to happen without any message: probes, clients that left, the drain, an engine that fell silent."""
+    def _run_timers(self, now: float) -> None:
+        """Do what no message triggers: retries, probes, clients that left, the drain and the engine's timeout."""
         self._port.retry()
         self._port.watch(now)
         if now >= self._next_probe:
@@ -159,7 +162,7 @@ class FrontEnd:
         elif now > self._drain_deadline:
             self._intake.cancel_all()
             self._requests.cancel_all()
-        has_unread = self._port.has_backlog and now <= self._drain_deadline  # final messages among them
+        has_unread = self._port.has_backlog and now <= self._drain_deadline  # may include final messages
         has_work = self._requests or self._intake.clients
         if not has_work and not has_unread and not self._drain_sent and not self._link.lost:
             self._drain_sent = True
@@ -217,7 +220,7 @@ class FrontEnd:
             self._port.send(client, request_id, error_reply(error))
 
     def _refuse_duplicate(self, client: bytes, request_id: bytes) -> None:
-        """Under its own id the error would end the request that is in flight, so it goes to the connection."""
+        """Send the error without the request id, under which it would end the request in flight."""
         self._requests.counts["requests_rejected"] += 1
         text = "this request id is in flight already; the request in flight goes on, this one is dropped"
         error = protocol.Error(code="duplicate_request_id", message=text, request_id=request_id)
@@ -236,11 +239,12 @@ class FrontEnd:
         return wire.decode(frames[1], protocol.REQUESTS, strict=True)
 
     def _hello(self, client: bytes, request_id: bytes, _: protocol.Hello) -> None:
-        info = self._info
+        info, limits = self._info, self._limits
+        assert limits is not None, "clients wait until limits are known"
         reply = protocol.ServerInfo(
             model=info["model"],
             fingerprint=info["fingerprint"],
-            max_model_len=self._limits.max_tokens,
+            max_model_len=limits.max_tokens,
             vocab_size=info["vocab_size"],
             tensor_parallel_size=info["world_size"],
             num_medusa_heads=info["num_medusa_heads"],

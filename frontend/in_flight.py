@@ -1,4 +1,4 @@
-"""The requests in flight: what the engine holds, which client waits for it, and what each was told."""
+"""The requests in flight: what the engine holds, which client waits for it, and which output is unsent."""
 
 import contextlib
 import time
@@ -18,10 +18,10 @@ from euryale.scheduler.step_result import RequestOutput
 
 
 class InFlight:
-    """Every request from its acceptance to the engine's last word on it.
+    """Every request from its acceptance to the engine's last output for it.
 
-    A client has its final message at once when a stop string matches or it cancels, while the engine still holds the
-    request for a step; so ``len()`` counts what the engine holds, every sample of a request.
+    ``len()`` counts the samples that the engine holds. A client gets its final message as soon as a stop string matches
+    or it cancels, while the engine may hold the request for another step.
     """
 
     def __init__(self, port: ClientPort, link: FrontEndLink, token_bytes: TokenBytes) -> None:
@@ -45,11 +45,11 @@ class InFlight:
         return set(self._awaited)
 
     def find(self, client: bytes, request_id: bytes) -> OpenRequest | None:
-        """The request that this client knows by this id and still waits for."""
+        """Return the request of this client and id that is not finished; None if there is none."""
         return self._awaited.get(client, {}).get(request_id)
 
     def add(self, client: bytes, request_id: bytes, prompt: np.ndarray, params: SamplingParams) -> None:
-        """Hands a request to the engine. ``prompt`` int32 [length]."""
+        """Pass a request to the engine. ``prompt`` int32 [length]."""
         keys = range(self._num_keys + 1, self._num_keys + params.n + 1)
         self._num_keys += params.n
         request = OpenRequest(
@@ -63,10 +63,10 @@ class InFlight:
         self._awaited.setdefault(client, {})[request_id] = request
         self.counts["prompt_tokens"] += len(prompt)
         self._held.update((sample.key, (request, sample)) for sample in request.samples)
-        self._tell_engine(messages.AddRequest(keys=tuple(keys), prompt=prompt.tobytes(), params=params))
+        self._send_engine(messages.AddRequest(keys=tuple(keys), prompt=prompt.tobytes(), params=params))
 
     def take(self, output: RequestOutput) -> None:
-        """Notes what a step gave a sample, and ends its request if that was all."""
+        """Record a step's output for a sample, and finish its request if it has ended."""
         if output.key not in self._held:
             return
         request, sample = self._held[output.key]
@@ -74,7 +74,7 @@ class InFlight:
             del self._held[output.key]
             self._finish_times.append(time.monotonic())
         if request.closed or sample.end is not None:
-            return  # ended by a stop string or a cancel; the engine had not heard of it yet
+            return  # ended by a stop string or a cancel that the engine had not received yet
         before = sample.num_tokens
         sample.take(output)
         self.counts["output_tokens"] += sample.num_tokens - before
@@ -87,41 +87,41 @@ class InFlight:
             self._release(sample)
 
     def flush(self) -> None:
-        """Sends the deltas of all that was taken since the last call: one per sample, however many steps it covers."""
+        """Send the output recorded since the last call: one delta per sample, for any number of steps."""
         for request, sample in self._unsent.values():
             self._send_delta(request, sample)
         self._unsent.clear()
 
     def reject(self, key: int, error: protocol.Error) -> None:
-        """Ends a request that the engine gave up."""
-        request, _ = self._held.pop(key, (None, None))
-        if request is not None and not request.closed:
-            self._finish(request, error, "failed")
+        """Finish a request that the engine refused."""
+        held = self._held.pop(key, None)
+        if held is not None and not held[0].closed:
+            self._finish(held[0], error, "failed")
 
     def cancel(self, request: OpenRequest) -> None:
-        """Ends a request for its client now, and for the engine soon."""
+        """Finish a request for its client now, and ask the engine to cancel it."""
         self._finish(request, request.cancel(), "cancelled")
 
     def cancel_all(self) -> None:
-        """Ends all requests."""
+        """Cancel all requests."""
         for requests in list(self._awaited.values()):
             for request in list(requests.values()):
                 self.cancel(request)
 
     def forget(self, client: bytes) -> None:
-        """Ends the requests of a client that is gone."""
+        """Cancel the requests of a client that is gone."""
         for request in list(self._awaited.get(client, {}).values()):
             self._close(request, "cancelled")
 
     def lose(self, error: protocol.Error) -> None:
-        """Ends all requests: the engine is gone."""
+        """Finish all requests with ``error``, because the engine is gone."""
         held, self._held = self._held, {}
         for request, _ in held.values():
             if not request.closed:
                 self._finish(request, error, "failed")
 
     def retry_after(self) -> float:
-        """Seconds until, at the pace of the latest requests, one more will have ended."""
+        """Estimate the seconds until the next request ends, from the latest ones."""
         times = self._finish_times
         pace = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1.0
         return min(30.0, max(0.1, pace))
@@ -138,7 +138,7 @@ class InFlight:
         self._close(request, outcome)
 
     def _close(self, request: OpenRequest, outcome: str) -> None:
-        """Forgets a request on the client's side, and has the engine end it if it still holds it."""
+        """Forget a request on the client's side, and cancel it in the engine if it still runs."""
         self.counts[f"requests_{outcome}"] += 1
         request.closed = True
         requests = self._awaited[request.client]
@@ -150,10 +150,10 @@ class InFlight:
             self._release(sample)
 
     def _release(self, sample: OpenSample) -> None:
-        """Has the engine end a sample that it still holds and nobody waits for."""
+        """Cancel a sample in the engine, if the engine still holds it."""
         if sample.key in self._held:
-            self._tell_engine(messages.CancelRequest(key=sample.key))
+            self._send_engine(messages.CancelRequest(key=sample.key))
 
-    def _tell_engine(self, message: Any) -> None:
-        with contextlib.suppress(LinkLost):  # the loop sees the same from the link's monitor, and ends all
+    def _send_engine(self, message: Any) -> None:
+        with contextlib.suppress(LinkLost):  # the loop detects the loss too, and finishes all requests
             self._link.send(message)

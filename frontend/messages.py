@@ -1,6 +1,7 @@
-"""The messages between the front end's process and the engine's: their types, and how they are packed.
+"""The messages between the front end's process and the engine's, and how their fields are packed.
 
-Both ends are ours, so the schema is for clarity rather than defence; still nothing here can run code.
+Both ends belong to this package, so the schema documents the messages rather than defends against them. Unpacking still
+cannot run code.
 """
 
 import dataclasses
@@ -22,13 +23,13 @@ def _unpack_params(value: dict[str, Any]) -> SamplingParams:
 
 
 def pack_logprobs(value: TokenLogprobs) -> list[bytes]:
-    """Return the three arrays as little-endian bytes."""
+    """Return ``chosen``, ``top_ids`` and ``top`` as little-endian bytes."""
     parts = ((value.chosen, "<f4"), (value.top_ids, "<i4"), (value.top, "<f4"))
     return [array.astype(dtype, copy=False).tobytes() for array, dtype in parts]
 
 
 def unpack_logprobs(value: list[bytes]) -> TokenLogprobs:
-    """The inverse of ``pack_logprobs``."""
+    """Invert ``pack_logprobs``."""
     chosen, top_ids, top = (
         np.frombuffer(part, dtype) for part, dtype in zip(value, ("<f4", "<i4", "<f4"), strict=True)
     )
@@ -38,14 +39,14 @@ def unpack_logprobs(value: list[bytes]) -> TokenLogprobs:
 
 def _pack_outputs(outputs: Sequence[RequestOutput]) -> list[list[Any]]:
     return [
-        [key, wire.pack_tokens(tokens), reason and str(reason), *_pack_reports(reports)]
-        for key, tokens, reason, *reports in outputs
+        [key, wire.pack_tokens(tokens), reason and str(reason), *_pack_optional(logprobs)]
+        for key, tokens, reason, *logprobs in outputs
     ]
 
 
-def _pack_reports(reports: list[TokenLogprobs | None]) -> list[list[bytes] | None]:
-    """Most outputs have no log-probabilities and send nothing in their place."""
-    packed = [None if part is None else pack_logprobs(part) for part in reports]
+def _pack_optional(parts: list[TokenLogprobs | None]) -> list[list[bytes] | None]:
+    """Pack an output's log-probabilities. Most outputs have none and send nothing in their place."""
+    packed = [None if part is None else pack_logprobs(part) for part in parts]
     return packed if any(part is not None for part in packed) else []
 
 
@@ -55,9 +56,9 @@ def _unpack_outputs(value: list[list[Any]]) -> tuple[RequestOutput, ...]:
             key,
             list(wire.unpack_tokens(tokens)),
             reason,
-            *(None if part is None else unpack_logprobs(part) for part in reports),
+            *(None if part is None else unpack_logprobs(part) for part in parts),
         )
-        for key, tokens, reason, *reports in value
+        for key, tokens, reason, *parts in value
     )
 
 
@@ -71,7 +72,7 @@ Outputs = Annotated[Sequence[RequestOutput], Kind("outputs", _unpack_outputs, _p
 @message("attach")
 @dataclass(frozen=True, kw_only=True)
 class Attach:
-    """First message: the front end listens at ``endpoint``."""
+    """First message: the front end listens for clients at ``endpoint``."""
 
     endpoint: str
 
@@ -79,7 +80,7 @@ class Attach:
 @message("failed")
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """Sent instead of Attach by a front end that cannot start; ``reason`` says why, for people. Its process ends."""
+    """Sent instead of Attach by a front end that cannot start, before it exits. ``reason`` is for the user."""
 
     reason: str
 
@@ -87,15 +88,18 @@ class Failed:
 @message("add")
 @dataclass(frozen=True, kw_only=True)
 class AddRequest:
-    """A checked request, with a key for each of its samples, in their order: to the engine each is a request. Keys are
-    unique for the life of the front end. ``prompt`` is packed; only the first sample tells its log-probabilities."""
+    """A checked request, with a key for each of its samples, which are separate requests to the engine.
+
+    Keys are unique for the life of the front end. ``prompt``: packed int32. Only the first sample gets
+    log-probabilities of the prompt.
+    """
 
     keys: Ints
     prompt: PackedTokens
     params: ParamsField
 
     def samples(self) -> Iterator[tuple[int, int, SamplingParams]]:
-        """Each sample's key, index and parameters."""
+        """Yield each sample's key, index and parameters."""
         others = self.params
         if len(self.keys) > 1 and others.prompt_logprobs is not None:
             others = dataclasses.replace(others, prompt_logprobs=None)
@@ -106,7 +110,7 @@ class AddRequest:
 @message("cancel")
 @dataclass(frozen=True, kw_only=True)
 class CancelRequest:
-    """Ends a request; acknowledged by its last RequestOutput. Unknown keys (it ended just now) are to be ignored."""
+    """Cancel a request; its last RequestOutput acknowledges it. An unknown key is ignored, as it has just ended."""
 
     key: int
 
@@ -114,7 +118,7 @@ class CancelRequest:
 @message("drain")
 @dataclass(frozen=True, kw_only=True)
 class Drain:
-    """Nothing is in flight and nothing will follow: stop, and say Drained."""
+    """Nothing is in flight and nothing will follow: answer Drained and stop."""
 
 
 # ---- engine to front end
@@ -123,14 +127,17 @@ class Drain:
 @message("loading")
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """Answer to Attach: the model is being loaded, which may take minutes of silence; Welcome follows."""
+    """Answer to Attach: the engine loads the model and sends nothing for up to minutes. Welcome follows."""
 
 
 @message("welcome")
 @dataclass(frozen=True, kw_only=True)
 class Welcome:
-    """The engine is ready. ``info`` holds model, fingerprint, max_model_len, vocab_size, world_size, num_medusa_heads,
-    defaults (a map of SamplingParams fields) and, optionally, max_request_tokens (prompt and answer together)."""
+    """The engine is ready. ``info`` describes it.
+
+    It holds model, fingerprint, max_model_len, vocab_size, world_size, num_medusa_heads, defaults (a map of
+    SamplingParams fields) and, optionally, max_request_tokens (of prompt and answer together).
+    """
 
     info: dict
 
@@ -138,7 +145,7 @@ class Welcome:
 @message("step")
 @dataclass(frozen=True, kw_only=True)
 class StepOutput:
-    """What one step gave, for all its requests at once."""
+    """The outputs of one step for all its requests."""
 
     outputs: Outputs
 
@@ -146,7 +153,7 @@ class StepOutput:
 @message("rejected")
 @dataclass(frozen=True, kw_only=True)
 class Rejected:
-    """A request the engine cannot take, or had to give up; ``code`` as in docs/protocol.md. Final for its key."""
+    """The engine refuses a request or gives it up. ``code``: as in docs/protocol.md. Final for its key."""
 
     key: int
     code: str
@@ -156,7 +163,7 @@ class Rejected:
 @message("stats")
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """The engine's counters; also its sign of life, to be sent at least once a second."""
+    """The engine's counters, sent at least once a second, which also serve as its heartbeat."""
 
     values: dict
 
@@ -164,7 +171,7 @@ class Stats:
 @message("begin_drain")
 @dataclass(frozen=True, kw_only=True)
 class BeginDrain:
-    """The group was asked to stop: take no new requests, finish the rest, then send Drain."""
+    """The group was asked to stop: refuse new requests, finish the others, then send Drain."""
 
 
 @message("drained")
@@ -173,5 +180,9 @@ class Drained:
     """Answer to Drain: the engine stops."""
 
 
-TO_ENGINE = {cls.type: cls for cls in (Attach, Failed, AddRequest, CancelRequest, Drain)}
-TO_FRONT_END = {cls.type: cls for cls in (Loading, Welcome, StepOutput, Rejected, Stats, BeginDrain, Drained)}
+def _by_name(*classes: type[Any]) -> dict[str, type]:
+    return {cls.type: cls for cls in classes}
+
+
+TO_ENGINE = _by_name(Attach, Failed, AddRequest, CancelRequest, Drain)
+TO_FRONT_END = _by_name(Loading, Welcome, StepOutput, Rejected, Stats, BeginDrain, Drained)

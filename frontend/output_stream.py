@@ -1,4 +1,4 @@
-"""What is made of a request's tokens: the deltas of each of its samples, their ends, and the final message."""
+"""Turns a request's output tokens into the deltas of its samples, their ends and the final message."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,15 @@ from euryale.frontend.messages import pack_logprobs
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.step_result import RequestOutput, TokenLogprobs
 
-CONTEXT_TOKENS = 64  # of the prompt's end that the detokenizer sees, whatever the prompt's length
+CONTEXT_TOKENS = 64  # last tokens of the prompt that the detokenizer sees
 
 
 class OpenSample:
-    """An answer that the engine works on: turns its tokens into deltas.
+    """One sample of a request; turns its tokens into deltas.
 
-    ``end`` is set when it is complete. The engine, which knows it by ``key``, may still hold it then. ``tail`` is the
-    end's text that the request's final message has to bring; among several samples it comes with the last delta.
+    ``end`` is set when the sample is complete, although the engine, which knows it by ``key``, may still hold it.
+    ``tail``: last text of a request's only sample, which its final message carries. With several samples each one's
+    last delta carries it.
     """
 
     def __init__(
@@ -39,10 +40,10 @@ class OpenSample:
         self._prompt_logprobs: TokenLogprobs | None = None
 
     def take(self, output: RequestOutput) -> None:
-        """Notes what a step gave.
+        """Record a step's output.
 
-        With stop strings tokens are read one by one, and those after the string are dropped: so the answer does not
-        depend on how many tokens a step happened to accept.
+        With stop strings, tokens are read one by one and those after the string are dropped. So the answer does not
+        depend on how many tokens a step accepted.
         """
         tokens, reason = output.tokens, output.finish_reason
         stop: str | int | None = None
@@ -66,12 +67,12 @@ class OpenSample:
                 self._close(reason, tail + self._matcher.finish(), last)
 
     def cancel(self) -> None:
-        """Cuts the answer off here, unless it is complete."""
+        """End the sample here, unless it is complete."""
         if self.end is None:
             self._close("cancelled", "", None)
 
     def take_delta(self) -> protocol.Delta | None:
-        """What is new since the last call."""
+        """Return the output recorded since the last call; None if there is none."""
         if not self._new_tokens and not self._new_text:
             return None
         delta = protocol.Delta(
@@ -88,7 +89,7 @@ class OpenSample:
         return delta
 
     def _note(self, output: RequestOutput, count: int) -> None:
-        """Adds the first ``count`` tokens of a step to what is new."""
+        """Record the first ``count`` tokens of a step for the next delta."""
         self._new_tokens += output.tokens[:count]
         self._new_steps.append(count)
         self.num_steps += 1
@@ -109,8 +110,10 @@ class OpenSample:
 
 
 class OpenRequest:
-    """A request with one sample for each of ``keys``; ``prompt`` int32 [length]. ``closed`` is set with the client's
-    final message."""
+    """A request with one sample for each of ``keys``. ``prompt`` int32 [length].
+
+    ``closed``: the client got its final message or is gone.
+    """
 
     def __init__(
         self,
@@ -138,14 +141,15 @@ class OpenRequest:
         return all(sample.end is not None for sample in self.samples)
 
     def cancel(self) -> protocol.Done:
-        """The final message of a request that is cut off here."""
+        """End all samples here and return the final message."""
         for sample in self.samples:
             sample.cancel()
         return self.done()
 
     def done(self) -> protocol.Done:
-        """The final message of a request that has ended, to be sent after the last deltas."""
-        first, ends = self.samples[0], tuple(sample.end for sample in self.samples)
+        """Return the final message of a request that has ended, to be sent after the last deltas."""
+        ends = tuple(sample.end for sample in self.samples if sample.end is not None)
+        first = ends[0]
         is_cancelled = any(end.finish_reason == "cancelled" for end in ends)
         usage = protocol.Usage(
             prompt_tokens=self._prompt_length,
@@ -153,14 +157,14 @@ class OpenRequest:
             decode_steps=sum(end.decode_steps for end in ends),
         )
         return protocol.Done(
-            finish_reason="cancelled" if is_cancelled else first.end.finish_reason,
-            text=first.tail,
+            finish_reason="cancelled" if is_cancelled else first.finish_reason,
+            text=self.samples[0].tail,
             usage=usage,
-            stop=first.end.stop,
+            stop=first.stop,
             samples=ends if len(ends) > 1 else None,
         )
 
 
 def _packed(logprobs: TokenLogprobs | None) -> Logprobs | None:
-    """Return log-probabilities as the client gets them."""
+    """Return log-probabilities in the client's format."""
     return None if logprobs is None else Logprobs(*pack_logprobs(logprobs))

@@ -19,22 +19,20 @@ from euryale.frontend.config import FrontEndConfig
 from euryale.frontend.engine_link import EngineLink, FrontEndLink, LinkLost
 from euryale.frontend.messages import Drained, Failed, Loading
 
-START_TIMEOUT = 120.0  # seconds a front end may need to load its tokenizer
-POLL_MS = 200  # milliseconds between two looks at whether the process still runs
-END_TIMEOUT = (
-    4.0  # seconds it may take to end: less than any step timeout, as the other ranks wait for the word to stop
-)
+START_TIMEOUT = 120.0  # seconds in which the front end must load its tokenizer
+POLL_MS = 200  # milliseconds between two checks that the process still runs
+END_TIMEOUT = 4.0  # seconds in which it must exit; below any step timeout, because the other ranks wait meanwhile
 
 
 class FrontEndProcess:
     """The front end's process and the link to it, from before the model is loaded until the server ends.
 
-    A context: it starts the process and waits until that listens at ``address`` with its tokenizer loaded. Raises
-    ValueError if it cannot. Clients that connect before the engine has introduced itself wait.
+    A context manager: entering starts the process and waits until it has loaded its tokenizer and listens at
+    ``address``. Raises ValueError if it cannot. Clients that connect before the engine's Welcome wait.
     """
 
     def __init__(self, model: str, vocab_size: int, config: FrontEndConfig) -> None:
-        """``model``: its directory; ``vocab_size``: more than the largest token id."""
+        """``model``: the model's directory. ``vocab_size``: upper bound of token ids."""
         self.link = EngineLink()
         self.address = ""
         self.is_serving = False
@@ -43,7 +41,7 @@ class FrontEndProcess:
             "model": model,
             "vocab_size": vocab_size,
             "config": dataclasses.asdict(config),
-            "cores": sorted(os.sched_getaffinity(os.getppid())),  # whoever started us may use all of them
+            "cores": sorted(os.sched_getaffinity(os.getppid())),  # those of the launcher, not only of this rank
         }
         self._process: subprocess.Popen | None = None
 
@@ -63,7 +61,7 @@ class FrontEndProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.is_serving:  # loading failed: nobody has been promised anything
+        if not self.is_serving:  # loading failed, so no request was accepted
             with contextlib.suppress(LinkLost):
                 self.link.send(Drained())
         self._end()
@@ -90,20 +88,20 @@ class FrontEndProcess:
 
 
 def _python_path() -> str:
-    """Return where the process finds this package: where this one did, then what the environment says."""
+    """Return the process's PYTHONPATH: this package's location, then that of the environment."""
     found = str(Path(__file__).absolute().parents[2])
     return os.pathsep.join([found, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def main() -> None:
-    """Run the front end of the settings in the command line until the server ends."""
+    """Run the front end with the settings in the command line until the server ends."""
     settings = json.loads(sys.argv[1])
-    os.sched_setaffinity(0, settings["cores"])  # the rank that starts this process is kept to its own cores
+    os.sched_setaffinity(0, settings["cores"])  # undo the affinity of the rank that starts this process
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # the engine hears them and begins the drain
+        signal.signal(number, signal.SIG_IGN)  # the engine handles them and begins the drain
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
-    # transformers loads tokenizers without torch where it finds none: this entry says that there is none.
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    # transformers loads tokenizers without torch if importing torch fails, which this entry causes.
+    sys.modules["torch"] = None  # type: ignore[assignment]  # None is documented to block an import
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from euryale.frontend.frontend import FrontEnd
     from euryale.frontend.tokenizer import load_tokenizer

@@ -1,4 +1,4 @@
-"""The tokenizer that lies beside a model."""
+"""Loads the tokenizer stored beside a model."""
 
 from pathlib import Path
 
@@ -10,12 +10,9 @@ from euryale.scheduler import json_file
 
 _FLAGS = {"lstrip", "rstrip", "normalized", "single_word", "special"}
 _TOKEN = either(NULL, text(), Rule("a map that describes an AddedToken", lambda v: _is_token(v, "AddedToken")))
-_ADDED = Rule(
-    "a map from token ids to maps that describe a token",
-    lambda v: MAP.fits(v) and all(map(_is_id, v)) and all(_is_token(item, None) for item in v.values()),
-)
+_ADDED = Rule("a map from token ids to maps that describe a token", lambda v: _is_added_map(v))
 _SPECIAL = Rule("a token", lambda v: v is not None and _TOKEN.fits(v))
-_NAMED = Rule("a map from names to tokens", lambda v: MAP.fits(v) and all(map(_SPECIAL.fits, v.values())))
+_NAMED = Rule("a map from names to tokens", lambda v: _is_named_map(v))
 _TEMPLATE = Rule(
     "a template, a list of maps with name and template, or null",
     lambda v: v is None or is_text(v) or (isinstance(v, list) and all(map(_is_named_template, v))),
@@ -36,8 +33,18 @@ def _is_id(key: str) -> bool:
     return key.isascii() and key.isdecimal() and len(key) < 10
 
 
+def _is_added_map(value: object) -> bool:
+    if not isinstance(value, dict) or not MAP.fits(value):
+        return False
+    return all(map(_is_id, value)) and all(_is_token(item, None) for item in value.values())
+
+
+def _is_named_map(value: object) -> bool:
+    return isinstance(value, dict) and MAP.fits(value) and all(map(_SPECIAL.fits, value.values()))
+
+
 def _is_token(value: object, kind: str | None) -> bool:
-    """Whether this is what transformers writes of an added token; the kind is left out in added_tokens_decoder."""
+    """Whether this is an added token as transformers writes it. ``kind``: its ``__type``, None for no such key."""
     if not isinstance(value, dict) or not is_text(value.get("content")) or value.get("__type") != kind:
         return False
     return all(name in _FLAGS and isinstance(value[name], bool) for name in value.keys() - {"content", "__type"})
@@ -48,7 +55,10 @@ def _is_named_template(value: object) -> bool:
 
 
 def load_tokenizer(directory: str, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
-    """Load the model's fast tokenizer; ValueError if there is none or it has ids of ``vocab_size`` or more."""
+    """Load the model's fast tokenizer.
+
+    Raises ValueError if it is missing or damaged, or if it has token ids of ``vocab_size`` or more.
+    """
     logging.set_verbosity_error()
     if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ValueError(
@@ -60,9 +70,9 @@ def load_tokenizer(directory: str, vocab_size: int | None = None) -> PreTrainedT
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         largest = max(tokenizer.get_vocab().values(), default=-1)
-    except Exception as error:  # the library's errors are of many kinds
+    except Exception as error:  # the library raises many types
         raise ValueError(f"cannot load the tokenizer in {directory}: {' '.join(str(error).split())}") from error
-    # Removing blanks before punctuation would change what the model wrote, and not token by token.
+    # Removing blanks before punctuation would change the model's text, and not token by token.
     tokenizer.clean_up_tokenization_spaces = False
     if largest < 0:
         raise ValueError(f"the tokenizer in {directory} has an empty vocabulary: copy its files again")

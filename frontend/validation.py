@@ -1,4 +1,4 @@
-"""What is checked of a request before the engine hears of it."""
+"""Checks and reads a request before it is passed to the engine."""
 
 import secrets
 from collections.abc import Iterator, Sequence
@@ -13,16 +13,16 @@ from euryale.client.rules import shown
 from euryale.scheduler.sampling_params import SamplingParams
 
 MAX_STOP_TOKENS = 256
-# A longer text is first counted in pieces, until it is known to have too many tokens or all pieces are counted.
+# Tokens of a longer text are first counted in pieces, so that one with too many is refused early.
 MAX_UNCOUNTED_BYTES = 1 << 19
-MAX_UNCOUNTED_BYTES_PER_TOKEN = 8  # of the tokens that a request may have
+MAX_UNCOUNTED_BYTES_PER_TOKEN = 8  # times the tokens that a request may have; the smaller bound counts
 PIECE_CHARACTERS = 1 << 16
-CUT_TOKENS = 64  # how many more tokens the two sides of a cut may have than the uncut text
-CHAT_MESSAGE_CHARACTERS = 128  # of text take about as long as the template takes for a message
+CUT_TOKENS = 64  # upper bound of the tokens that a cut between two pieces adds
+CHAT_MESSAGE_CHARACTERS = 128  # characters that take as long to tokenize as the template takes for a message
 
 
 class RequestError(Exception):
-    """A request that is refused, with the error its client gets."""
+    """A refused request. ``reply``: the error that its client gets."""
 
     def __init__(self, code: str, text: str, *, retry_after: float | None = None) -> None:
         super().__init__(text)
@@ -35,7 +35,7 @@ def _refuse(text: str) -> RequestError:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestLimits:
-    """What the model and its memory allow one request. ``defaults`` are SamplingParams fields."""
+    """What the model and its KV cache allow for one request. ``defaults``: SamplingParams fields by name."""
 
     max_tokens: int  # prompt and answer together
     vocab_size: int
@@ -43,8 +43,10 @@ class RequestLimits:
 
 
 def check_prompt(request: protocol.Generate) -> int:
-    """How much text there is to tokenize: characters, and something for each chat message. Raises RequestError if the
-    request has not exactly one prompt."""
+    """Return the cost of tokenizing a request, in characters of text.
+
+    Raises RequestError if the request does not have exactly one prompt.
+    """
     given = [name for name in ("prompt", "prompt_tokens", "messages") if getattr(request, name) is not None]
     if len(given) != 1:
         raise _refuse(f"give exactly one of prompt, prompt_tokens and messages, not {len(given)} of them")
@@ -53,10 +55,11 @@ def check_prompt(request: protocol.Generate) -> int:
 
 
 def read_prompt(request: protocol.Generate, tokenizer: Any, limits: RequestLimits) -> np.ndarray:
-    """The prompt's token ids, int32 [length]. Raises RequestError if this model cannot take them.
+    """Return the prompt's token ids, int32 [length]. Raises RequestError if they exceed the limits.
 
-    May be called from any thread. While a text is tokenized other threads run.
+    Safe to call from any thread. Tokenizing does not block other threads.
     """
+    tokens: Sequence[int] | np.ndarray
     if request.messages is not None:
         tokens = _tokenize(_render_chat(request.messages, tokenizer), tokenizer, limits, add_special_tokens=False)
     elif request.prompt is not None:
@@ -80,9 +83,9 @@ def _no_room(count: str, limits: RequestLimits) -> RequestError:
 
 
 def _tokenize(text: str, tokenizer: Any, limits: RequestLimits, *, add_special_tokens: bool) -> list[int]:
-    """The text's token ids. Raises RequestError for a text that has too many, mostly without tokenizing all of it.
+    """Return the text's token ids. Raises RequestError for too many, if possible without tokenizing all of the text.
 
-    Only the count of a text is taken from its pieces, since a cut may divide a token.
+    The pieces of a long text only serve to count, because a cut may divide a token.
     """
     most = min(MAX_UNCOUNTED_BYTES, MAX_UNCOUNTED_BYTES_PER_TOKEN * limits.max_tokens)
     if len(text) > most or len(text.encode()) > most:
@@ -92,16 +95,18 @@ def _tokenize(text: str, tokenizer: Any, limits: RequestLimits, *, add_special_t
             count += len(tokenizer.encode(piece, add_special_tokens=False)) - CUT_TOKENS
             if count >= limits.max_tokens:
                 raise _no_room(f"more than {count}", limits)
-    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    tokens: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return tokens
 
 
 def _render_chat(messages: Sequence[dict[str, str]], tokenizer: Any) -> str:
     if not tokenizer.chat_template:
         raise _refuse("this model's tokenizer has no chat template: send the whole text as prompt")
     try:
-        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # templates raise whatever they like, for example about the order of roles
+        text: str = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # templates may raise anything, for example about the order of roles
         raise _refuse(f"the model's chat template refuses these messages: {error}") from None
+    return text
 
 
 def _check_tokens(what: str, tokens: Sequence[int] | np.ndarray, limits: RequestLimits) -> None:
@@ -112,7 +117,10 @@ def _check_tokens(what: str, tokens: Sequence[int] | np.ndarray, limits: Request
 
 
 def read_params(given: dict[str, Any], prompt_length: int, limits: RequestLimits) -> SamplingParams:
-    """The sampling parameters, defaults filled in. Raises RequestError naming what does not fit and the remedy."""
+    """Return the sampling parameters with defaults filled in.
+
+    Raises RequestError, naming the parameter and the remedy, for a value that is malformed or exceeds the limits.
+    """
     unknown = sorted(set(given) - RULES.keys())
     if unknown:
         names = ", ".join(repr(name[:40]) for name in unknown[:5])
@@ -143,7 +151,7 @@ def read_params(given: dict[str, Any], prompt_length: int, limits: RequestLimits
 
 
 def _read_bias(given: dict[Any, Any]) -> Iterator[tuple[int, Any]]:
-    """Pairs of a token id and its bias; the ids of a msgpack map are strings."""
+    """Yield pairs of token id and bias. The keys of the map are strings, as in JSON."""
     for key, bias in given.items():
         if not isinstance(key, str) or not key.isascii() or not key.isdecimal() or len(key) > 10:
             raise _refuse(f"logit_bias maps token ids, written as strings such as '42', to numbers; not {shown(key)}")

@@ -1,6 +1,6 @@
 """Offline generation: ``torchrun --nproc-per-node N launch/generate.py --model DIR --prompts IN --out OUT``.
 
-Also runs without torchrun, as a group of one. The last line on stdout is one JSON object of figures.
+Also runs without torchrun, as a group of one. The last line on stdout is one JSON object of results.
 """
 
 import argparse
@@ -13,9 +13,9 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # where nothing is installed, this checkout
+sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # for a checkout that is not installed
 
 from transformers import PreTrainedTokenizerBase
 
@@ -29,34 +29,40 @@ from euryale.runtime.model.config import load_model_config
 from euryale.runtime.worker import leave, run_worker
 from euryale.scheduler.sampling_params import SamplingParams
 
-# The sampling parameters that are flags: what each means, and what its default means where the value does not say it.
+# The sampling parameters that are flags: the help text, and the default in words if the value is not clear by itself.
 # Type and default come from SamplingParams, the bounds from client/params.py: a new flag is one more line.
 SAMPLING = {
-    "max_tokens": ("most tokens of an answer, unless its line says otherwise", ""),
-    "min_tokens": ("tokens before which an answer does not end", ""),
-    "temperature": ("spread of the draw, from 0.001 to 100", "0, greedy"),
-    "top_k": ("draw from so many of the likeliest tokens", "0, from all"),
-    "top_p": ("draw from the likeliest tokens that together have this probability", "1, from all"),
-    "min_p": ("draw from tokens with at least this fraction of the likeliest one's probability", "0, from all"),
-    "seed": ("what the draw depends on, from 0 to 2**64 - 1", "0, the same in every run"),
-    "presence_penalty": ("taken off the logit of every token the answer holds, from -2 to 2", "0, off"),
-    "frequency_penalty": ("taken off a logit for each time the answer holds the token, from -2 to 2", "0, off"),
-    "repetition_penalty": ("divides the logits of tokens in prompt and answer, from 0.01 to 100", "1, off"),
-    "logprobs": ("write log-probabilities of the answer, and of so many likeliest tokens, 0 to 20", "none"),
-    "prompt_logprobs": ("the same of the prompt, 0 to 20", "none"),
+    "max_tokens": ("maximum number of tokens of an answer, unless its line sets another", ""),
+    "min_tokens": ("minimum number of tokens of an answer", ""),
+    "temperature": ("sampling temperature, from 0.001 to 100", "0, greedy"),
+    "top_k": ("sample from this number of likeliest tokens", "0, all"),
+    "top_p": ("sample from the likeliest tokens with this total probability", "1, all"),
+    "min_p": ("sample from tokens with at least this fraction of the likeliest token's probability", "0, all"),
+    "seed": ("seed of the sampling, from 0 to 2**64 - 1", "0, the same in every run"),
+    "presence_penalty": ("subtracted from the logit of every token in the answer, from -2 to 2", "0, off"),
+    "frequency_penalty": ("subtracted from a token's logit for each occurrence in the answer, from -2 to 2", "0, off"),
+    "repetition_penalty": (
+        "divides the positive logits of tokens in prompt and answer, multiplies negative ones, from 0.01 to 100",
+        "1, off",
+    ),
+    "logprobs": (
+        "write log-probabilities of the answer's tokens and of this number of likeliest tokens, 0 to 20",
+        "none",
+    ),
+    "prompt_logprobs": ("the same for the prompt, 0 to 20", "none"),
     "n": ("independent answers to each prompt, 1 to 128", ""),
 }
 ACCEPTANCE = {
-    "acceptance": ("which draft tokens are accepted: exact changes no token, typical is lossy and faster", ""),
+    "acceptance": ("acceptance rule of draft tokens: exact changes no token, typical is lossy and faster", ""),
     "epsilon": ("posterior threshold of typical acceptance, from 0 to 1", ""),
     "delta": ("posterior alpha of typical acceptance, from 0 to 1", ""),
 }
-FLAG_OF = {"n": "samples"}  # torchrun would take --n for a flag of its own
+FLAG_OF = {"n": "samples"}  # torchrun would parse --n as an abbreviation of its own flags
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is read and opened before the model is loaded."""
+    """Inputs and outputs that are opened before the model is loaded."""
 
     tokenizer: PreTrainedTokenizerBase
     jobs: list[offline.Job]
@@ -64,34 +70,38 @@ class Prepared:
 
 
 def parser() -> FlagParser:
+    """Return the parser of all flags."""
     found = FlagParser(description=__doc__)
     files = found.add_argument_group("files")
-    lines = 'JSONL of {"id", "prompt" or "prompt_tokens", "max_tokens" if wanted} (required)'
+    lines = 'JSONL of {"id", "prompt" or "prompt_tokens", "max_tokens" if needed} (required)'
     files.add_argument("--prompts", type=Path, required=True, metavar="FILE", help=lines)
     answers = "JSONL of answers, in input order; overwritten (required)"
     files.add_argument("--out", type=Path, required=True, metavar="FILE", help=answers)
-    sampling = found.add_argument_group("sampling; docs/protocol.md says more")
-    acceptance = found.add_argument_group("acceptance of draft tokens; docs/protocol.md says more")
+    sampling = found.add_argument_group("sampling; see docs/protocol.md")
+    acceptance = found.add_argument_group("acceptance of draft tokens; see docs/protocol.md")
     for group, table in ((sampling, SAMPLING), (acceptance, ACCEPTANCE)):
         for name, (text, default) in table.items():
             value = getattr(SamplingParams, name)
-            kind = int if value is None else type(value)
+            kind: type = int if value is None else type(value)
             flag, words = f"--{FLAG_OF.get(name, name).replace('_', '-')}", f"{text} (default: {default or value})"
-            shape = {"choices": ACCEPTANCE_RULES} if kind is str else {"metavar": METAVARS[kind]}
+            shape: dict[str, Any] = {"choices": ACCEPTANCE_RULES} if kind is str else {"metavar": METAVARS[kind]}
             group.add_argument(flag, dest=name, type=KINDS.get(kind, kind), default=value, help=words, **shape)
     sampling.add_argument(
-        "--ignore-eos", action="store_true", help="go on after end-of-sequence tokens (default: end there)"
+        "--ignore-eos", action="store_true", help="continue after end-of-sequence tokens (default: end there)"
     )
     add_flags(found, EngineConfig)
     found.add_argument(
-        "--no-speculation", action="store_true", help="one token a step; same as --tree off (default: as --tree says)"
+        "--no-speculation", action="store_true", help="one token per step; same as --tree off (default: as --tree says)"
     )
     return found
 
 
 @contextlib.contextmanager
 def opened(config: EngineConfig, args: argparse.Namespace) -> Iterator[Prepared]:
-    """Everything that can be found wrong without the model: parameters, prompts, tokenizer, the file of answers."""
+    """Read parameters, prompts and tokenizer and open the file of answers.
+
+    Raises ValueError, naming the flag or file, for everything that can be refused without the model.
+    """
     try:
         params = SamplingParams(**{name: getattr(args, name) for name in (*SAMPLING, *ACCEPTANCE, "ignore_eos")})
     except ValueError as error:
@@ -108,16 +118,18 @@ def opened(config: EngineConfig, args: argparse.Namespace) -> Iterator[Prepared]
 
 
 def lead(engine: Engine, prepared: Prepared) -> None:
+    """Answer all prompts and print the results as JSON. SIGINT and SIGTERM stop it between two steps."""
     interrupted = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):  # stop between two steps, when no other rank is waiting
+    for number in (signal.SIGINT, signal.SIGTERM):  # between two steps no other rank is waiting
         signal.signal(number, lambda *_: interrupted.set())
-    if Path(prepared.out.name).is_file():  # what an earlier run wrote is kept until here; a pipe has no end to cut
+    if Path(prepared.out.name).is_file():  # keeps an earlier run's answers until here; a pipe cannot be truncated
         prepared.out.truncate(0)
     summary = offline.generate(engine, prepared.jobs, prepared.tokenizer, prepared.out, interrupted.is_set)
     print(json.dumps(summary), flush=True)
 
 
 def main() -> int:
+    """Run the command line and return this rank's exit code."""
     args = parser().parse_args()
 
     def config() -> EngineConfig:

@@ -1,12 +1,12 @@
 """Serve a model: ``torchrun --nproc-per-node N launch/serve.py --model DIR [--medusa DIR] [--tree dynamic]``.
 
-Rank 0 prints ``ready ADDRESS`` when requests are taken. SIGTERM, Ctrl-C and the client's ``drain`` stop it cleanly.
+Rank 0 prints ``ready ADDRESS`` once it accepts requests. SIGTERM, Ctrl-C and the client's ``drain`` stop it cleanly.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # where nothing is installed, this checkout
+sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # for a checkout that is not installed
 
 from euryale.frontend.config import FrontEndConfig
 from euryale.frontend.process import FrontEndProcess
@@ -19,12 +19,13 @@ from euryale.runtime.worker import leave, run_worker
 
 
 def parser() -> FlagParser:
+    """Return the parser of all flags."""
     found = FlagParser(description=__doc__)
     found.add_argument(
         "--served-model-name",
         default="",
         metavar="TEXT",
-        help="what clients call the model (default: the name of its directory)",
+        help="the model's name for clients (default: the name of its directory)",
     )
     add_flags(found, EngineConfig)
     add_flags(found, FrontEndConfig)
@@ -32,6 +33,7 @@ def parser() -> FlagParser:
 
 
 def main() -> int:
+    """Run the command line and return this rank's exit code."""
     args = parser().parse_args()
 
     def config() -> EngineConfig:

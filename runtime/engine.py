@@ -1,7 +1,7 @@
-"""The engine loop. Rank 0 plans, all ranks execute, rank 0 applies the result; the others follow.
+"""The engine loop: rank 0 plans, all ranks execute, rank 0 applies the results.
 
-The leader calls ``step`` while there is work and ``keep_alive`` while there is none; the other ranks sit in
-``follow`` until the leader's ``stop``. No rank waits longer than the step timeout for another.
+The leader calls ``step`` while there is work and ``keep_alive`` while there is none. The other ranks run ``follow``
+until the leader calls ``stop``. No rank waits longer than the step timeout for another.
 """
 
 import secrets
@@ -13,41 +13,51 @@ import numpy as np
 from euryale.parallel.group import Group
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.startup import Loaded, load, make_scheduler
+from euryale.runtime.step import StartedStep
 from euryale.scheduler import plan_codec
-from euryale.scheduler.scheduler import FinishedStep
+from euryale.scheduler.scheduler import FinishedStep, Scheduler
 from euryale.scheduler.step_plan import PlanKind, Segment, StepPlan
 from euryale.scheduler.trace import Trace
 
 
 class GroupDiverged(RuntimeError):
-    """A rank accepted other tokens than rank 0: the group must not go on."""
+    """A rank accepted other tokens than rank 0, so the group must stop."""
 
 
 class Engine:
-    """One rank of a worker group. ``scheduler`` is the leader's; the other ranks have none."""
+    """One rank of a worker group."""
 
     def __init__(self, config: EngineConfig, group: Group, loaded: Loaded | None = None) -> None:
-        """``loaded`` None: what the config names, or ValueError, on every rank, for a model that cannot be served."""
+        """``loaded``: a model to use instead of the one in ``config``.
+
+        Raises ValueError on every rank if the model cannot be served.
+        """
         self.config = config
         self.group = group
-        with group.agreed():  # refused before anything is loaded
+        with group.agreed():  # an unusable trace file is refused before anything is loaded
             self._trace = Trace(config.trace) if config.trace and group.is_leader else None
         self.loaded = loaded or load(config, group)
         self.runner = self.loaded.runner
-        # The epoch tells this run of the group from an earlier one.
+        # The epoch distinguishes this run of the group from an earlier one.
         drawn = np.asarray([secrets.randbits(31)], dtype=np.int32) if group.is_leader else None
         self.epoch = int(group.broadcast(drawn)[0])
         self._last_sent = time.monotonic()
-        self.scheduler = make_scheduler(config, self.loaded, group, self._run) if group.is_leader else None
-        # A GPU works on while the host does something else; on a CPU the host would only come late.
+        self._scheduler = make_scheduler(config, self.loaded, group, self._run) if group.is_leader else None
+        # A GPU computes while the host does other work. On a CPU both compete for the same cores.
         self.overlaps = config.loop == "overlapped" or (config.loop == "auto" and group.device.type == "cuda")
         self._heartbeat = min(2.0, config.step_timeout / 4)  # seconds
 
-    def step(self, meanwhile: Callable[[], None] | None = None) -> FinishedStep:
-        """Plan one step, run it on all ranks, and return what it brought.
+    @property
+    def scheduler(self) -> Scheduler:
+        """The scheduler. Only the leader has one."""
+        assert self._scheduler is not None, "only the leader has a scheduler"
+        return self._scheduler
 
-        ``meanwhile`` is called, in the overlapped loop, while the device is at work; it may add requests and must not
-        cancel any. In the plain loop it is called before the step.
+    def step(self, meanwhile: Callable[[], None] | None = None) -> FinishedStep:
+        """Plan one step, run it on all ranks, apply its results and return them. For the leader only.
+
+        ``meanwhile``: called while the device computes in the overlapped loop, and before the step in the plain loop.
+        It may add requests and must not cancel any.
         """
         if meanwhile and not self.overlaps:
             meanwhile()
@@ -63,20 +73,20 @@ class Engine:
         return finished
 
     def keep_alive(self) -> None:
-        """Tell the other ranks that the leader lives though it has nothing for them; call it often, it sends seldom."""
+        """Send the other ranks a heartbeat if one is due. Call it often while there is no work."""
         if time.monotonic() - self._last_sent > self._heartbeat:
             self._send(PlanKind.HEARTBEAT)
         if self._trace:
             self._trace.flush_old()
 
     def stop(self) -> None:
-        """Let the other ranks leave ``follow``."""
+        """Make the other ranks return from ``follow``."""
         self._send(PlanKind.STOP)
         if self._trace:
             self._trace.flush()
 
     def close(self) -> None:
-        """Leave the group. A communicator ends only when no recording holds its collectives any more."""
+        """Leave the group. Drops recordings first: a communicator cannot close while they hold its collectives."""
         self.runner.graphs = None
         self.group.close()
 
@@ -92,15 +102,15 @@ class Engine:
                 return
             self.runner.run(plan)
 
-    def _start(self, plan: StepPlan):
-        """Have all ranks begin a step."""
+    def _start(self, plan: StepPlan) -> StartedStep | None:
+        """Send the plan to the other ranks and start it here."""
         if self.group.size > 1:
             self.group.broadcast(plan_codec.encode(plan))
         self._last_sent = time.monotonic()
         return self.runner.start(plan)
 
     def _run(self, segments: list[Segment]) -> None:
-        """A step of made-up requests, on all ranks."""
+        """Run a step of synthetic requests on all ranks."""
         self.runner.finish(self._start(StepPlan(epoch=self.epoch, digest=self.runner.digest, segments=segments)))
 
     def _send(self, kind: PlanKind) -> None:

@@ -1,6 +1,6 @@
-"""Command-line flags from configuration dataclasses: one place for a name, a default and a help text.
+"""Generates command-line flags from configuration dataclasses, which hold each name, default and help text once.
 
-Of the ranks that torchrun starts on a host, the first one prints the help and the errors of all.
+Only the first rank of a host prints help and errors.
 """
 
 import argparse
@@ -19,13 +19,14 @@ METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 class FlagParser(argparse.ArgumentParser):
-    """A parser that says what is wrong with a command on one line."""
+    """An argument parser that reports an error on one line."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, "usage": "%(prog)s FLAGS"} | options)
+        defaults: dict[str, Any] = {"allow_abbrev": False, "usage": "%(prog)s FLAGS"}
+        super().__init__(**defaults | options)
 
     def error(self, message: str) -> NoReturn:
-        """End the process with what is wrong, on one line."""
+        """Print ``message`` on one line and exit."""
         message = re.sub(r"^argument (--[\w-]+): must", r"\1 must", message)
         message = message if len(message) <= 300 else f"{message[:300]}..."
         self.exit(refuse(ValueError(f"{message} (--help lists all flags)")))
@@ -36,28 +37,30 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def whole_number(text: str) -> int:
-    """The type of flags that are whole numbers."""
+    """Parse a flag's whole number; ArgumentTypeError for other text."""
     return _read(int, text, "a whole number")
 
 
 def number(text: str) -> float:
-    """The type of flags that are numbers."""
+    """Parse a flag's number; ArgumentTypeError for other text."""
     return _read(float, text, "a number")
 
 
-def _read(kind: Callable[[str], Any], text: str, says: str) -> Any:
+def _read(kind: Callable[[str], Any], text: str, expected: str) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be {says}, not {shown(text)}") from None
+        raise argparse.ArgumentTypeError(f"must be {expected}, not {shown(text)}") from None
 
 
 KINDS: dict[type, Callable[[str], Any]] = {int: whole_number, float: number}
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
-    """Add one ``--flag-name`` for every field of the dataclass, in groups by topic; booleans also get
-    ``--no-flag-name``."""
+    """Add one ``--flag-name`` for every field of the dataclass ``config``, grouped by topic.
+
+    Boolean fields also get ``--no-flag-name``.
+    """
     groups = {group.title: group for group in parser._action_groups}
     for field in dataclasses.fields(config):
         topic = field.metadata["topic"]
@@ -68,11 +71,11 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
         else:
             kind = {"choices": field.metadata["choices"], **_kind(field)}
         action = groups[topic].add_argument(flag_name(field.name), default=field.default, **kind)
-        action.help = _help(field).replace("%", "%%")  # set late: some versions of argparse add the default again
+        action.help = _help(field).replace("%", "%%")  # set here: some versions of argparse append the default again
 
 
 def _kind(field: dataclasses.Field) -> dict[str, Any]:
-    """How argparse reads a field: a tuple takes one or more values of its only item type."""
+    """Arguments of ``add_argument`` for a field. A tuple takes one or more values of its item type."""
     is_tuple = isinstance(field.default, tuple)
     kind = typing.get_args(field.type)[0] if is_tuple else type(field.default)
     found: dict[str, Any] = {"type": KINDS.get(kind, kind)}
@@ -88,15 +91,15 @@ def _help(field: dataclasses.Field) -> str:
     if default in ("", ()):
         return f"{text} (default: {empty})"
     if isinstance(default, bool):
-        said = "on" if default else "off"
+        value = "on" if default else "off"
     elif isinstance(default, int | float):
-        said = f"{default:,.0f}" if default >= 1e5 else f"{default:g}"
+        value = f"{default:,.0f}" if default >= 1e5 else f"{default:g}"
     else:
-        said = str(default)
-    return f"{text} (default: {said}{empty and ', ' + empty})"
+        value = str(default)
+    return f"{text} (default: {value}{empty and ', ' + empty})"
 
 
 def from_flags(config: type, args: argparse.Namespace) -> Any:
-    """The dataclass that the parsed flags describe; ValueError as its own checks."""
+    """Build the dataclass ``config`` from parsed flags. Raises the ValueErrors of its checks."""
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(config)}
     return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

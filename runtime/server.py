@@ -1,7 +1,7 @@
-"""Serving: the leader's loop between the front end's process and the engine.
+"""The leader's serving loop, between the front end's process and the engine.
 
-Between two steps it takes what the front end sent; while nothing is to be done it sleeps on the link and now and
-then tells the other ranks and the front end that it lives. It knows no client and no text.
+Between two steps it handles the front end's messages. While there is no work it sleeps on the link and sends heartbeats
+to the other ranks and the front end. It knows no client and no text.
 """
 
 import logging
@@ -9,6 +9,7 @@ import signal
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,15 +24,15 @@ from euryale.scheduler.step_result import RequestOutput
 
 logger = logging.getLogger("euryale.server")
 
-SIGN_OF_LIFE = 0.5  # seconds between messages to the front end
-SLEEP_MS = 200  # how long a signal may go unnoticed
+STATS_INTERVAL = 0.5  # seconds between counters sent to the front end, which serve as heartbeats
+SLEEP_MS = 200  # longest sleep in milliseconds, and so the longest delay of a signal
 
 
 class Server:
-    """Serves one engine until it is drained or its front end is gone. For the leader only."""
+    """Serves one engine until it is drained; LinkLost if the front end dies. For the leader only."""
 
     def __init__(self, engine: Engine, front_end: FrontEndProcess, name: str) -> None:
-        """``name``: what clients call the model (default: the directory's name)."""
+        """``name``: the model's name for clients; empty: the name of its directory."""
         self.engine = engine
         self.scheduler = engine.scheduler
         self.name = name or Path(engine.config.model).resolve().name
@@ -39,13 +40,13 @@ class Server:
         self.stats = EngineStats(engine.scheduler)
         self.is_draining = self.is_done = False
         self._stop_asked = False
-        self._last_sign = 0.0
+        self._last_stats = 0.0
         self._outputs: list[RequestOutput] = []  # of the last step, not yet delivered
-        self._postponed: deque = deque()
-        self._is_told = False  # the front end has the counters of all steps
+        self._postponed: deque[Any] = deque()  # messages to handle after the step
+        self._are_stats_sent = False  # the front end has the counters of all steps
 
     def run(self) -> None:
-        """Introduce the engine to the front end, print the ready line, serve."""
+        """Send the front end a Welcome, print the ready line and serve."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "_stop_asked", True))
         self.link.send(messages.Welcome(info=self._info()))
@@ -55,7 +56,7 @@ class Server:
             self._turn()
 
     def _turn(self) -> None:
-        """Run a step or rest, with an exchange of messages."""
+        """Run a step, or sleep if there is no work, and exchange messages."""
         if self._stop_asked and not self.is_draining:
             self.is_draining = True
             logger.info("draining: running requests may finish, new ones are refused")
@@ -64,28 +65,30 @@ class Server:
             step = self.engine.step(self._exchange)
             self._outputs = step.outputs
             self.stats.count_step(step)
-            self._is_told = False
+            self._are_stats_sent = False
         else:
             self._deliver()
-            if not self._is_told:  # clients that wait for their answers' end see it counted
-                self._tell()
+            if not self._are_stats_sent:  # so that a client whose answer ended finds it counted
+                self._send_stats()
             self._exchange(SLEEP_MS)
             self.engine.keep_alive()
         if self._postponed:
             self._deliver()  # a cancelled request's tokens come before its end
         while self._postponed and not self.is_done:
             self._handle(self._postponed.popleft())
-        if time.monotonic() - self._last_sign > SIGN_OF_LIFE and not self.is_done:
-            self._tell()
+        if time.monotonic() - self._last_stats > STATS_INTERVAL and not self.is_done:
+            self._send_stats()
 
-    def _tell(self) -> None:
-        """Send the counters, which also is a sign of life."""
+    def _send_stats(self) -> None:
+        """Send the counters, which also serve as a heartbeat."""
         self.link.send(messages.Stats(values=self.stats.values()))
-        self._last_sign, self._is_told = time.monotonic(), True
+        self._last_stats, self._are_stats_sent = time.monotonic(), True
 
     def _exchange(self, wait_ms: int = 0) -> None:
-        """Deliver the last step's outputs and take what arrived. A step may be under way: new requests are queued, all
-        else is left for after it."""
+        """Deliver the last step's outputs and receive messages.
+
+        A step may be running: new requests are queued, and all other messages are postponed until it ends.
+        """
         self._deliver()
         for message in self.link.receive(wait_ms):
             if isinstance(message, messages.AddRequest):
@@ -102,7 +105,7 @@ class Server:
 
     def _add(self, message: messages.AddRequest) -> None:
         prompt = np.frombuffer(message.prompt, dtype="<i4")
-        hashes: list[bytes] = []  # the same for all samples
+        hashes: list[bytes] = []  # of the prompt's pages, equal for all samples
         for key, index, params in message.samples():
             request = Request(key=key, prompt=prompt, params=params, sample_index=index, page_hashes=list(hashes))
             try:
@@ -111,7 +114,7 @@ class Server:
             except ValueError as error:
                 self.link.send(messages.Rejected(key=key, code="invalid_request", message=str(error)))
 
-    def _handle(self, message) -> None:
+    def _handle(self, message: Any) -> None:
         if isinstance(message, messages.CancelRequest):
             request = self.scheduler.cancel(message.key)
             if request is not None:
@@ -122,7 +125,8 @@ class Server:
             self.link.send(messages.Drained())
             self.is_done = True
 
-    def _info(self) -> dict:
+    def _info(self) -> dict[str, Any]:
+        """The ``info`` of a Welcome."""
         loaded, limits = self.engine.loaded, self.scheduler.limits
         heads = loaded.runner.heads
         return {

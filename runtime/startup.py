@@ -1,5 +1,7 @@
-"""From an EngineConfig to a rank's step runner and the leader's scheduler, with every check that a bad checkpoint
-should meet before a request does."""
+"""Builds a rank's step runner and the leader's scheduler from an EngineConfig.
+
+All checks of flags, checkpoint and memory happen here, before the first request.
+"""
 
 import contextlib
 import dataclasses
@@ -41,15 +43,17 @@ from euryale.scheduler.step_plan import Segment
 
 logger = logging.getLogger("euryale.loading")
 
-_USUAL_LENGTH = 2048  # tokens of a request that the table of n-grams has room for
-GRAPH_MEMORY = 4 << 20  # bytes of a recorded decoder's buffers; what needs more has work enough to hide its calls
+_USUAL_LENGTH = 2048  # tokens per request for which the n-gram table is sized
+GRAPH_MEMORY = 4 << 20  # bytes of a recorded step's buffers; in larger steps the calls cost little beside the kernels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """All that an engine needs of a model. ``trees`` None: no speculation. For dynamic trees, else None: ``text``, what
-    calibration text says follows what, and ``acceptance_stats``, what calibration learned of guesses; of a heads'
-    directory without, an empty table and None."""
+    """A loaded model. ``trees``: None without speculation. ``fingerprint``: see ``_fingerprint``.
+
+    Dynamic trees also have ``text``, the n-grams of calibration text (empty if there are none), and
+    ``acceptance_stats``, the acceptance probabilities that calibration measured (None if there are none).
+    """
 
     runner: StepRunner
     limits: SchedulerLimits
@@ -60,50 +64,66 @@ class Loaded:
     fingerprint: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What a rank loads before it reserves memory for the KV cache. ``longest``: maximum tokens of one request."""
+
+    decoder: Decoder
+    heads: MedusaHeads | None
+    trees: TreeChoice | None
+    model: ModelConfig
+    layout: Layout
+    fingerprint: str
+    text: NgramTable | None
+    acceptance_stats: AcceptanceStats | None
+    end_ids: frozenset[int]
+    longest: int
+
+
 def load(config: EngineConfig, group: Group) -> Loaded:
-    """Load this rank's share. Raises ValueError on every rank if any rank cannot (see ``Group.agree``)."""
+    """Load this rank's part of the model. Raises ValueError on every rank if any rank fails (see ``Group.agree``)."""
     parts, error = None, None
     try:
         with _enough_memory("--max-num-batched-tokens, use more ranks, or a smaller model"):
             parts = _load_parts(config, group)
     except ValueError as problem:
         error = str(problem)
-    except Exception as problem:  # a fault of ours or of the machine: the others must hear of it all the same
+    except Exception as problem:  # a bug or a fault of the machine: the other ranks must end too
         logger.exception("loading failed")
         error = repr(problem)
     group.agree(error)
-    decoder, heads, tree, model, layout, marks, known, end_ids, longest = parts
-    group.agree_on(_flags_to_share(config) | {"--tree": tree, "what the files of --model and --medusa hold": marks})
-    num_pages = count_pages(config, model, layout.num_kv_heads, longest, group)
-    rows = config.max_num_batched_tokens
+    assert parts is not None, "agree raises after an error"
+    model, trees, rows = parts.model, parts.trees, config.max_num_batched_tokens
+    files = {"--tree": trees, "what the files of --model and --medusa hold": parts.fingerprint}
+    group.agree_on(_flags_to_compare(config) | files)
+    num_pages = count_pages(config, model, parts.layout.num_kv_heads, parts.longest, group)
     with group.agreed(), _enough_memory("--max-num-batched-tokens, --kv-cache-memory or --max-num-seqs"):
-        cache = KVCache(model, layout, num_pages, config.page_size, rows)
+        cache = KVCache(model, parts.layout, num_pages, config.page_size, rows)
     limits = SchedulerLimits(
-        max_model_len=min(longest, num_pages * config.page_size),
+        max_model_len=min(parts.longest, num_pages * config.page_size),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         vocab_size=model.vocab_size,
         num_pages=num_pages,
         page_size=config.page_size,
-        end_ids=end_ids,
+        end_ids=parts.end_ids,
     )
     graphs = None if config.eager else make_graphs(cache, model, rows, group)
-    runner = StepRunner(decoder, heads if tree else None, cache, tree.num_candidates if tree else 0, graphs)
-    text, acceptance_stats = known
+    heads, num_candidates = (parts.heads, trees.num_candidates) if trees else (None, 0)
     return Loaded(
-        runner=runner,
+        runner=StepRunner(parts.decoder, heads, cache, num_candidates, graphs),
         limits=limits,
-        trees=tree,
-        text=text,
-        acceptance_stats=acceptance_stats,
+        trees=trees,
+        text=parts.text,
+        acceptance_stats=parts.acceptance_stats,
         model=model,
-        fingerprint=marks,
+        fingerprint=parts.fingerprint,
     )
 
 
 @contextlib.contextmanager
 def _enough_memory(lower: str) -> Iterator[None]:
-    """Turn the errors of memory that cannot be had into a ValueError that says what to ``lower``."""
+    """Turn out-of-memory errors into a ValueError that names what to ``lower``."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # PyTorch's are RuntimeErrors
@@ -112,16 +132,16 @@ def _enough_memory(lower: str) -> Iterator[None]:
         raise
 
 
-def _flags_to_share(config: EngineConfig) -> dict[str, object]:
-    """The flags that must be the same on all nodes: not paths, which may differ, as long as the files do not."""
+def _flags_to_compare(config: EngineConfig) -> dict[str, object]:
+    """Flags that must be equal on all nodes. Paths are left out: they may differ as long as the files do not."""
     values = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(config).items()}
     return {name: value for name, value in values.items() if name not in ("--model", "--medusa", "--tree", "--trace")}
 
 
-def _load_parts(config: EngineConfig, group: Group):
+def _load_parts(config: EngineConfig, group: Group) -> _Parts:
     model = load_model_config(config.model, config.dtype)
     end_ids = generation_config.end_ids(config.model, model)
-    generation_config.default_params(config.model)
+    generation_config.default_params(config.model)  # for its checks
     layout = Layout(group, model.num_heads, model.num_kv_heads, model.head_dim)
     longest = longest_request(config, model, layout.num_kv_heads, group)
     rope.check(model, longest)
@@ -132,23 +152,42 @@ def _load_parts(config: EngineConfig, group: Group):
         tensors = medusa_checkpoint.load_heads(config.medusa, checkpoint, model.hidden_size, model.vocab_size)
     else:
         checkpoint.used |= {n for n in checkpoint.names if n.startswith(medusa_checkpoint.MERGED_PREFIX)}
+<<<<<<< HEAD
     tree = _tree_config(config, tensors.num_heads if tensors else 0, model.vocab_size)
+=======
+    num_heads = tensors.num_heads if tensors else 0
+    trees = _choose_trees(config, num_heads, model.vocab_size)
+>>>>>>> eng-runtime
     weights = Weights(checkpoint, layout, SHARDING, model.dtype, config.quantization)
-    # Draft rows of a request that is nearly done lie beyond its last token, never beyond the tree's depth; padding
-    # begins at 0 and has no more rows than a step.
-    decoder = Decoder(model, weights, max(longest + (tree.depth if tree else 0), config.max_num_batched_tokens))
+    # Positions of draft tokens exceed the longest request by at most the tree's depth. Positions of padding start at 0
+    # and stay below the number of rows of a step.
+    decoder = Decoder(model, weights, max(longest + (trees.depth if trees else 0), config.max_num_batched_tokens))
     checkpoint.refuse_unused(("rotary_emb.inv_freq", *(("lm_head.weight",) if model.tied else ())))
     heads = None
     if tensors:
         heads = MedusaHeads(tensors, weights, decoder.lm_head, decoder.shard)
-    known = _calibration(config, tensors.num_heads, model.vocab_size) if tree and tree.shape is None else (None, None)
-    marks = _fingerprint(config, checkpoint, model, tree)
-    return decoder, heads, tree, model, layout, marks, known, end_ids, longest
+    text, acceptance_stats = None, None
+    if trees and trees.shape is None:
+        text, acceptance_stats = _calibration(config, num_heads, model.vocab_size)
+    return _Parts(
+        decoder=decoder,
+        heads=heads,
+        trees=trees,
+        model=model,
+        layout=layout,
+        fingerprint=_fingerprint(config, checkpoint, model, trees),
+        text=text,
+        acceptance_stats=acceptance_stats,
+        end_ids=end_ids,
+        longest=longest,
+    )
 
 
 def make_graphs(cache: KVCache, config: ModelConfig, engine_rows: int, group: Group) -> StepGraphs | None:
-    """Recordings of steps; None where the collectives cannot be recorded. On a CPU for so many rows as fit
-    GRAPH_MEMORY, on a GPU for ``engine_rows``, the rows of any step."""
+    """Create the store of recorded steps; None if the group's collectives cannot be recorded.
+
+    On a CPU only steps whose buffers fit GRAPH_MEMORY are recorded. On a GPU steps of up to ``engine_rows`` rows are.
+    """
     if not group.can_record:
         return None
     widths = config.num_heads * config.head_dim * 3 + config.intermediate_size * 3
@@ -164,8 +203,14 @@ def _tree_config(config: EngineConfig, num_heads: int, vocab_size: int) -> TreeC
         return None
     trees = parse_tree_option(config.tree, medusa_checkpoint.tree_beside(config.medusa, config.model), num_heads)
     if trees.shape and trees.num_candidates > vocab_size:
+<<<<<<< HEAD
         raise ValueError(f"the tree asks for rank {trees.num_candidates - 1} of a vocabulary of {vocab_size}")
     if trees.num_draft_tokens + 1 > config.max_num_batched_tokens:
+=======
+        rank = trees.num_candidates - 1
+        raise ValueError(f"the tree asks for rank {rank} of a vocabulary of {vocab_size}: lower its ranks")
+    if trees.most_nodes + 1 > config.max_num_batched_tokens:
+>>>>>>> eng-runtime
         raise ValueError(
             f"the tree has {trees.num_draft_tokens + 1} nodes and a step {config.max_num_batched_tokens} rows: "
             "raise --max-num-batched-tokens or give a smaller tree"
@@ -176,7 +221,7 @@ def _tree_config(config: EngineConfig, num_heads: int, vocab_size: int) -> TreeC
 def _calibration(
     config: EngineConfig, num_heads: int, vocab_size: int
 ) -> tuple[NgramTable | None, AcceptanceStats | None]:
-    """What calibration left beside the heads for dynamic trees, as far as there is anything."""
+    """Read what calibration stored beside the heads for dynamic trees: n-grams and acceptance probabilities."""
     directory = Path(config.medusa or config.model)
     bits = NgramTable.bits_for(config.max_num_seqs * _USUAL_LENGTH)
     text = NgramTable(live_bits=bits)
@@ -187,25 +232,30 @@ def _calibration(
         return text, None
     content = json_file.read_object(path, remedy)
     json_file.check(path, content, {"acceptance_stats": either(NULL, MAP)}, remedy=remedy)
+    if not content.get("acceptance_stats"):
+        return text, None
     try:
-        return text, AcceptanceStats.from_json(content["acceptance_stats"], num_heads) if content.get(
-            "acceptance_stats"
-        ) else None
+        return text, AcceptanceStats.from_json(content["acceptance_stats"], num_heads)
     except ValueError as error:
         raise ValueError(f"{path}: {error}: {remedy}") from error
 
 
+<<<<<<< HEAD
 def _fingerprint(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, tree: TreeConfig | None) -> str:
     """Names all that answers depend on: weights, heads, tree, tokenizer and settings files, dtype, quantization."""
+=======
+def _fingerprint(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, trees: TreeChoice | None) -> str:
+    """Hash everything that answers depend on: weights, heads, trees, tokenizer, settings, dtype and quantization."""
+>>>>>>> eng-runtime
     small = [p for p in sorted(Path(config.model).iterdir()) if p.suffix in (".json", ".jinja", ".model")]
     heads = sorted(Path(config.medusa).glob("medusa_lm_head.*")) if config.medusa else []
-    return fingerprint([*small, *checkpoint.files(), *heads], f"{model.dtype} {config.quantization} {tree}")
+    return fingerprint([*small, *checkpoint.files(), *heads], f"{model.dtype} {config.quantization} {trees}")
 
 
 def make_scheduler(
     config: EngineConfig, loaded: Loaded, group: Group, run: Callable[[list[Segment]], None]
 ) -> Scheduler:
-    """``run`` runs a step of made-up requests on all ranks, to see what steps cost."""
+    """Create the leader's scheduler. ``run`` runs a step of such segments on all ranks, to profile step times."""
     trees, costs = loaded.trees, None
     if config.max_itl or (trees and not trees.num_draft_tokens):
         costs = StepCosts(_profile(config, loaded, group, run))
@@ -225,10 +275,21 @@ def _make_drafter(config: EngineConfig, loaded: Loaded, costs: StepCosts | None)
         return None
     if trees.shape:
         return StaticDrafter(trees.shape)
+    heads, budget = loaded.runner.heads, None
+    assert heads is not None, "trees need heads"
+    if not trees.nodes:
+        assert costs is not None, "a budget of draft tokens needs step costs"
+        budget = DraftBudget(costs, loaded.limits.max_num_batched_tokens)
     return DynamicDrafter(
+<<<<<<< HEAD
         loaded.runner.heads.num_heads,
         trees.dynamic_size or config.max_tree_nodes,
         None if trees.dynamic_size else DraftBudget(costs, loaded.limits.max_num_batched_tokens),
+=======
+        heads.num_heads,
+        trees.nodes or config.max_tree_nodes,
+        budget,
+>>>>>>> eng-runtime
         loaded.text,
         loaded.acceptance_stats,
         Sources(text=config.draft_from_text, traffic=config.draft_from_traffic, context=config.draft_from_context),
@@ -237,7 +298,7 @@ def _make_drafter(config: EngineConfig, loaded: Loaded, costs: StepCosts | None)
 
 
 def _profile(config: EngineConfig, loaded: Loaded, group: Group, run: Callable[[list[Segment]], None]) -> Profile:
-    """What steps cost, from an earlier start or measured now."""
+    """Return the profile of step times: the stored one, or one measured now."""
     graphs, num_heads = loaded.runner.graphs, loaded.runner.heads.num_heads if loaded.runner.heads else 0
 
     def measure() -> Profile:

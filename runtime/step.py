@@ -1,5 +1,7 @@
-"""One step on one rank: run the plan's rows, accept, commit, guess again. A transaction: until ``commit`` the
-cache is as it was, so a step that fails leaves nothing behind.
+"""One step on one rank: compute the plan's rows, accept draft tokens, commit, run the Medusa heads.
+
+A step is a transaction: the cache does not change before ``commit``, so a failed step leaves no trace. Legend: R rows,
+N decided rows, B segments, W segments that want head candidates, D hidden, V local vocabulary, K heads.
 """
 
 import zlib
@@ -25,29 +27,38 @@ from euryale.scheduler.step_result import HeadCandidates, SegmentResult
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step found, on the device: ``next_tokens`` int32 [N] after the decided rows, ``last`` int32 [B], the row
-    where each segment's walk ended, ``candidates`` int32 [2, K, W, k] after it (see ``MedusaHeads``), or None. Nothing
-    but ``logprobs``, if no segment samples."""
+    """Results of a step, on the device.
+
+    ``next_tokens`` int32 [N]: the next token of each decided row. ``last_rows`` int32 [B]: each segment's last accepted
+    row. ``candidates`` int32 [2, K, W, k]: head candidates after these rows, packed as in ``MedusaHeads.candidates``.
+    Only ``logprobs`` is set if no segment emits tokens.
+    """
 
     next_tokens: torch.Tensor | None = None
     last_rows: torch.Tensor | None = None
     candidates: torch.Tensor | None = None
     logprobs: StepLogprobs | None = None
 
-    def to_host(self) -> list[np.ndarray]:
-        """The three as arrays, in one copy; waits for the device."""
+    def to_host(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Copy ``next_tokens``, ``last_rows`` and ``candidates`` to the host in one transfer, which waits for it."""
         tensors = [t for t in (self.next_tokens, self.last_rows, self.candidates) if t is not None]
-        if self.last_rows.device.type != "cpu":
+        if tensors[0].device.type != "cpu":
             whole = torch.cat([t.flatten() for t in tensors]).cpu()
             parts = whole.split([t.numel() for t in tensors])
             tensors = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
-        return [t.numpy() for t in tensors] + [None] * (3 - len(tensors))
+        next_tokens, last_rows, *candidates = (t.numpy() for t in tensors)
+        return next_tokens, last_rows, candidates[0] if candidates else None
+
+
+StartedStep = tuple[StepBatch, Outcome | None]  # None: the step has no results
 
 
 @dataclass
 class StepRunner:
-    """A rank's model, heads and cache. ``num_candidates``: how many guesses per head the tree can use. ``digest``
-    sums up every token this rank has accepted; ranks whose digests differ have diverged."""
+    """A rank's model, heads and cache. ``num_candidates``: head candidates per head that trees use.
+
+    ``digest``: checksum of all tokens this rank has emitted; ranks whose digests differ have diverged.
+    """
 
     decoder: Decoder
     heads: MedusaHeads | None
@@ -57,15 +68,17 @@ class StepRunner:
     digest: int = 0
 
     @torch.inference_mode()
-    def start(self, plan: StepPlan) -> tuple[StepBatch, Outcome | None] | None:
-        """Have the device execute the plan; on a GPU it may still be at it when this returns. ``finish`` the step
-        before the next is started."""
+    def start(self, plan: StepPlan) -> StartedStep | None:
+        """Start the plan on the device; None if it has no segments.
+
+        A GPU may still be computing when this returns. Call ``finish`` before the next ``start``.
+        """
         if not plan.segments:
             return None
         with one_for_torch() if backend.is_compiled(self.decoder.shard.group.device) else nullcontext():
             return self._start(plan)
 
-    def _start(self, plan: StepPlan) -> tuple[StepBatch, Outcome | None]:
+    def _start(self, plan: StepPlan) -> StartedStep:
         step = self.graphs.prepare(plan) if self.graphs else None
         if step is None:
             batch = StepBatch.of(plan, self.cache.page_size, self.decoder.shard.group.device)
@@ -76,37 +89,41 @@ class StepRunner:
         (hidden_RD,) = step.run(lambda batch: (self._hidden_states(batch),))
         return step.batch, self._conclude(step.batch, hidden_RD)
 
-    def finish(self, started: tuple[StepBatch, Outcome | None] | None) -> list[SegmentResult]:
-        """One result per segment that has one, in the plan's order, the same on every rank."""
-        if started is None or started[1] is None:
+    def finish(self, started: StartedStep | None) -> list[SegmentResult]:
+        """Wait for a started step and return its results, the same on every rank.
+
+        There is one per segment with ``has_result``, in the plan's order.
+        """
+        if started is None:
+            return []
+        batch, outcome = started
+        if outcome is None:
             return []
         self.decoder.shard.group.wait_for_device()
-        batch, outcome = started
         results = self._results(batch, outcome) if batch.host.emitting else []
         return outcome.logprobs.add_to(batch, results) if outcome.logprobs else results
 
     def run(self, plan: StepPlan) -> list[SegmentResult]:
-        """Execute the plan and wait for its results."""
+        """Run the plan and return its results."""
         return self.finish(self.start(plan))
 
     def _hidden_states(self, batch: StepBatch) -> torch.Tensor:
         return self.decoder.transform(self.decoder.embed_tokens(batch.tokens), self.cache, batch.metadata)
 
-    def _decode(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """A whole decoding step, without a look at what it finds."""
+    def _decode(self, batch: StepBatch) -> tuple[torch.Tensor | None, ...]:
+        """Run a whole decoding step without reading its results, so that it can be recorded."""
         outcome = self._conclude(batch, self._hidden_states(batch))
+        assert outcome is not None, "decoding steps emit tokens"
         return outcome.next_tokens, outcome.last_rows, outcome.candidates
 
     def _conclude(self, batch: StepBatch, hidden_RD: torch.Tensor) -> Outcome | None:
-        """What follows the last layer; None if nothing is asked for but its K/V."""
+        """Run what follows the last layer; None if the plan asks for no results."""
         if not batch.host.emitting:
             self.cache.commit(batch.metadata.slots)
-            logprobs = (
-                StepLogprobs.prepare(self.decoder, hidden_RD, None, batch)
-                if batch.host.kind.has_logits_inputs
-                else None
-            )
-            return logprobs and Outcome(logprobs=logprobs)
+            logprobs = None
+            if batch.host.kind.has_logits_inputs:
+                logprobs = StepLogprobs.prepare(self.decoder, hidden_RD, None, batch)
+            return Outcome(logprobs=logprobs) if logprobs else None
         decided_ND = hidden_RD if batch.decided is None else hidden_RD[batch.decided]
         logits_NV, logprobs = self.decoder.logits(decided_ND), None
         if batch.host.kind.has_logits_inputs:
@@ -121,28 +138,24 @@ class StepRunner:
         return Outcome(accepted.next_tokens, accepted.last_rows, candidates, logprobs)
 
     def _results(self, batch: StepBatch, outcome: Outcome) -> list[SegmentResult]:
-        next_tokens, last, candidates = outcome.to_host()
-        tokens, parents, starts = (
-            batch.host.arrays["tokens"],
-            batch.host.arrays["parent_rows"],
-            batch.metadata.row_starts,
-        )
+        """Results of the segments that emit tokens; updates the digest."""
+        next_tokens, last_rows, candidates = outcome.to_host()
+        tokens, parents = batch.host.arrays["tokens"], batch.host.arrays["parent_rows"]
         results, place = [], 0
         for i in batch.host.emitting:
-            segment, row, path = batch.host.segments[i], int(last[i]), []
+            segment, row, path = batch.host.segments[i], int(last_rows[i]), []
             bonus = next_tokens[row if batch.host.decided_at is None else batch.host.decided_at[row]]
             while parents[row] >= 0:
                 path.append(row)
                 row = int(parents[row])
             path.reverse()
             emitted = [*tokens[path].tolist(), int(bonus)]
-            root, guesses = starts[i] + segment.num_new_tokens - 1, None
+            root, head_candidates = batch.metadata.row_starts[i] + segment.num_new_tokens - 1, None
             if candidates is not None and segment.wants_head_candidates:
-                mine = candidates[:, :, i if batch.wanted is None else place].copy()  # its place is written over
-                guesses = HeadCandidates(ids=mine[1], logits=mine[0].view(np.float32))
+                mine = candidates[:, :, i if batch.wanted is None else place].copy()  # the next step overwrites them
+                head_candidates = HeadCandidates(ids=mine[1], logits=mine[0].view(np.float32))
                 place += 1
-            results.append(
-                SegmentResult(tokens=emitted, accepted_nodes=[r - root for r in path], head_candidates=guesses)
-            )
+            nodes = [accepted - root for accepted in path]
+            results.append(SegmentResult(tokens=emitted, accepted_nodes=nodes, head_candidates=head_candidates))
             self.digest = zlib.crc32(np.asarray(emitted, dtype=np.int32).tobytes(), self.digest)
         return results

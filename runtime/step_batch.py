@@ -1,8 +1,9 @@
-"""A step plan as tensors: what the model, the sampler and the commit read.
+"""Turns a step plan into the tensors that the model, the sampler and the commit read.
 
-``StepArrays.of`` derives everything from a plan in one pass, on the host. A ``StepBatch`` adds the tensors that hold
-these arrays on the device; it is frozen. ``StepMemory`` holds one shape of step after the other in the same tensors,
-for steps that are recorded. Legend: R rows, N decided rows, B segments, W segments that want head candidates.
+``StepArrays.of`` derives all arrays from a plan in one pass, on the host. A frozen ``StepBatch`` adds the tensors that
+hold these arrays on the device. ``StepMemory`` keeps the tensors of recorded steps, which later steps refill.
+
+Legend: R rows, N decided rows, B segments, W segments that want head candidates.
 """
 
 from dataclasses import dataclass, replace
@@ -22,10 +23,13 @@ _GREEDY = SamplingParams()
 
 @dataclass(frozen=True)
 class StepKind:
-    """What a plan asks for. ``is_decode``: every segment emits tokens and has one new token, so that every row is
-    decided. ``is_sampled``: some request draws; ``is_filtered``: one that draws leaves out some tokens or accepts by
-    the typical rule; ``has_logits_inputs``: some request changes logits or wants log-probabilities.
-    ``wants_head_candidates``: some request speculates on."""
+    """Features that a plan needs.
+
+    ``is_decode``: every segment emits tokens and has one new token, so every row is decided. ``is_sampled``: some
+    request has a temperature above 0. ``is_filtered``: one of these uses top-k, top-p, min-p or typical acceptance.
+    ``has_logits_inputs``: some request changes logits or wants log-probabilities. ``wants_head_candidates``: some
+    request continues to speculate.
+    """
 
     is_decode: bool
     is_sampled: bool
@@ -35,7 +39,7 @@ class StepKind:
 
     @property
     def is_plain(self) -> bool:
-        """Whether no request wants more than exact acceptance without filters, of the logits as they are."""
+        """Whether all requests use exact acceptance, no filters and unchanged logits."""
         return not self.is_filtered and not self.has_logits_inputs
 
     @classmethod
@@ -52,17 +56,22 @@ class StepKind:
 
 
 def padding(sizes: tuple[int, int], padded: tuple[int, int]) -> list[int]:
-    """Return the rows of each request that fills a step of so many rows and requests up: the last takes what is
-    left."""
+    """Return the rows of each padding request. The last one takes the remaining rows.
+
+    ``sizes``: rows and requests of a step; ``padded``: the same with padding.
+    """
     rows, requests = (wanted - have for wanted, have in zip(padded, sizes, strict=True))
     return [1] * (requests - 1) + [rows - (requests - 1)] if requests else []
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepArrays:
-    """A plan on the host. ``shapes``: of the segments, padding behind them; ``arrays``: what becomes tensors, by name;
-    ``emitting``: the segments that emit tokens; ``decided_at`` int64 [R]: a row's place among the decided rows, -1 for
-    others, None if all rows are decided."""
+    """A plan on the host.
+
+    ``shapes``: shapes of the segments, then of the padding. ``arrays``: contents of the tensors by name.
+    ``emitting``: indices of the segments that emit tokens. ``decided_at`` int64 [R]: each row's index among the decided
+    rows, -1 for others; None if all rows are decided.
+    """
 
     kind: StepKind
     segments: list[Segment]
@@ -73,7 +82,7 @@ class StepArrays:
 
     @classmethod
     def of(cls, plan: StepPlan, page_size: int, padded: tuple[int, int] | None = None) -> "StepArrays":
-        """Derive everything from ``plan``; ``padded``: rows and segments with padding."""
+        """Derive all arrays from ``plan``. ``padded``: rows and segments including padding, None for no padding."""
         kind, segments = StepKind.of(plan), plan.segments
         counts = padding((plan.num_rows, len(segments)), padded) if padded is not None else []
         shapes = [
@@ -93,7 +102,7 @@ class StepArrays:
         return cls(kind=kind, segments=segments, shapes=shapes, arrays=arrays, emitting=emitting, decided_at=decided_at)
 
     def decided_rows(self, segment: int) -> slice:
-        """Return where the tree of a segment that emits tokens, root first, lies among the decided rows."""
+        """Return the decided rows of a segment that emits tokens: its tree, root first."""
         start, stop = self.arrays["starts"][segment : segment + 2].tolist()
         start += self.segments[segment].num_new_tokens - 1
         first = start if self.decided_at is None else int(self.decided_at[start])
@@ -101,7 +110,7 @@ class StepArrays:
 
 
 def _decided(segments: list[Segment], arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return which rows' next tokens are needed, where each row lies among them, and which segments want heads."""
+    """Return the arrays ``decided``, ``decided_at`` and ``wanted`` of a StepBatch."""
     of_row = arrays["segment_of_row"]
     roots = arrays["starts"][:-1] + arrays["num_new_tokens"] - 1
     emits = np.asarray([s.emits_tokens for s in segments])
@@ -117,7 +126,8 @@ def _sampling_rows(
     segments: list[Segment], emitting: list[int], arrays: dict[str, np.ndarray], is_padded: bool
 ) -> list[tuple[SamplingParams, int, int]]:
     """Return parameters, sample index and output index of every decided row; padding is greedy."""
-    rows, starts, depths = [], arrays["starts"], arrays["depths"]
+    rows: list[tuple[SamplingParams, int, int]] = []
+    starts, depths = arrays["starts"], arrays["depths"]
     for i in emitting:
         segment = segments[i]
         for row in range(starts[i] + segment.num_new_tokens - 1, starts[i + 1]):
@@ -127,13 +137,13 @@ def _sampling_rows(
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """A step on the device, and as the ``host`` knows it.
+    """A step on the device and on the ``host``.
 
-    ``tokens`` int32 [R]; ``decided`` int64 [N], the rows whose next token is needed (roots and draft tokens of the
-    segments that emit tokens), None if these are all rows; ``decided_at`` int64 [R], a row's place among them, -1 for
-    others; ``wanted`` int64 [W], the segments that want head candidates, None if these are all; ``rules``: the decided
-    rows' parameters, None if no request draws. Padding, rows and segments that nobody reads, lies behind the plan's
-    own.
+    ``tokens`` int32 [R]. ``decided`` int64 [N]: rows whose next token is needed, which are the roots and draft tokens
+    of the segments that emit tokens; None if these are all rows. ``decided_at`` int64 [R]: each row's index among the
+    decided rows, -1 for others; None like ``decided``. ``wanted`` int64 [W]: segments that want head candidates; None
+    if all do. ``rules``: sampling parameters of the decided rows; None if all requests are greedy. Rows and segments of
+    padding follow those of the plan.
     """
 
     host: StepArrays
@@ -146,15 +156,15 @@ class StepBatch:
 
     @classmethod
     def of(cls, plan: StepPlan, page_size: int, device: torch.device) -> "StepBatch":
-        """Return a plan's batch in memory of its own."""
+        """Return the batch of a plan in newly allocated memory."""
         return StepMemory(StepArrays.of(plan, page_size), page_size, device).batch
 
 
 class StepMemory:
-    """The tensors of steps of one kind and of as many rows and segments, one step after the other."""
+    """Tensors for consecutive steps of one kind with the same numbers of rows and segments."""
 
     def __init__(self, host: StepArrays, page_size: int, device: torch.device, num_pages: int = 0) -> None:
-        """Holds ``host``'s arrays. ``num_pages``: room for so many page ids, for memory that is filled again."""
+        """Allocate tensors for ``host``. ``num_pages``: room for page ids in later steps, 0 if never refilled."""
         self._tables = Tables(host.arrays, device, {"pages": num_pages} if num_pages else None)
         tensors = self._tables.tensors
         metadata = StepMetadata.of(host.shapes, page_size, host.arrays, tensors, is_refilled=num_pages > 0)
@@ -173,8 +183,10 @@ class StepMemory:
         )
 
     def fill(self, host: StepArrays) -> StepBatch | None:
-        """Return the batch of another step in the same memory, after which the one before must not be used any more;
-        None if the step does not fit."""
+        """Refill the tensors with another step and return its batch; None if it does not fit.
+
+        The previous batch becomes invalid in both cases.
+        """
         self._tables.fill(host.arrays)
         if not self.batch.metadata.refill(host.shapes, host.arrays):
             return None

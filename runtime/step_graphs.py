@@ -1,7 +1,7 @@
-"""Which steps are replayed instead of being called kernel by kernel, and the batches they read.
+"""Decides which steps are recorded and replayed instead of launching each kernel from Python.
 
-On a CPU a step is recorded for just its number of rows and requests: padding would cost what it saves. On a GPU
-decoding steps are padded to the next bucket, and replay as one CUDA graph from the embedding to the candidates.
+On a CPU a recording serves steps of exactly its numbers of rows and requests, because padding would cost what it saves.
+On a GPU decoding steps are padded to the next bucket. A whole one replays as one CUDA graph.
 """
 
 from bisect import bisect_left
@@ -21,8 +21,10 @@ ROWS = sorted({2**n for n in range(14)} | {3 * 2**n for n in range(2, 13)})
 
 
 def bucket(rows: int, requests: int, most: int) -> tuple[int, int]:
-    """The next sizes that a step is padded to, as it is if these are more than ``most`` rows: padding requests have a
-    row each, so that rows grow with them."""
+    """Return rows and requests after padding to the next bucket; unchanged if that exceeds ``most`` rows.
+
+    Each padding request has at least one row, so padding requests also adds rows.
+    """
     if rows in ROWS and requests in _REQUESTS:
         return rows, requests
     padded = _REQUESTS[bisect_left(_REQUESTS, requests + 1)]
@@ -33,7 +35,7 @@ def bucket(rows: int, requests: int, most: int) -> tuple[int, int]:
 
 
 class RecordedStep:
-    """Steps of one shape: the memory they are written to, and their recording, once there is one."""
+    """Memory and recording of all steps of one shape."""
 
     def __init__(self, memory: StepMemory, group: Group) -> None:
         self.memory, self._group = memory, group
@@ -41,11 +43,11 @@ class RecordedStep:
 
     @property
     def batch(self) -> StepBatch:
-        """The step that was filled in last."""
+        """The batch that was filled in last."""
         return self.memory.batch
 
     def run(self, function: Callable[[StepBatch], tuple]) -> tuple:
-        """Return ``function`` of the batch, recorded or replayed; valid until the next call."""
+        """Return ``function(batch)``: the first call records it, later calls replay it. Valid until the next call."""
         if self.recording is None:
             batch = self.batch
             self.recording = graph.record(lambda: function(batch), self._group.device)
@@ -55,9 +57,11 @@ class RecordedStep:
 
 
 class StepGraphs:
-    """Recordings by the shapes of their steps; the ``max_graphs`` used last are kept. Steps of more than ``max_rows``
-    rows run eagerly: there the kernels' own work outweighs the calls. ``pads``: decoding steps only, padded to buckets,
-    as on a GPU."""
+    """The recorded steps, by shape; the ``max_graphs`` most recently used ones are kept.
+
+    Steps of more than ``max_rows`` rows are not recorded: there the kernels take longer than their launches. ``pads``:
+    record only decoding steps, padded to buckets, as on a GPU.
+    """
 
     def __init__(self, cache: KVCache, group: Group, max_rows: int, pads: bool, max_graphs: int = 32) -> None:
         self._cache, self._group, self._device = cache, group, group.device
@@ -65,7 +69,7 @@ class StepGraphs:
         self._steps: OrderedDict[Hashable, RecordedStep] = OrderedDict()
 
     def prepare(self, plan: StepPlan) -> RecordedStep | None:
-        """Return the recorded step that the plan was filled into; None if such a step is not recorded."""
+        """Fill the plan into the recorded step of its shape and return that; None if such steps are not recorded."""
         room = self._cache.num_pages
         is_large = plan.num_rows > self._max_rows or sum(len(s.pages) for s in plan.segments) > room
         if is_large or not graph.can_record(self._device):
@@ -87,12 +91,12 @@ class StepGraphs:
         return step
 
     def recording(self, plan: StepPlan) -> graph.Recording | graph.CudaGraph | None:
-        """The recording of steps like this one, if there is one."""
+        """The recording that serves steps like this one; None if there is none."""
         step = self._steps.get(self._key(plan, StepKind.of(plan)))
-        return step and step.recording
+        return step.recording if step else None
 
     def _key(self, plan: StepPlan, kind: StepKind) -> tuple:
-        """All that a recording depends on: the padded sizes first."""
+        """Everything that a recording depends on, beginning with the padded sizes."""
         sizes = plan.num_rows, len(plan.segments)
         if not self.pads:
             counts = [(s.num_draft_tokens + 1, s.wants_head_candidates) for s in plan.segments if s.emits_tokens]

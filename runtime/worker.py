@@ -1,7 +1,7 @@
-"""The life of one worker process: tie it to its agent, join the group, prepare, load, lead or follow, leave.
+"""Runs one worker process: tie it to its agent, join the group, prepare, load, lead or follow, exit.
 
 An error that a user can mend ends all ranks. The first rank of every host prints one line that says what to do and
-leaves with exit code 2. The others leave with 0, which keeps them out of torchrun's report.
+exits with code 2. The others exit with 0, which keeps them out of torchrun's report.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import NoReturn, TypeVar
 
 from euryale.parallel.group import join, speaks_for_host
@@ -18,14 +19,14 @@ from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
 
 _PR_SET_PDEATHSIG = 1
-T = TypeVar("T")  # what is prepared before a model is loaded
+T = TypeVar("T")  # result of ``prepare``
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, so that nothing outlives a killed agent."""
+    """Have the kernel kill this process when its parent dies, so that no worker outlives a killed agent."""
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died in between
+    if os.getppid() != parent:  # the parent died before the call
         os._exit(1)
 
 
@@ -34,8 +35,11 @@ def run_worker(
     prepare: Callable[[EngineConfig], contextlib.AbstractContextManager[T]],
     lead: Callable[[Engine, T], None],
 ) -> int:
-    """Run this rank and return its exit code. On the leader ``prepare(config)`` runs before anything is loaded, and
-    ``lead(engine, what it gave)`` afterwards; the other ranks follow. ValueErrors of both end the whole group."""
+    """Run this rank and return its exit code.
+
+    The leader enters ``prepare(config)`` before the model is loaded and calls ``lead(engine, prepared)`` afterwards.
+    The other ranks follow. A ValueError in either ends the whole group.
+    """
     start_worker()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -43,15 +47,12 @@ def run_worker(
         try:
             config = make_config()
             group = join(config.step_timeout, config.device)
-            prepared = None
+            run: Callable[[Engine], None] = _follow
             with group.agreed():
                 if group.is_leader:
-                    prepared = stack.enter_context(prepare(config))
+                    run = partial(_lead, stack.enter_context(prepare(config)), lead)
             engine = Engine(config, group)
-            if group.is_leader:
-                _lead(engine, prepared, lead)
-            else:
-                _follow(engine)
+            run(engine)
         except ValueError as error:
             return refuse(error)
         except KeyboardInterrupt:
@@ -60,8 +61,8 @@ def run_worker(
     return 0
 
 
-def _lead(engine: Engine, prepared: T, lead: Callable[[Engine, T], None]) -> None:
-    """Lead, then release the others; after an error of the group itself there is nobody to release."""
+def _lead(prepared: T, lead: Callable[[Engine, T], None], engine: Engine) -> None:
+    """Lead, then release the other ranks. After an error of the group itself there is no rank left to release."""
     try:
         lead(engine, prepared)
     except (ValueError, KeyboardInterrupt):
@@ -71,20 +72,20 @@ def _lead(engine: Engine, prepared: T, lead: Callable[[Engine, T], None]) -> Non
 
 
 def _follow(engine: Engine) -> None:
-    """Follow, deaf to signals: the leader hears them, finishes what it must and says when to stop."""
+    """Follow and ignore signals: the leader handles them and stops the other ranks."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     engine.follow()
 
 
 def start_worker() -> None:
-    """Tie this process to torchrun's agent if one started it."""
+    """Tie this process to torchrun's agent, if one started it."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
 
 
 def refuse(error: Exception) -> int:
-    """Say on one line what cannot be done, once per host, and return this rank's exit code."""
+    """Print the error on one line, once per host, and return this rank's exit code: 2, or 0 if another rank prints."""
     if not speaks_for_host():
         return 0
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -92,9 +93,11 @@ def refuse(error: Exception) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with ``code`` when all of ours is closed, without the interpreter's teardown: the native threads
-    of the libraries below may abort in it, which would turn a clean stop into an error. (One stop was seen to end in
-    SIGABRT; that teardown was the cause is a guess.)"""
+    """Exit with ``code`` without the interpreter's teardown. Call it when everything is closed.
+
+    Native threads of libraries may abort during teardown, which would turn a clean stop into an error. One stop ended
+    in SIGABRT; that teardown caused it is an assumption.
+    """
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

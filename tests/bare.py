@@ -1,8 +1,8 @@
-"""Importing this module makes a bare checkout importable, and nothing else: some processes of tests need no torch."""
+"""Makes a bare checkout importable when imported. Imports nothing else, as some test processes must not need torch."""
 
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-sys.path.append(str(ROOT / "src"))  # where nothing is installed, this checkout
+sys.path.append(str(ROOT / "src"))  # for a checkout that is not installed

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# What engines keep of their steps' cost: for this run of the tests, so that one model is profiled once.
+# Profiles of step times are stored for this run of the tests only, so that each model is profiled once.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tests-of-euryale-")
 
 import pytest

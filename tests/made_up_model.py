@@ -1,4 +1,4 @@
-"""A made-up model for the scheduler's tests, and requests for it."""
+"""A random model for the scheduler's tests, and requests for it."""
 
 import numpy as np
 
@@ -22,14 +22,14 @@ CANDIDATES = 8  # of each head
 
 
 def request(key: int, length: int, first: int = 7, **params) -> Request:
-    """A prompt of ``first`` once and then of sevens."""
+    """A request whose prompt is ``first`` followed by sevens."""
     prompt = np.full(length, 7, dtype=np.int32)
     prompt[0] = first
     return Request(key=key, prompt=prompt, params=SamplingParams(**params))
 
 
 def results(planned, rng, token=9) -> list[SegmentResult]:
-    """A made-up model: accepts a random path of each tree."""
+    """Return the results of a model that accepts a random path of each tree."""
     out = []
     for segment in planned.plan.segments:
         if not segment.emits_tokens:
@@ -43,13 +43,13 @@ def results(planned, rng, token=9) -> list[SegmentResult]:
             path.append(node)
         root = segment.num_new_tokens - 1
         tokens = [int(segment.tokens[root + n]) for n in path] + [token]
-        guesses = None
+        candidates = None
         if segment.wants_head_candidates:
             logits = np.sort(rng.normal(size=(3, CANDIDATES)), axis=1)[:, ::-1].astype(np.float32)
-            guesses = HeadCandidates(
+            candidates = HeadCandidates(
                 rng.integers(10, 50, size=(3, CANDIDATES)).astype(np.int32), np.ascontiguousarray(logits)
             )
-        out.append(SegmentResult(tokens=tokens, accepted_nodes=path, head_candidates=guesses))
+        out.append(SegmentResult(tokens=tokens, accepted_nodes=path, head_candidates=candidates))
     return out
 
 

@@ -1,4 +1,4 @@
-"""Running groups for the tests: started by torchrun, asked over sockets, gone without a trace afterwards."""
+"""Runs groups for the tests: torchrun starts them, clients use them over sockets, and no process or file is left."""
 
 import os
 import signal
@@ -54,8 +54,10 @@ def leftovers() -> set[str]:
 
 
 def wait_until_idle(client: Client, num_cancelled: int = 0) -> dict:
-    """The server's stats once nothing runs and so many requests were cancelled, which it may not know of yet when a
-    client has left; all pages must be free then."""
+    """Return the server's stats once it is idle and ``num_cancelled`` requests were cancelled.
+
+    The server may notice late that a client left. All pages must be free then.
+    """
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         stats = client.stats()

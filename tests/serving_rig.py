@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # where nothing is installed, this checkout
+sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # for a checkout that is not installed
 
 import msgpack
 import numpy as np
@@ -170,7 +170,7 @@ class ScriptedEngine:
                 return True
         return False
 
-    def _reports(self, key: int, tokens: list[int]) -> tuple[TokenLogprobs | None, TokenLogprobs | None]:
+    def _logprobs(self, key: int, tokens: list[int]) -> tuple[TokenLogprobs | None, TokenLogprobs | None]:
         asked = next(add for add in self.adds if add.key == key)
         is_first, self.answered = key not in self.answered, self.answered | {key}
         prompt = made_up(asked.prompt[1:], asked.params.prompt_logprobs) if is_first else None
@@ -181,7 +181,7 @@ class ScriptedEngine:
         for key, steps in list(self.running.items()):
             tokens = steps.popleft()
             finish = None if steps else "stop" if tokens[-1] == EOS else "length"
-            outputs.append(RequestOutput(key, tokens, finish, *self._reports(key, tokens)))
+            outputs.append(RequestOutput(key, tokens, finish, *self._logprobs(key, tokens)))
             if finish:
                 del self.running[key]
         if outputs:
@@ -249,7 +249,7 @@ def front_end(link: EngineLink, **config: Any) -> FrontEnd:
 
 
 class RawClient:
-    """A DEALER without any manners."""
+    """A DEALER socket that can send malformed messages."""
 
     def __init__(self, address: str, **options: int) -> None:
         self.context = zmq.Context()
@@ -273,7 +273,7 @@ class RawClient:
         self.send(request_id, msgpack.packb({"v": 2} | fields))
 
     def receive(self, seconds: float = 10.0) -> tuple[bytes, Any]:
-        """The next reply that is no sign of life."""
+        """Return the next reply that is not Alive."""
         while True:
             assert self.socket.poll(int(1000 * seconds)), "no reply"
             request_id, body = self.socket.recv_multipart()

@@ -1,4 +1,4 @@
-"""Steps of many shapes for runners that must agree: recorded and eager, padded and not."""
+"""Steps of many shapes, for comparing runners: recorded and eager, padded and not."""
 
 import copy
 
@@ -38,7 +38,7 @@ def load_runner(
 
 
 def eager_twin(runner: StepRunner) -> StepRunner:
-    """The same model on a cache of its own with the same contents, without recordings."""
+    """Return the same model without recordings, on a copy of its cache."""
     cache = copy.copy(runner.cache)
     cache.pages, cache.scratch = runner.cache.pages.clone(), runner.cache.scratch.clone()
     cache._layers = list(zip(cache.scratch.unbind(), cache.pages.unbind(), strict=True))
@@ -46,17 +46,16 @@ def eager_twin(runner: StepRunner) -> StepRunner:
 
 
 def plan_of(seed: int, vocab: int, shapes: list[tuple[int, int]], params: list[SamplingParams], context: int):
-    """A step of segments (rows of known tokens, drafts) on random pages; repeated tokens, so that some drafts are
-    accepted."""
+    """Return a step of segments (new tokens, draft tokens) on random pages."""
     rng, first, segments = np.random.default_rng(seed), 0, []
     pages = rng.permutation(80).astype(np.int32)
-    for i, (certain, drafts) in enumerate(shapes):
+    for i, (new_tokens, drafts) in enumerate(shapes):
         length = context + 7 * i
-        need = -(-(length + certain + drafts) // PAGE)
+        need = -(-(length + new_tokens + drafts) // PAGE)
         mine, first = pages[first : first + need], first + need
         segments.append(
             Segment(
-                tokens=rng.integers(0, vocab, certain + drafts).astype(np.int32),
+                tokens=rng.integers(0, vocab, new_tokens + drafts).astype(np.int32),
                 parents=np.asarray([rng.integers(0, n + 1) for n in range(drafts)], dtype=np.int32),
                 pages=mine,
                 context=length,
@@ -70,7 +69,7 @@ def plan_of(seed: int, vocab: int, shapes: list[tuple[int, int]], params: list[S
 
 
 def agreeable(runner: StepRunner, plan: StepPlan) -> StepPlan:
-    """The plan with, as every other draft, the token that the model says after its parent."""
+    """Return the plan with the model's own next token as the first draft token below each root."""
     twin = eager_twin(runner)
     result = twin.run(StepPlan(segments=[_without_drafts(s) for s in plan.segments]))
     for segment, found in zip(plan.segments, result, strict=True):
@@ -88,7 +87,7 @@ def _without_drafts(segment: Segment) -> Segment:
 
 
 def assert_same(runner: StepRunner, twin: StepRunner, plan: StepPlan, limit: float = 0.0) -> int:
-    """Both runners find the same and leave the same cache, up to ``limit``; returns how many drafts were accepted."""
+    """Assert equal results and caches that differ by at most ``limit``; returns the number of accepted draft tokens."""
     got, expected = runner.run(plan), twin.run(plan)
     assert [r.tokens for r in got] == [r.tokens for r in expected]
     assert [r.accepted_nodes for r in got] == [r.accepted_nodes for r in expected]
@@ -119,5 +118,9 @@ STEPS = [
     ([(2, 1), (3, 3)], [OPEN], 3),
     ([(1, 3), (1, 0)], [GREEDY], 15),
     ([(30, 0), (1, 3)], [GREEDY], 0),
-    ([(1, 12), (1, 12), (1, 11), (1, 11), (1, 12)], [GREEDY], 2),  # all rows there are: no room for padding
+    (
+        [(1, 12), (1, 12), (1, 11), (1, 11), (1, 12)],
+        [GREEDY],
+        2,
+    ),  # the maximum number of rows, without room for padding
 ]

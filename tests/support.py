@@ -1,4 +1,4 @@
-"""What the tests share: tiny random models of every family, pools of real ranks, and forks that run scripts.
+"""Helpers of many tests: tiny random models of every family, pools of real ranks, and forks that run scripts.
 
 Importing this module makes a bare checkout importable (see ``bare``), in spawned children too.
 """
@@ -62,7 +62,7 @@ def make_model(directory: Path, config, seed: int = 0, shard_size: str = "5GB"):
 
 def head_tensors(model, num_heads: int = 3, num_layers: int = 1, own_lm_head: bool = True, seed: int = 0) -> dict:
     """Random Medusa heads in format A names (B without lm_heads). They start from the model's lm_head, so that
-    some of their guesses are right."""
+    some of their predictions are right."""
     torch.manual_seed(seed)
     lm_head = model.lm_head.weight.detach()
     hidden = lm_head.shape[1]

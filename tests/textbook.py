@@ -1,4 +1,4 @@
-"""What decoding means, written down directly: token by token, node by node, in plain PyTorch."""
+"""Reference implementation of decoding in plain PyTorch: token by token, tree node by tree node."""
 
 import numpy as np
 import torch

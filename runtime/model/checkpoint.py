@@ -1,7 +1,8 @@
-"""Reading safetensors: every rank reads only its slices, and every tensor of a checkpoint must be accounted for."""
+"""Reads safetensors: every rank reads only its slices, and a checkpoint must not contain unknown tensors."""
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -10,39 +11,45 @@ from euryale.client.rules import MAP, Rule, is_text
 from euryale.parallel.sharding import WHOLE, Shard
 from euryale.scheduler import json_file
 
-_WEIGHT_MAP = Rule(
-    "a map from tensors to .safetensors files beside it",
-    lambda v: (
-        MAP.fits(v) and all(is_text(f) and f.endswith(".safetensors") and not set(f) & set("/\\\0") for f in v.values())
-    ),
-)
-_SAMPLES, _SAMPLE = 64, 1 << 14  # of each file, for the fingerprint; bytes
+
+def _is_weight_map(value: object) -> bool:
+    if not isinstance(value, dict) or not MAP.fits(value):
+        return False
+    return all(is_text(f) and f.endswith(".safetensors") and not set(f) & set("/\\\0") for f in value.values())
+
+
+_WEIGHT_MAP = Rule("a map from tensors to .safetensors files beside it", _is_weight_map)
+_NUM_PIECES, _PIECE_BYTES = 64, 1 << 14  # of each file, for the fingerprint
 
 
 class Checkpoint:
-    """The tensors of a Hugging Face directory, one file or a sharded index.
+    """The tensors of a model in Hugging Face format, in one file or in several with an index.
 
-    ValueError, naming the file, for anything missing, damaged or of the wrong shape.
+    Its methods raise ValueError, naming the file, for anything missing, damaged or of the wrong shape. ``used``: names
+    of the tensors that were read.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.used: set[str] = set()
-        self._handles: dict[str, object] = {}
+        self._handles: dict[str, Any] = {}
         self._file_of = self._index()
 
     @property
     def names(self) -> set[str]:
+        """Names of all tensors."""
         return set(self._file_of)
 
     def files(self) -> list[Path]:
+        """Paths of the files that hold tensors, sorted."""
         return [self.directory / name for name in sorted(set(self._file_of.values()))]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor ``name``."""
         return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, shape: tuple[int, ...], shard: Shard, dtype: torch.dtype) -> torch.Tensor:
-        """This rank's part of tensor ``name`` whose whole must have ``shape``."""
+        """Read ``shard`` of the tensor ``name``, in ``dtype``. The whole tensor must have ``shape``."""
         if name not in self._file_of:
             raise ValueError(f"{self.directory} has no tensor {name}: the checkpoint is incomplete or of another kind")
         self.used.add(name)
@@ -55,7 +62,10 @@ class Checkpoint:
         return cut(part, shard).to(dtype)
 
     def refuse_unused(self, ignored: tuple[str, ...] = ()) -> None:
-        """ValueError if the checkpoint holds tensors that nothing asked for, which would change its results."""
+        """Raise ValueError if a tensor was never read, as the model would then compute other results.
+
+        ``ignored``: endings of names that may stay unread.
+        """
         extra = sorted(n for n in self.names - self.used if not n.endswith(ignored))
         if extra:
             raise ValueError(
@@ -63,11 +73,11 @@ class Checkpoint:
                 "config.json does not describe this checkpoint"
             )
 
-    def _slice(self, name: str):
+    def _slice(self, name: str) -> Any:
         file = self._file_of[name]
         return self._open(file).get_slice(name)
 
-    def _open(self, file: str):
+    def _open(self, file: str) -> Any:
         if file not in self._handles:
             path = self.directory / file
             try:
@@ -96,15 +106,16 @@ class Checkpoint:
         return dict.fromkeys(_keys(self._open("model.safetensors")), "model.safetensors")
 
 
-def _keys(handle) -> list[str]:
+def _keys(handle: Any) -> list[str]:
     return list(handle.keys())
 
 
-def cut(tensor, shard: Shard) -> torch.Tensor:
-    """The shard of a tensor or of a safetensors slice, padded with zeros."""
+def cut(tensor: Any, shard: Shard) -> torch.Tensor:
+    """Return ``shard`` of a tensor or of a safetensors slice, padded with zeros to its length."""
     if shard.dim is None:
-        return tensor[:]
-    parts = [tensor[a:b] if shard.dim == 0 else tensor[:, a:b] for a, b in shard.ranges]
+        whole: torch.Tensor = tensor[:]
+        return whole
+    parts: list[torch.Tensor] = [tensor[a:b] if shard.dim == 0 else tensor[:, a:b] for a, b in shard.ranges]
     part = torch.cat(parts, dim=shard.dim) if len(parts) > 1 else parts[0]
     missing = shard.length - part.shape[shard.dim]
     if missing:
@@ -115,9 +126,9 @@ def cut(tensor, shard: Shard) -> torch.Tensor:
 
 
 def read_heads(directory: str | Path) -> dict[str, torch.Tensor]:
-    """All tensors of a Medusa heads directory (``medusa_lm_head.safetensors`` or ``.pt``), unsharded.
+    """Read all tensors of a Medusa heads directory (``medusa_lm_head.safetensors`` or ``.pt``), unsharded.
 
-    ``.pt`` files are read without executing anything in them.
+    Reading a ``.pt`` file executes no code in it. Raises ValueError for a missing or damaged file.
     """
     directory = Path(directory)
     safe, pickled = directory / "medusa_lm_head.safetensors", directory / "medusa_lm_head.pt"
@@ -138,14 +149,16 @@ def read_heads(directory: str | Path) -> dict[str, torch.Tensor]:
 
 
 def fingerprint(files: list[Path], note: str) -> str:
-    """16 hex digits that name a model as it is run: of every file its size and 64 samples of 16 KiB spread over it
-    (small files whole), and a ``note`` on how they are used."""
+    """Return 16 hex digits that identify a model as it is run.
+
+    They hash each file's name, size and 64 evenly spaced pieces of 16 KiB, and ``note``, which says how files are used.
+    """
     digest = hashlib.sha256(note.encode())
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size};".encode())
         with path.open("rb") as file:
-            for sample in range(_SAMPLES):
-                file.seek(max(0, size - _SAMPLE) * sample // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE))
+            for piece in range(_NUM_PIECES):
+                file.seek(max(0, size - _PIECE_BYTES) * piece // (_NUM_PIECES - 1))
+                digest.update(file.read(_PIECE_BYTES))
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The backbone's shape, as the model code reads it."""
+"""The backbone's sizes and features, as the model code reads them."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,8 +13,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The backbone's shape. ``windows``: the sliding window of each layer in tokens, None for full attention.
-    ``hf`` is the transformers config it was read from."""
+    """Sizes and features of a backbone.
+
+    ``max_positions``: the model's maximum length in tokens. ``tied``: the embedding is also the lm_head. ``windows``:
+    each layer's sliding window in tokens, None for full attention. ``hf``: the transformers config it was read from.
+    """
 
     family: str
     num_layers: int
@@ -36,11 +39,15 @@ class ModelConfig:
 
     @property
     def has_qk_norm(self) -> bool:
+        """Whether queries and keys are normalised per head."""
         return self.family == "qwen3"
 
 
 def load_model_config(directory: str, dtype: str) -> ModelConfig:
-    """Read ``config.json``; ValueError, naming the field, for a model this runtime cannot run exactly."""
+    """Read ``config.json``. ``dtype``: a key of DTYPES, or auto for the stored one.
+
+    Raises ValueError, naming the field, for a model that this runtime cannot run exactly.
+    """
     hf = read_config(directory)
     num_heads = hf.num_attention_heads
     biased = bool(getattr(hf, "attention_bias", False))
@@ -76,6 +83,6 @@ def _windows(hf: PreTrainedConfig) -> tuple[int | None, ...]:
 def _dtype(hf: PreTrainedConfig, wanted: str) -> torch.dtype:
     if wanted != "auto":
         return DTYPES[wanted]
-    stored = hf.dtype if isinstance(hf.dtype, torch.dtype) else getattr(torch, str(hf.dtype or "float32"))
-    # float16's range is too small for some activations; bfloat16 holds what float16 checkpoints were trained with.
+    stored: torch.dtype = hf.dtype if isinstance(hf.dtype, torch.dtype) else getattr(torch, str(hf.dtype or "float32"))
+    # float16's range is too small for some activations, so float16 weights are used as bfloat16.
     return torch.float32 if stored == torch.float32 else torch.bfloat16

@@ -1,6 +1,6 @@
-"""``config.json`` of a backbone: every field the runtime relies on is checked before transformers sees it.
+"""Reads ``config.json`` of a backbone. Every field that the runtime uses is checked before transformers reads it.
 
-Fields that change no result, such as dropout rates, are not looked at and not passed on.
+Fields that change no result, such as dropout rates, are ignored and not passed on.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ _TOKENS = whole(1, 2**31 - 1, "tokens")
 _DTYPE = either(NULL, one_of("float32", "float16", "bfloat16"))
 _THETA = number(1, 1e15, above=True)
 _TOKEN_ID = whole(0, 2**31 - 1)
-# The sizes allow any model that exists, times a hundred.
+# Upper bounds of sizes are about a hundred times those of the largest models.
 RULES: dict[str, Rule] = {
     "vocab_size": whole(1, 2**31 - 1),
     "hidden_size": whole(1, 2**22),
@@ -61,7 +61,7 @@ ROPE_RULES: dict[str, Rule] = {
     "mscale": either(NULL, _FACTOR),
     "mscale_all_dim": either(NULL, _FACTOR),
     "truncate": BOOLEAN,
-    "finetuned": BOOLEAN,  # says how the model came about
+    "finetuned": BOOLEAN,  # only documents the model's origin
 }
 _ROPE_NEEDS = {
     "default": (),
@@ -73,8 +73,10 @@ _ROPE_NEEDS = {
 
 
 def read_config(directory: str) -> PreTrainedConfig:
-    """The transformers configuration of the model in ``directory``. Raises ValueError, naming file and field, for a
-    value that no supported model has."""
+    """Read the transformers configuration of the model in ``directory``.
+
+    Raises ValueError, naming file and field, for a value that no supported model has.
+    """
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory} holds no config.json: give the directory of a model in Hugging Face format")
@@ -91,7 +93,7 @@ def read_config(directory: str) -> PreTrainedConfig:
             kept[name] = float(kept[name])
     try:
         config = CONFIG_MAPPING[content["model_type"]].from_dict(kept)
-    except Exception as error:  # the library's errors are of many kinds
+    except Exception as error:  # the library raises many types
         raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     _check_shape(path, config)
     return config
@@ -112,7 +114,7 @@ def _check_support(path: Path, content: dict) -> None:
 
 
 def _check_rope(path: Path, name: str, content: dict) -> None:
-    """The scaling of rotary positions: its kind, and the numbers that this kind needs."""
+    """Check the scaling of rotary positions: its type and the numbers that this type needs."""
     if unknown := sorted(set(content) - set(ROPE_RULES)):
         raise ValueError(
             f"{path}: {name}.{shown(unknown[0])[1:-1]} is not supported: this model's positions are unknown"
@@ -122,16 +124,19 @@ def _check_rope(path: Path, name: str, content: dict) -> None:
     for needed in _ROPE_NEEDS[kind]:
         if needed not in content:
             raise ValueError(f"{path}: {name}.{needed} is missing, which rope_type {kind} needs: {REMEDY}")
-    low, high = content.get("low_freq_factor"), content.get("high_freq_factor")
-    if kind == "llama3" and low >= high:
-        raise ValueError(f"{path}: {name}.high_freq_factor must be above low_freq_factor {low}, not {high}: {REMEDY}")
+    if kind == "llama3":
+        low, high = content["low_freq_factor"], content["high_freq_factor"]
+        if low >= high:
+            raise ValueError(
+                f"{path}: {name}.high_freq_factor must be above low_freq_factor {low}, not {high}: {REMEDY}"
+            )
     slow, fast = content.get("beta_slow") or 1, content.get("beta_fast") or 32
     if kind == "yarn" and slow >= fast:
         raise ValueError(f"{path}: {name}.beta_fast must be above beta_slow {slow}, not {fast}: {REMEDY}")
 
 
 def _check_together(path: Path, content: dict) -> None:
-    """What transformers would refuse in words of its own."""
+    """Check combinations of fields that transformers refuses without naming the file."""
     hidden, heads = content.get("hidden_size"), content.get("num_attention_heads")
     needs_whole = content.get("head_dim") is None or content["model_type"] == "llama"
     if hidden and heads and needs_whole and hidden % heads:
@@ -146,7 +151,7 @@ def _check_together(path: Path, content: dict) -> None:
 
 
 def _check_shape(path: Path, config: PreTrainedConfig) -> None:
-    """What must fit together once the family's own defaults are filled in."""
+    """Check combinations of fields once the model family's defaults are filled in."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if heads % kv_heads:

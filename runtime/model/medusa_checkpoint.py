@@ -1,8 +1,8 @@
-"""Published formats of Medusa heads, read into one shape.
+"""Reads the published formats of Medusa heads into one data structure.
 
-A (``medusa_lm_head.*`` with own lm_heads), B (the same without: the backbone's lm_head is shared) and C (merged
-into the backbone's checkpoint under ``medusa_head.``). How many heads and layers there are is what the tensors
-say, never what a config says: published configs are wrong about it.
+Format A is ``medusa_lm_head.*`` with an lm_head for each head. Format B is the same without: the heads use the
+backbone's lm_head. Format C is merged into the backbone's checkpoint under ``medusa_head.``. The numbers of heads and
+layers follow from the tensors, because published configs are wrong about them.
 """
 
 import re
@@ -22,8 +22,10 @@ _LM_HEAD = re.compile(r"(\d+)\.(\d+)\.weight")
 
 @dataclass(frozen=True, kw_only=True)
 class HeadTensors:
-    """Unsharded heads. ``weights[l][h]`` [D, D] and ``biases[l][h]`` [D] of residual block l of head h;
-    ``lm_heads[h]`` [vocabulary, D], empty if the backbone's lm_head is shared."""
+    """Unsharded heads. ``weights[l][h]`` [D, D] and ``biases[l][h]`` [D] belong to residual block l of head h.
+
+    ``lm_heads[h]`` [vocabulary, D]; empty if the heads use the backbone's lm_head.
+    """
 
     weights: list[list[torch.Tensor]]
     biases: list[list[torch.Tensor]]
@@ -32,15 +34,18 @@ class HeadTensors:
 
     @property
     def num_layers(self) -> int:
+        """Residual blocks of each head."""
         return len(self.weights)
 
 
 def load_heads(directory: str, backbone: Checkpoint, hidden_size: int, vocab_size: int) -> HeadTensors | None:
-    """The heads in ``directory``, or those merged into the backbone's checkpoint if it is empty; None if there
-    are none. ValueError for anything that does not fit the backbone."""
+    """Load the heads in ``directory``, or those merged into the backbone's checkpoint if it is empty.
+
+    Returns None if there are none. Raises ValueError for heads that do not fit the backbone.
+    """
     merged = {n for n in backbone.names if n.startswith(MERGED_PREFIX)}
     if directory:
-        backbone.used |= merged  # heads given by hand replace merged ones
+        backbone.used |= merged  # heads in a directory replace merged ones
         tensors, source = checkpoint.read_heads(directory), str(directory)
     elif merged:
         dtype = torch.float32
@@ -52,14 +57,17 @@ def load_heads(directory: str, backbone: Checkpoint, hidden_size: int, vocab_siz
 
 
 def parse(tensors: dict[str, torch.Tensor], source: str, hidden_size: int, vocab_size: int) -> HeadTensors:
-    """Sort tensors by name into heads; ValueError, naming ``source``, for missing, unknown or misshapen ones."""
+    """Assign tensors to heads by their names.
+
+    Raises ValueError, naming ``source``, for tensors that are missing, unknown or of a wrong shape.
+    """
     blocks: dict[tuple[int, int, str], torch.Tensor] = {}
     lm_heads: dict[int, tuple[int, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         if match := _BLOCK.fullmatch(name):
             head, layer, kind = int(match[1]), int(match[2]), match[3]
             blocks[head, layer, kind] = tensor
-            wanted = (hidden_size, hidden_size) if kind == "weight" else (hidden_size,)
+            wanted: tuple[int, ...] = (hidden_size, hidden_size) if kind == "weight" else (hidden_size,)
         elif match := _LM_HEAD.fullmatch(name):
             lm_heads[int(match[1])] = (int(match[2]), tensor)
             wanted = (vocab_size, hidden_size)
@@ -90,6 +98,6 @@ def parse(tensors: dict[str, torch.Tensor], source: str, hidden_size: int, vocab
 
 
 def tree_beside(directory: str, model: str) -> Path | None:
-    """The tree that was stored with the heads, if any."""
+    """Path of the tree stored with the heads; None if there is none."""
     path = Path(directory or model) / "tree.json"
     return path if path.is_file() else None

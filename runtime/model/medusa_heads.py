@@ -1,7 +1,7 @@
-"""Medusa heads (arXiv 2401.10774, section 2.1.1): guesses of the tokens after the next one.
+"""Medusa heads (arXiv 2401.10774, section 2.1.1), which predict the tokens after the next one.
 
-Head k sees the hidden state of the last accepted row and guesses the token k + 1 places further than the backbone
-does. Residual blocks are shared out by their outputs, vocabularies as the backbone's is. Legend: B requests, K heads, D
+Head k reads the hidden state of the last accepted row and predicts the token k + 1 places after the backbone's.
+Residual blocks are sharded by output features, lm_heads like the backbone's. Legend: R rows, B requests, K heads, D
 hidden, V local vocabulary.
 """
 
@@ -18,11 +18,11 @@ from euryale.runtime.model.weights import Weights
 
 
 class MedusaHeads:
-    """This rank's share of the heads. A residual block is x + SiLU(W x + b)."""
+    """The heads with this rank's shards of their weights. A residual block is x + SiLU(W x + b)."""
 
     def __init__(self, heads: HeadTensors, weights: Weights, lm_head: FrozenLinear, shard: VocabShard) -> None:
-        """``weights``: the backbone's, for layout, dtype and quantization. ``lm_head`` [V, D], the backbone's, serves
-        heads that have none of their own."""
+        """``weights``: the backbone's, for layout, dtype and quantization. ``lm_head`` [V, D]: the backbone's, for
+        heads without their own."""
         self.group, self.shard, self.num_heads = weights.group, shard, heads.num_heads
         self.hidden_size = lm_head.in_features
 
@@ -42,8 +42,10 @@ class MedusaHeads:
         self.lm_head = lm_head
 
     def logits(self, hidden_RD: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Logits over this rank's vocabulary shard, padding included, after ``rows`` int32 [B]: [K * B, V], a head's
-        rows next to each other."""
+        """Compute logits [K * B, V] after ``rows`` int32 [B], over this rank's vocabulary shard, padding included.
+
+        The rows of a head are adjacent.
+        """
         x_KBD = take_rows(hidden_RD, rows, repeat=self.num_heads).view(self.num_heads, len(rows), -1)
         for block in self.blocks:
             add_silu(x_KBD, self.group.all_gather(linear_each(block, x_KBD)))
@@ -52,6 +54,8 @@ class MedusaHeads:
         return linear_each(self.lm_heads, x_KBD).flatten(0, 1)
 
     def candidates(self, hidden_RD: torch.Tensor, rows: torch.Tensor, k: int) -> torch.Tensor:
-        """The ``k`` likeliest tokens of every head after ``rows`` int32 [B], likeliest first, the same on every rank:
-        int32 [2, K, B, k], the bits of their float32 logits and then the tokens."""
+        """Return the ``k`` likeliest tokens of every head after ``rows`` int32 [B]: int32 [2, K, B, k].
+
+        Index 0 holds the bits of their float32 logits, index 1 the token ids, likeliest first. Equal on every rank.
+        """
         return vocabulary.top_k(self.shard, self.logits(hidden_RD, rows), k).view(2, self.num_heads, len(rows), -1)

@@ -1,15 +1,17 @@
-"""Rotary tables. Frequencies come from transformers, so that every scaling agrees with it to the last bit."""
+"""Rotary position tables. Frequencies come from transformers, so that every scaling agrees with it to the last bit."""
 
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from euryale.runtime.model.config import ModelConfig
 
-MOST_POSITIONS = 1 << 24  # float32 tells positions apart up to here
+MAX_POSITIONS = 1 << 24  # float32 represents all whole numbers up to here
+
+Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each [positions, head_dim / 2]
 
 
 def check(config: ModelConfig, max_len: int) -> None:
-    """ValueError if this model's positions cannot be computed exactly up to ``max_len`` tokens."""
+    """Raise ValueError if this model's rotary tables are not exact up to ``max_len`` tokens."""
     parameters = config.hf.rope_parameters
     original = parameters.get("original_max_position_embeddings") or config.max_positions
     if parameters["rope_type"] == "dynamic" and max_len > original:
@@ -19,8 +21,8 @@ def check(config: ModelConfig, max_len: int) -> None:
         )
 
 
-def tables(config: ModelConfig, num_positions: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of all positions: two tensors [num_positions, head_dim / 2] in the model's dtype."""
+def tables(config: ModelConfig, num_positions: int, device: torch.device) -> Rotary:
+    """Compute cosines and sines of all positions: two tensors [num_positions, head_dim / 2] in the model's dtype."""
     kind = config.hf.rope_parameters["rope_type"]
     if kind in ("default", "dynamic"):  # dynamic scaling changes nothing within the original length
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim

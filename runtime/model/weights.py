@@ -1,4 +1,4 @@
-"""Weights by name: what a layer asks for, cut to this rank's share as the sharding plan says, quantized if asked."""
+"""Loads weights by name, sharded as SHARDING of the model says and quantized if the engine's settings ask for it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -14,8 +14,11 @@ from euryale.runtime.model.checkpoint import Checkpoint, cut
 
 @dataclass(frozen=True)
 class Weights:
-    """A view of a checkpoint below ``prefix``. ``sharding`` maps the end of a matrix's name to a layout style;
-    ``quantization`` is that of all matrices, tables left out."""
+    """A view of the tensors of a checkpoint whose names begin with ``prefix``.
+
+    ``sharding`` maps endings of matrix names to styles of ``Layout.shards``. ``quantization`` applies to all matrices
+    and to no table.
+    """
 
     checkpoint: Checkpoint
     layout: Layout
@@ -26,43 +29,51 @@ class Weights:
 
     @property
     def group(self) -> Group:
+        """The group of ranks."""
         return self.layout.group
 
     def scope(self, name: str) -> "Weights":
+        """Return the view below ``name``."""
         return replace(self, prefix=f"{self.prefix}{name}.")
 
     def vector(self, name: str, length: int) -> torch.Tensor:
-        """A norm's weight, whole: [length]."""
+        """Load a replicated vector, such as a norm's weight: [length]."""
         return self._read(name, (length,), WHOLE)
 
     def matrix(
         self, name: str, out_features: int, in_features: int, has_bias: bool = False
     ) -> tuple[Weight, torch.Tensor | None]:
-        """This rank's weight [out, in] of a linear layer and its bias, None unless the model has one there."""
+        """Load this rank's shards of a linear layer: weight [out, in] and bias [out], None without ``has_bias``."""
         weight_shard, bias_shard = self._shards(name, out_features, in_features)
-        read = lambda shard: self._read(f"{name}.weight", (out_features, in_features), shard)  # noqa: E731
+        weight_name, shape = f"{name}.weight", (out_features, in_features)
         if self.quantization == "none" or weight_shard.dim != 1:
-            weight = self.quantized(read(weight_shard), self._style(name) == "vocabulary")
-        else:  # quantized before its inputs are shared out, so that it stands for the same numbers in every group
-            weight = _share_inputs(self.quantized(read(WHOLE)), weight_shard, self.prefix + name)
+            weight = self.quantized(self._read(weight_name, shape, weight_shard), self._style(name) == "vocabulary")
+        else:  # quantized before its inputs are sharded, so that every group size has the same quantized values
+            whole = self.quantized(self._read(weight_name, shape, WHOLE))
+            assert isinstance(whole, QuantizedWeight)
+            weight = _shard_inputs(whole, weight_shard, self.prefix + name)
         return weight, self._read(f"{name}.bias", (out_features,), bias_shard) if has_bias else None
 
     def table(self, name: str, rows: int, width: int) -> torch.Tensor:
-        """This rank's part of what is looked up instead of multiplied: [rows, width], never quantized."""
+        """Load this rank's shard of a lookup table: [rows, width], never quantized."""
         return self._read(f"{name}.weight", (rows, width), self._shards(name, rows, width)[0])
 
     def quantized(self, weight: torch.Tensor, is_lm_head: bool = False) -> Weight:
-        """Any other weight [out, in] of the model, stored as all are. An lm_head's errors go straight to the logits: it
-        gets 8 bits where the others have 4."""
+        """Quantize a weight [out, in] with the format of all matrices.
+
+        An lm_head gets int8 instead of int4, because its errors affect the logits directly.
+        """
         return quantize(weight, "int8" if is_lm_head and self.quantization == "int4" else self.quantization)
 
-    def matrices(self, sizes: dict[str, int], in_features: int, has_bias: bool = False) -> tuple[list, list]:
-        """Weights and biases of several linear layers with the same input, by name and output features."""
+    def matrices(
+        self, sizes: dict[str, int], in_features: int, has_bias: bool = False
+    ) -> tuple[list[Weight], list[torch.Tensor | None]]:
+        """Load weights and biases of linear layers with the same input. ``sizes``: output features by name."""
         pairs = [self.matrix(name, size, in_features, has_bias) for name, size in sizes.items()]
         return [w for w, _ in pairs], [b for _, b in pairs]
 
     def progress(self, steps: Iterable[int]) -> Iterable[int]:
-        """Show on one rank how far loading is."""
+        """Show the progress of loading on the leader."""
         is_hidden = None if self.group.is_leader else True  # None: shown on a terminal
         return tqdm(steps, desc="loading", unit="layer", disable=is_hidden, leave=False)
 
@@ -72,19 +83,19 @@ class Weights:
     def _style(self, name: str) -> str:
         return next((s for ending, s in self.sharding.items() if (self.prefix + name).endswith(ending)), "whole")
 
-    def _read(self, name: str, shape: tuple[int, ...], shard) -> torch.Tensor:
+    def _read(self, name: str, shape: tuple[int, ...], shard: Shard) -> torch.Tensor:
         return self.checkpoint.read(self.prefix + name, shape, shard, self.dtype).to(self.group.device)
 
 
-def _share_inputs(weight: QuantizedWeight, shard: Shard, name: str) -> QuantizedWeight:
-    """The part of a quantized weight that multiplies this rank's inputs, which lie side by side."""
+def _shard_inputs(weight: QuantizedWeight, shard: Shard, name: str) -> QuantizedWeight:
+    """Return the part of a quantized weight that multiplies this rank's inputs, which are consecutive."""
     values = cut(weight.values, shard)
-    if weight.group == weight.shape[1]:  # scales are those of whole outputs
+    if weight.group == weight.shape[1]:  # one scale per output
         return replace(weight, values=values, group=shard.length)
     group, end, start, stop = weight.group, weight.shape[1], shard.ranges[0][0], shard.ranges[-1][1]
     if start % group or (stop % group and stop != end):
         raise ValueError(
-            f"--quantization {weight.kind} stores {name} in groups of {group} inputs, which a rank's share of "
+            f"--quantization {weight.kind} stores {name} in groups of {group} inputs, which a rank's shard of "
             f"{shard.length} of {end} inputs would cut: use fewer ranks, or give int8"
         )
     groups = Shard(1, ((start // group, ceil_div(stop, group)),), ceil_div(shard.length, group))

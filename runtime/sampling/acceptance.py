@@ -1,10 +1,13 @@
-"""Which drafts of a step are accepted: ``exact`` and ``typical``, chosen per request and mixed in one batch.
+"""Accepts draft tokens by the rule of each request, ``exact`` or ``typical``, mixed in one batch.
 
-* exact: walk down from the root; at each node draw the model's own next token; go to the child that has it, or
-  stop. The drawn token that has no child is the bonus token. The tree is fixed before the draw, so the answer is
-  distributed exactly as without speculation, at every temperature.
-* typical (Medusa paper, section 2.3.1): a child is good enough if p(child) > min(epsilon, delta * exp(-entropy));
-  the longest path of such children wins, of equally long ones the likelier. The bonus token is drawn as in exact.
+* exact: at each tree node, from the root down, draw the model's next token. Continue at the child with that token. If
+  there is none, the drawn token is the bonus token. The tree is fixed before the draw, so answers are distributed
+  exactly as without speculation, at every temperature.
+* typical (Medusa paper, section 2.3.1): a draft token is acceptable if p(token) > min(epsilon, delta * exp(-entropy)).
+  The longest path of acceptable tokens wins, and the most probable one of equally long paths. The bonus token is drawn
+  as in exact.
+
+Legend: R rows, N decided rows, B segments, V local vocabulary, T draft tokens under typical acceptance.
 """
 
 from dataclasses import dataclass
@@ -21,8 +24,8 @@ from euryale.runtime.step_batch import StepBatch
 
 @dataclass(frozen=True, kw_only=True)
 class AcceptanceResult:
-    """``next_tokens`` int32 [N], what the model says after each decided row; ``last`` int32 [B], the row where each
-    segment's walk ended; ``kept`` int64 [R], the slots of the rows that become permanent, -1 for others."""
+    """``next_tokens`` int32 [N]: the model's next token after each decided row. ``last_rows`` int32 [B]: each segment's
+    last accepted row. ``commit_slots`` int64 [R]: slots of the rows to commit, -1 for others."""
 
     next_tokens: torch.Tensor
     last_rows: torch.Tensor
@@ -30,21 +33,23 @@ class AcceptanceResult:
 
 
 def decide(shard: VocabShard, logits_NV: torch.Tensor, batch: StepBatch) -> AcceptanceResult:
-    """Accept drafts and draw bonus tokens from the logits [N, V] of the batch's decided rows."""
-    good = scores = asked = None
+    """Accept draft tokens and draw bonus tokens, from the logits of the batch's decided rows."""
+    good = scores = pairs = None
     if batch.rules is None:
-        # Greedy needs no distribution; typical at temperature 0 accepts the argmax and nothing else.
+        # Greedy rows need no distribution, because typical acceptance at temperature 0 accepts only the argmax.
         tokens = vocabulary.argmax(shard, logits_NV)
     else:
         typical = _TypicalRows.of(batch)
         if typical is not None:
-            asked = torch.stack([typical.parents_at, batch.tokens[typical.rows]], dim=1)
-        drawn = draw(shard, logits_NV, batch.rules, asked)
+            pairs = torch.stack([typical.parents_at, batch.tokens[typical.rows]], dim=1)
+        drawn = draw(shard, logits_NV, batch.rules, pairs)
         tokens = drawn.tokens
         if typical is not None:
+            assert drawn.child_logp is not None
+            assert drawn.entropy is not None
             good, scores = typical.judge(batch, drawn.child_logp, drawn.entropy)
     next_R = tokens
-    if batch.decided is not None:
+    if batch.decided_at is not None:
         next_R = torch.where(batch.decided_at >= 0, tokens[batch.decided_at.clamp(min=0)], -1)
     last_rows, commit_slots = accept(batch.metadata, batch.tokens, next_R, good, scores)
     return AcceptanceResult(next_tokens=tokens, last_rows=last_rows, commit_slots=commit_slots)
@@ -52,8 +57,11 @@ def decide(shard: VocabShard, logits_NV: torch.Tensor, batch: StepBatch) -> Acce
 
 @dataclass(frozen=True)
 class _TypicalRows:
-    """The draft rows of requests that ask for typical acceptance: ``rows`` int64 [D], ``parents_at`` int64 [D], their
-    parents' places among the decided rows, ``epsilon`` and ``delta`` float32 [D]."""
+    """The draft tokens of requests with typical acceptance.
+
+    ``rows`` int64 [T]; ``parents_at`` int64 [T], their parents' indices among the decided rows; ``epsilon`` and
+    ``delta`` float32 [T].
+    """
 
     rows: torch.Tensor
     parents_at: torch.Tensor
@@ -62,7 +70,7 @@ class _TypicalRows:
 
     @classmethod
     def of(cls, batch: StepBatch) -> "_TypicalRows | None":
-        """None if there are none."""
+        """Collect the rows of ``batch``; None if there are none."""
         rules = {i: batch.host.segments[i].params for i in batch.host.emitting}
         chosen = [i for i, r in rules.items() if r.acceptance == "typical" and r.temperature > 0]
         starts, device = batch.metadata.row_starts, batch.tokens.device
@@ -81,14 +89,17 @@ class _TypicalRows:
     def judge(
         self, batch: StepBatch, child_logp: torch.Tensor, entropy: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whether these rows are good enough, int8 [R], -1 for others, and the log-probability of the path that ends at
-        each row, float32 [R], from ``child_logp`` [D] and the decided rows' ``entropy`` [N]."""
+        """Return whether each row is acceptable, int8 [R], -1 for rows of other requests, and path scores float32 [R].
+
+        ``child_logp`` float32 [T]: log-probabilities of the draft tokens. ``entropy`` float32 [N]: of the decided rows,
+        in nats. A row's score is the log-probability of the path from the root to it.
+        """
         limit = torch.minimum(self.epsilon, self.delta * torch.exp(-entropy[self.parents_at]))
         good = torch.full_like(batch.tokens, -1, dtype=torch.int8)
         good[self.rows] = (child_logp.exp() > limit).to(torch.int8)
         own = torch.zeros_like(batch.tokens, dtype=torch.float32)
         own[self.rows] = child_logp
-        # Sum from the row up to the root.
+        # Sums from each row up to the root.
         scores, row = torch.zeros_like(own), torch.arange(len(own), device=own.device)
         for _ in range(batch.metadata.max_depth):
             scores += torch.where(row >= 0, own[row.clamp(min=0)], 0.0)

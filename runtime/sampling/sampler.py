@@ -1,8 +1,7 @@
-"""Next tokens drawn over a shared-out vocabulary.
+"""Draws next tokens over a sharded vocabulary.
 
-Each rank reduces its own shard of a row to a few numbers, one small gather merges them, and every rank decides
-from the gathered numbers only, so that all decide the same. Legend: N rows, V local vocabulary, S ranks, C
-candidates a rank sends.
+Each rank reduces its shard of a row to a few numbers, and one small gather merges them. Every rank draws from the
+gathered numbers only, so all draw the same tokens. Legend: N rows, V local vocabulary, M (row, token) pairs.
 """
 
 from dataclasses import dataclass
@@ -19,14 +18,17 @@ from euryale.parallel.vocabulary import VocabShard
 from euryale.runtime.sampling.top_p import Merged, thresholds
 from euryale.scheduler.sampling_params import SamplingParams
 
-NUM_CANDIDATES = 64
+NUM_CANDIDATES = 64  # largest logits of a filtered row that each rank sends
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowParams:
-    """Sampling parameters of each row. ``temperature`` float32 [N] (0: greedy), ``top_k`` int64 [N] (0: off),
-    ``top_p``, ``min_p`` float32 [N], ``keys`` int64 [N] (noise of the row's position). ``is_plain``: no row is filtered
-    and nothing but the drawn tokens is wanted."""
+    """Sampling parameters of each row.
+
+    ``temperature`` float32 [N] (0: greedy), ``top_k`` int64 [N] (0: off), ``top_p`` float32 [N] (1: off), ``min_p``
+    float32 [N] (0: off), ``keys`` int64 [N]: keys of the rows' noise. ``is_plain``: no row is filtered, and only the
+    drawn tokens are needed.
+    """
 
     ARRAYS: ClassVar = ("temperature", "keys", "top_k", "top_p", "min_p")
 
@@ -39,12 +41,12 @@ class RowParams:
 
     @property
     def filtered(self) -> torch.Tensor:
-        """Rows that are drawn under top-k, top-p or min-p: bool [N]."""
+        """Rows that are sampled with top-k, top-p or min-p: bool [N]."""
         return (self.temperature > 0) & ((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0))
 
 
 def row_arrays(rows: list[tuple[SamplingParams, int, int]]) -> dict[str, np.ndarray]:
-    """The tensors of RowParams, as the host makes them from parameters, sample and position of each row."""
+    """Return the arrays of RowParams on the host, from parameters, sample index and output index of each row."""
     params = [p for p, _, _ in rows]
     return {
         "temperature": np.asarray([p.temperature for p in params], dtype=np.float32),
@@ -57,37 +59,39 @@ def row_arrays(rows: list[tuple[SamplingParams, int, int]]) -> dict[str, np.ndar
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """``tokens`` int32 [N], the next token of each row by the exact rule; ``child_logp`` float32 [N] (or None),
-    log-probability of the asked-for token at temperature, -inf if a filter excludes it; ``entropy`` float32 [N]
-    in nats."""
+    """``tokens`` int32 [N]: each row's next token, drawn from the filtered distribution.
+
+    ``child_logp`` float32 [M]: log-probability of each pair's token under its row, at the row's temperature, -inf if a
+    filter excludes it. ``entropy`` float32 [N]: of the unfiltered distribution, in nats. Both None without pairs.
+    """
 
     tokens: torch.Tensor
     child_logp: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
 
 
-def draw(shard: VocabShard, logits_NV: torch.Tensor, params: RowParams, asked: torch.Tensor | None) -> Draw:
-    """Draw each row's next token (design: Gumbel-max; argmax at temperature 0), in one gather unless a nucleus
-    is wider than the candidates that travel.
+def draw(shard: VocabShard, logits_NV: torch.Tensor, params: RowParams, pairs: torch.Tensor | None) -> Draw:
+    """Draw each row's next token: Gumbel-max sampling, argmax at temperature 0.
 
-    ``asked`` int64 [M, 2], or None: (row, token) pairs whose log-probability under the row is wanted.
+    One gather suffices unless a filter keeps more tokens than the candidates that ranks send. ``pairs`` int64 [M, 2],
+    or None: (row, token) pairs whose log-probability is wanted.
     """
     best = sample(logits_NV, params.temperature, params.keys, shard.num_valid, shard.offset)
-    if params.is_plain and asked is None:
+    if params.is_plain and pairs is None:
         return Draw(tokens=vocabulary.merge(shard, best)[1, :, 0])
     logits_NV, is_greedy = shard.hide_padding(logits_NV), params.temperature == 0
     scaled = logits_NV / torch.where(is_greedy, 1.0, params.temperature)[:, None]
     filtered = params.filtered
     is_filtered = bool(filtered.any())
-    if asked is not None:
-        asked_values = shard.group.all_gather(shard.pick(scaled[asked[:, 0]], asked[:, 1])).max(dim=0).values
+    if pairs is not None:
+        pair_logits = shard.group.all_gather(shard.pick(scaled[pairs[:, 0]], pairs[:, 1])).max(dim=0).values
     merged = Merged.gather(shard, *_local_columns(shard, scaled, best, is_filtered))
     tokens = vocabulary.best(merged.best_values, merged.best_ids)
     borders = None
     if is_filtered:
-        borders, is_proven = thresholds(shard, scaled, merged, params)
+        borders, is_complete = thresholds(shard, scaled, merged, params)
         keys = params.keys
-        if bool(is_proven.all()):
+        if bool(is_complete.all()):
             scores = merged.candidate_values + gumbel(keys[:, None], merged.candidate_ids)
             scores = torch.where(merged.candidate_values >= borders[:, None], scores, -torch.inf)
             picked = vocabulary.best(scores.T, merged.candidate_ids.T)
@@ -96,18 +100,21 @@ def draw(shard: VocabShard, logits_NV: torch.Tensor, params: RowParams, asked: t
             picked = vocabulary.argmax(shard, torch.where(scaled >= borders[:, None], noisy, -torch.inf))
         tokens = torch.where(filtered, picked, tokens)
     tokens = tokens.to(torch.int32)
-    if asked is None:
+    if pairs is None:
         return Draw(tokens=tokens)
-    logp = asked_values - merged.log_total[asked[:, 0]]
+    logp = pair_logits - merged.log_total[pairs[:, 0]]
     if borders is not None:
-        logp = torch.where(asked_values >= borders[asked[:, 0]], logp, -torch.inf)
+        logp = torch.where(pair_logits >= borders[pairs[:, 0]], logp, -torch.inf)
     return Draw(tokens=tokens, child_logp=logp, entropy=merged.entropy)
 
 
 def _local_columns(
     shard: VocabShard, scaled: torch.Tensor, best: torch.Tensor, is_filtered: bool
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What this rank says of its shard: maximum, sum of exp, sum of l * exp, best score and its id, candidates."""
+    """Reduce this rank's shard to the columns of ``Merged.gather``: floats and ids, each [N].
+
+    These are the maximum, sum of exp, sum of l * exp, best score and its id. Filtered rows add candidates.
+    """
     top = scaled.max(dim=1).values
     shift = torch.where(top == -torch.inf, 0.0, top)
     weights = (scaled - shift[:, None]).exp()

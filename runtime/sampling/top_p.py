@@ -1,24 +1,32 @@
-"""Top-k, top-p and min-p over a shared-out vocabulary: the smallest logit a row may still draw.
+"""Top-k, top-p and min-p over a sharded vocabulary: finds the smallest logit that a row may draw.
 
-A filter keeps the tokens whose logit is at least a *border*; tokens that tie with the border are kept. Filters
-apply in transformers' order (top-k, then top-p of what is left, then min-p). Usually the border is proven by the
-candidates that travelled; otherwise a bounded search over float values finds it with scalar gathers.
-Legend: N rows, V local vocabulary, S ranks, M merged candidates.
+A filter keeps the tokens whose logit is at least a *border*, ties included. Filters apply in transformers' order:
+top-k, then top-p of the rest, then min-p. Usually the gathered candidates determine the border. Otherwise a bounded
+search over float values finds it with scalar gathers. Legend: N rows, V local vocabulary, S ranks, M merged candidates.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from euryale.parallel import vocabulary
 from euryale.parallel.vocabulary import VocabShard
 
+if TYPE_CHECKING:  # sampler.py imports this file
+    from euryale.runtime.sampling.sampler import RowParams
+
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
-    """What all ranks said of each row. ``best_values``, ``best_ids`` [S, N]; ``log_total``, ``entropy``, ``top``
-    float32 [N]; ``candidate_values``, ``candidate_ids`` [N, M], largest first; ``floor`` float32 [N]: no token
-    above it is missing among the candidates."""
+    """The gathered reductions of each row's logits.
+
+    ``best_values`` float32 and ``best_ids`` int64 [S, N]: each rank's best noisy logit. ``top`` float32 [N]: the
+    largest logit. ``log_total`` float32 [N]: the logarithm of the sum of exp. ``entropy`` float32 [N], in nats.
+    ``candidate_values`` float32 and ``candidate_ids`` int64 [N, M], largest first. ``floor`` float32 [N]: every token
+    above it is among the candidates.
+    """
 
     best_values: torch.Tensor
     best_ids: torch.Tensor
@@ -31,12 +39,16 @@ class Merged:
 
     @classmethod
     def gather(cls, shard: VocabShard, columns: list[torch.Tensor], ids: list[torch.Tensor]) -> "Merged":
-        """One gather of every rank's columns: maximum, sum of exp, first moment, best score, candidates."""
+        """Gather and merge every rank's columns.
+
+        ``columns``: maximum, sum of exp, sum of l * exp, best score, then candidates, each float32 [N]. ``ids``: of the
+        best score, then of the candidates, each int64 [N].
+        """
         packed = vocabulary.pack(columns, ids)
         floats, tokens = vocabulary.unpack(shard.group.all_gather(packed), len(columns))
         tops, sums, moments, best_values = (f.double() for f in floats[:4])
         top = tops.max(dim=0).values
-        # A rank whose shard is all padding says -inf, 0, 0.
+        # A rank whose shard is all padding sends -inf, 0, 0.
         factors = torch.where(tops == -torch.inf, 0.0, (tops - top).exp())
         total = (sums * factors).sum(dim=0)
         log_total = top + total.log()
@@ -45,7 +57,7 @@ class Merged:
         floor = torch.full_like(top, -torch.inf).float()
         if len(values):
             if len(values) < shard.length:
-                floor = values[-1].max(dim=0).values  # the smallest candidate of the rank whose list ends highest
+                floor = values[-1].max(dim=0).values  # the largest of the ranks' smallest candidates
             values, order = values.flatten(0, 1).T.sort(dim=1, descending=True, stable=True)
             candidate_ids = torch.stack(tokens[1:]).flatten(0, 1).T.gather(1, order)
         else:
@@ -62,9 +74,13 @@ class Merged:
         )
 
 
-def thresholds(shard: VocabShard, scaled: torch.Tensor, merged: Merged, params) -> tuple[torch.Tensor, torch.Tensor]:
-    """The border of each row, float32 [N] (-inf: every token may be drawn), and whether all tokens at or above it
-    are among the candidates, bool [N]."""
+def thresholds(
+    shard: VocabShard, scaled: torch.Tensor, merged: Merged, params: "RowParams"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each row's border and whether the candidates contain all tokens at or above it: float32 and bool [N].
+
+    ``scaled`` float32 [N, V]: logits divided by temperature. A border of -inf keeps every token.
+    """
     values = merged.candidate_values.double()
     weights = (values - merged.log_total.double()[:, None]).exp()
     border = torch.full_like(merged.top, -torch.inf)
@@ -85,52 +101,80 @@ def thresholds(shard: VocabShard, scaled: torch.Tensor, merged: Merged, params) 
     return border, ~params.filtered | (border > merged.floor) | (merged.floor == -torch.inf)
 
 
-def _top_k_border(shard, scaled, merged: Merged, top_k: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The k-th largest logit of each row."""
+def _top_k_border(
+    shard: VocabShard, scaled: torch.Tensor, merged: Merged, top_k: torch.Tensor, wanted: torch.Tensor
+) -> torch.Tensor:
+    """Return the k-th largest logit of each row that is ``wanted``, bool [N]."""
     place = (top_k - 1).clamp(0, merged.candidate_values.shape[1] - 1)
     found = merged.candidate_values.gather(1, place[:, None])[:, 0]
-    # A token that did not travel is at most the floor, so it cannot push a border at or above the floor up.
-    unproven = wanted & ((found < merged.floor) | (top_k > merged.candidate_values.shape[1]))
-    unproven &= top_k < shard.vocab_size
+    # A token that is no candidate is at most the floor, so it cannot raise a border at or above the floor.
+    unknown = wanted & ((found < merged.floor) | (top_k > merged.candidate_values.shape[1]))
+    unknown &= top_k < shard.vocab_size
     found = torch.where(top_k >= shard.vocab_size, -torch.inf, found)
-    if not bool(unproven.any()):
+    if not bool(unknown.any()):
         return found
     searched = _search(shard, scaled, top_k.double(), lambda at_least: at_least.double())
-    return torch.where(unproven, searched, found)
+    return torch.where(unknown, searched, found)
 
 
-def _top_p_border(shard, scaled, merged: Merged, needed, weights, wanted: torch.Tensor) -> torch.Tensor:
-    """The logit of the token with which the largest tokens reach the mass ``needed`` (of the whole row's)."""
+def _top_p_border(
+    shard: VocabShard,
+    scaled: torch.Tensor,
+    merged: Merged,
+    needed: torch.Tensor,
+    weights: torch.Tensor,
+    wanted: torch.Tensor,
+) -> torch.Tensor:
+    """Return the logit at which the largest tokens reach a total probability of ``needed`` float64 [N].
+
+    ``weights`` float64 [N, M]: probabilities of the candidates. ``wanted`` bool [N]: rows that need a border.
+    """
     before = weights.cumsum(dim=1) - weights
     last = (before < needed[:, None]).sum(dim=1).clamp(min=1) - 1
     found = merged.candidate_values.gather(1, last[:, None])[:, 0]
     reached = weights.sum(dim=1) >= needed
-    unproven = wanted & ((found < merged.floor) | (~reached & (merged.floor > -torch.inf)))
-    if not bool(unproven.any()):
+    unknown = wanted & ((found < merged.floor) | (~reached & (merged.floor > -torch.inf)))
+    if not bool(unknown.any()):
         return found
-    share = (scaled.double() - merged.log_total.double()[:, None]).exp()
-    searched = _search(shard, scaled, needed, lambda at_least: torch.where(at_least, share, 0))
-    return torch.where(unproven, searched, found)
+    probabilities = (scaled.double() - merged.log_total.double()[:, None]).exp()
+    searched = _search(shard, scaled, needed, lambda at_least: torch.where(at_least, probabilities, 0))
+    return torch.where(unknown, searched, found)
 
 
-def _exact_mass(shard, scaled, merged: Merged, border, inside, wanted: torch.Tensor) -> torch.Tensor:
-    """Share of each row at or above ``border``: from the candidates where they hold all of it, else summed."""
+def _exact_mass(
+    shard: VocabShard,
+    scaled: torch.Tensor,
+    merged: Merged,
+    border: torch.Tensor,
+    inside: torch.Tensor,
+    wanted: torch.Tensor,
+) -> torch.Tensor:
+    """Return the probability of all tokens at or above ``border`` [N]: float64 [N].
+
+    That is ``inside``, the candidates' probability, if they contain all such tokens of the ``wanted`` rows. Otherwise
+    it is summed over the ranks.
+    """
     if not bool((wanted & (border <= merged.floor)).any()):
         return inside
-    share = (scaled.double() - merged.log_total.double()[:, None]).exp()
-    local = torch.where(scaled >= border[:, None], share, 0).sum(dim=1)
+    probabilities = (scaled.double() - merged.log_total.double()[:, None]).exp()
+    local = torch.where(scaled >= border[:, None], probabilities, 0).sum(dim=1)
     return shard.group.all_gather(local).sum(dim=0)
 
 
-def _search(shard: VocabShard, scaled: torch.Tensor, needed: torch.Tensor, measure) -> torch.Tensor:
-    """The largest float32 border of each row whose tokens at or above it measure at least ``needed``.
+def _search(
+    shard: VocabShard,
+    scaled: torch.Tensor,
+    needed: torch.Tensor,
+    measure: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Return each row's largest float32 border with a measure of at least ``needed`` float64 [N].
 
-    ``measure`` turns a bool [N, V] into the float64 [N, V] whose sum counts. Floats are searched in their
-    order as integers, so 32 halvings find the exact value.
+    ``measure`` maps the tokens at or above a border, bool [N, V], to float64 [N, V], whose sum over all ranks is the
+    measure. A binary search over floats, ordered as integers, finds the exact value in 32 steps.
     """
     low = torch.full_like(needed, _order(torch.tensor(-torch.inf)).item(), dtype=torch.int64)
     high = torch.full_like(low, _order(torch.tensor(torch.inf)).item())
-    for _ in range(32):  # invariant: low is enough, high is not
+    for _ in range(32):  # invariant: low satisfies ``needed``, high does not
         middle = (low + high) // 2
         at_least = scaled >= _value(middle)[:, None]
         enough = shard.group.all_gather(measure(at_least).sum(dim=1)).sum(dim=0) >= needed
@@ -139,7 +183,7 @@ def _search(shard: VocabShard, scaled: torch.Tensor, needed: torch.Tensor, measu
 
 
 def _order(x: torch.Tensor) -> torch.Tensor:
-    """Float32 as int64 in the same order."""
+    """Map float32 to int64 in the same order."""
     bits = x.view(torch.int32).to(torch.int64)
     return torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
 

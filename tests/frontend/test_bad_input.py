@@ -1,4 +1,4 @@
-"""Bad input over real sockets: each sender gets its own error, and nobody else notices."""
+"""Bad input over real sockets: each sender gets its own error, and no other client is affected."""
 
 import random
 import socket
@@ -192,7 +192,7 @@ def test_the_same_request_id_from_two_clients(rig):
 
 
 def test_fuzz(rig):
-    """Random bytes and damaged messages: one reply each where there is an id, and the server lives on."""
+    """Random bytes and damaged messages get one reply each if they have an id, and the server continues."""
     rng = random.Random(5)
     valid = [
         HELLO,

@@ -1,4 +1,4 @@
-"""What a message may cost before it is accepted: others are served meanwhile, and what is held has a bound."""
+"""Bounds on what a message may cost before it is accepted: others are served, and memory is limited."""
 
 import contextlib
 import socket
@@ -252,7 +252,7 @@ def test_as_many_connections_as_there_is_room_for(monkeypatch):
             others.append(other)
         connections = rig.frontend._port._connections
         wait_until(lambda: rig.frontend._port._is_full and len(connections) <= 6)
-        assert client.generate("hello").text()  # who was there is served
+        assert client.generate("hello").text()  # earlier clients are served
         for other in others:
             other.close()
         with Client(rig.address, timeout=10) as late:

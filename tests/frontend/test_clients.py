@@ -1,4 +1,4 @@
-"""Clients that leave or do not read, and more of them than fit."""
+"""Clients that leave or do not read, and more requests than the server accepts."""
 
 import time
 
@@ -23,7 +23,7 @@ def test_a_client_that_vanishes_is_cancelled_at_once():
             wait_until(lambda: watcher.stats()["clients"] == 2)
         start = time.monotonic()
         wait_until(lambda: sorted(rig.engine.cancels) == [1, 2, 3])
-        # No step runs, so nothing is sent to the client that could fail: the broken connection itself is noticed.
+        # No step runs, so no message to the client can fail: the closed connection itself is noticed.
         assert time.monotonic() - start < 0.8
         stats = wait_until(lambda: (s := watcher.stats())["requests_in_flight"] == 0 and s)
         assert (stats["requests_cancelled"], stats["clients"]) == (3, 1)
@@ -52,7 +52,7 @@ def test_a_client_that_does_not_read_is_given_up(monkeypatch, tmp_path):
             raw.request(b"%d" % number, type="generate", prompt_tokens=wire.pack_tokens([5] * 190))
         wait_until(lambda: len(rig.engine.cancels) > 0, 30)
         assert client.generate("hello").text()
-        # When it reads again after all, it is told.
+        # When it reads again, it gets the error.
         wait_until(lambda: (reply := raw.receive())[0] == b"" and reply[1].code == "slow_reader", 20)
         assert client.stats()["requests_failed"] == 0
 

@@ -1,4 +1,4 @@
-"""Incremental text is a function of the tokens alone, for every kind of vocabulary and however steps divide them."""
+"""Incremental text depends on the tokens only, for every kind of vocabulary and any division into steps."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The link between front end and engine: messages, and what is left when one of the two dies."""
+"""The link between front end and engine: messages, and the death of either process."""
 
 import os
 import subprocess

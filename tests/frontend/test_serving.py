@@ -1,4 +1,4 @@
-"""The front end over real sockets: what a well-behaved client gets."""
+"""The front end over real sockets, with clients that follow the protocol."""
 
 import pytest
 from serving_rig import TOKENIZER, RawClient, saying, serving, wait_until

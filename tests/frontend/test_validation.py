@@ -1,4 +1,4 @@
-"""What is made of a request's tokens, without sockets; the checks before are tested over sockets with the client."""
+"""Output streams and default parameters, without sockets. The client's tests cover refused requests over sockets."""
 
 import numpy as np
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""The flags of every command: each says what it is, its unit and its default, and refuses what it cannot be."""
+"""The flags of every command: each states its meaning, unit and default, and refuses bad values."""
 
 import argparse
 import importlib.util

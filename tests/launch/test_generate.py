@@ -1,4 +1,4 @@
-"""``launch/generate.py`` under torchrun: files in, files out, figures on the last line."""
+"""``launch/generate.py`` under torchrun: files in, files out, results on the last line."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 
 
 def generate(model, tmp_path, lines: list[str], size: int, *flags: str) -> tuple[list[dict], dict]:
-    """Answers and figures: from several ranks under torchrun, from one without it."""
+    """Run it on several ranks under torchrun, or on one without; returns answers and results."""
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     script = ROOT / "launch" / "generate.py"
     command = ["--model", str(model[0]), "--medusa", str(model[0] / "medusa"), "--dtype", "float32", *flags]

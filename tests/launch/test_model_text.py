@@ -1,4 +1,4 @@
-"""The text of a real model that writes the byte tokens of one character for ever, several of them a step."""
+"""The text of a served model that repeats the byte tokens of one character, several of them per step."""
 
 import json
 
@@ -18,8 +18,9 @@ RIGHT = ({0, 1, 3}, {0, 3}, {0})
 
 
 def followers(hidden: int, vocab: int, distance: int, right: set[int]) -> torch.Tensor:
-    """An lm_head [vocab, hidden] that names the token ``distance`` after the one read, or after others the prompt's
-    first token."""
+    """An lm_head [vocab, hidden] that predicts the token ``distance`` after the one read if that is in ``right``, else
+    the prompt's first token.
+    """
     weight = torch.zeros(vocab, hidden)
     for place in range(4):
         wanted = SMILES[(place + distance) % 4] if place in right else vocabulary("llama-2").encode(PROMPT)[0]
@@ -29,7 +30,7 @@ def followers(hidden: int, vocab: int, distance: int, right: set[int]) -> torch.
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A Llama whose layers add nothing: each token's embedding names its place, and lm_head the token after it."""
+    """A Llama whose layers add nothing: each token's embedding encodes its place, and lm_head the token after it."""
     directory = tmp_path_factory.mktemp("smiling")
     tokenizer = vocabulary("llama-2")
     config = family_config("llama", vocab_size=len(tokenizer), max_position_embeddings=256)
@@ -41,7 +42,7 @@ def model(tmp_path_factory):
         elif "norm" in name:
             weight.fill_(1.0)
     embedding = weights["model.embed_tokens.weight"].zero_()
-    embedding[:, 3] = 1.0  # whatever comes before, the first byte follows
+    embedding[:, 3] = 1.0  # after any other token the first byte follows
     for place, token in enumerate(SMILES[:4]):
         embedding[token] = torch.eye(config.hidden_size)[place]
     weights["lm_head.weight"].copy_(followers(config.hidden_size, config.vocab_size, 1, {0, 1, 2, 3}))

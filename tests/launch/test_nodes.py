@@ -61,7 +61,7 @@ def test_nodes_that_were_started_differently_are_refused(model):
 
 
 def test_a_lost_node_ends_the_group(model):
-    """The second node's agent is killed: its workers die with it, the first node hears of it and ends."""
+    """The second node's agent is killed: its workers die with it, and the first node notices and ends."""
     with two_nodes(model, 1) as (first, second, address), Client(address) as client:
         answer = iter(client.generate(prompt_tokens=[5, 6, 7], max_tokens=200, ignore_eos=True))
         next(answer)

@@ -1,4 +1,4 @@
-"""What cannot be served ends before the model is loaded, in one line of one rank; no rank prints a traceback."""
+"""Refused commands end before the model is loaded, with one line of one rank and no traceback."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def start(script: str, size: int, *flags: str) -> subprocess.CompletedProcess:
 
 
 def refused(done: subprocess.CompletedProcess, message: str) -> None:
-    """One line says so, and what comes after it is torchrun's report alone."""
+    """Assert that one line has the message and only torchrun's report follows."""
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
@@ -33,7 +33,7 @@ def refused(done: subprocess.CompletedProcess, message: str) -> None:
 
 @pytest.fixture
 def damaged(model, tmp_path):
-    """A copy of the model without weights: who gets as far as loading them says so."""
+    """A copy of the model without weights, so that loading them would show as another error."""
     shutil.copytree(model[0], tmp_path / "model")
     for path in (tmp_path / "model").glob("*.safetensors"):
         path.unlink()

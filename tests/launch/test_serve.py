@@ -1,4 +1,4 @@
-"""The real thing: torchrun starts ranks, clients talk to them over sockets, processes are killed."""
+"""Serving end to end: torchrun starts ranks, clients use them over sockets, processes are killed."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def check_samples(client: Client, made) -> None:
 
 
 def check_bad_input(client: Client, address: str) -> None:
-    """Each gets an error of its own, and the server goes on."""
+    """Each message gets an error of its own, and the server continues."""
     bad = [
         ({"prompt": ""}, "empty"),
         ({"prompt_tokens": []}, "empty"),
@@ -114,7 +114,7 @@ def check_bad_input(client: Client, address: str) -> None:
 
 
 def check_signal_drains(client: Client, group, number: int) -> None:
-    """What runs is finished before the group goes."""
+    """Running requests finish before the group ends."""
     generation = iter(client.generate("hello", max_tokens=100, ignore_eos=True))
     count = len(next(generation).tokens)
     group.send_signal(number)
@@ -130,7 +130,7 @@ def test_an_interrupt_drains_a_single_rank(model):
 
 @pytest.mark.parametrize(("size", "victim"), [(2, "rank 0"), (2, "rank 1"), (1, "agent")])
 def test_a_killed_process_ends_the_whole_group(model, size, victim):
-    """SIGKILL of any process: the client hears of it at once, and nothing is left behind."""
+    """After SIGKILL of any process the client gets an error at once, and no process or file is left."""
     with served(model, size, "--max-model-len", "250") as (group, address), Client(address) as client:
         workers = [p for p in psutil.Process(group.pid).children() if "serve.py" in " ".join(p.cmdline())]
         ranks = {p.environ().get("RANK"): p for p in workers}

@@ -1,5 +1,7 @@
-"""Any field of the files beside a model replaced by any JSON value: it loads to something usable, or one line names the
-file and the field. Nothing else comes of it, and nothing takes long."""
+"""Replaces any field of the files beside a model by any JSON value.
+
+The file either loads to something usable, or one line names file and field. No other error occurs.
+"""
 
 import json
 
@@ -43,7 +45,7 @@ def config_of(family: str, scaling: str) -> dict:
 
 
 def use(directory) -> None:
-    """What an engine would make of config.json, as far as it goes without weights."""
+    """Read config.json as an engine does before it reads weights."""
     config = load_model_config(str(directory), "auto")
     rope.check(config, 64)
     for table in rope.tables(config, 64, torch.device("cpu")):

@@ -28,7 +28,7 @@ def run(ranks, size, directory, heads, asked, **changes):
     settings = {"max_num_seqs": 8, "max_num_batched_tokens": 40, "dtype": "float32", "tree": "static"} | changes
     config = EngineConfig(model=str(directory), medusa=str(heads), **settings)
     params = SamplingParams(max_tokens=LENGTH, ignore_eos=True)
-    arrivals = 2 if config.loop == "overlapped" else 0  # requests come in while a step is under way
+    arrivals = 2 if config.loop == "overlapped" else 0  # requests arrive while a step runs
     return ranks(size).run(answer, config, [(p, params) for p in asked], arrivals)[0]
 
 
@@ -77,7 +77,7 @@ def test_shared_pages_change_no_token(tmp_path, ranks, size):
 
 
 def test_some_drafts_are_accepted(models, ranks):
-    """Without this, identity would say nothing about trees."""
+    """If none were accepted, equal outputs would not test trees."""
     directory, heads, asked, _ = models["llama"]
     got = run(ranks, 1, directory, heads, asked)
     assert sum(len(a) for a in got["tokens_per_step"]) < LENGTH * len(asked)

@@ -40,7 +40,7 @@ def run(ranks, size, model, asked, arrivals=0, **changes):
 
 
 def memory(size: int) -> float:
-    """GiB a rank of so many needs for NUM_PAGES pages of two layers in float32, and a little that is no page."""
+    """GiB that one of ``size`` ranks needs for NUM_PAGES pages of two layers in float32, plus half a page."""
     return (NUM_PAGES + 0.5) * 2 * 2 * (KV_HEADS // size) * PAGE * HEAD_DIM * 4 / GIB
 
 

@@ -1,4 +1,4 @@
-"""Serving with quantized weights: trees, group sizes and recordings change no token, and what cannot be is refused."""
+"""Quantized weights: trees, group sizes and recordings change no token, and unsupported settings are refused."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_no_setting_changes_greedy_tokens(model, ranks, kind):
     for size, changes in ((1, {}), (1, {"eager": True}), (2, {"tree": "off"}), (2, {})):
         got = run(ranks, size, model, quantization=kind, **changes)
         assert got["outputs"] == plain["outputs"], (size, changes)
-    # Without this, identity would say nothing about trees.
+    # If no draft token were accepted, equal outputs would not test trees.
     assert sum(map(len, got["tokens_per_step"])) < sum(map(len, plain["tokens_per_step"])), "no draft was accepted"
 
 
@@ -77,7 +77,7 @@ def test_groups_of_inputs_that_ranks_would_cut_are_refused(ranks, tmp_path):
     odd = directory, save_heads(directory / "heads", head_tensors(made))
     run(ranks, 1, odd, quantization="int4")  # alone, any width goes
     for said in ranks(2).run(refusal, config(odd, quantization="int4")):
-        assert "in groups of 32 inputs, which a rank's share of 48 of 96 inputs would cut: use fewer ranks" in said
+        assert "in groups of 32 inputs, which a rank's shard of 48 of 96 inputs would cut: use fewer ranks" in said
     plain = run(ranks, 1, odd, quantization="int8", tree="off")
     assert run(ranks, 2, odd, quantization="int8")["outputs"] == plain["outputs"]
 

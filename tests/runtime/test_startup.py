@@ -240,7 +240,7 @@ def test_every_format_of_heads(base, ranks, tmp_path, kind, size):
     wanted = [(p, SamplingParams(max_tokens=LENGTH, ignore_eos=True)) for p in asked]
     got = ranks(size).run(answer, config, wanted)[0]
     assert got["outputs"] == [oracle_greedy(base[1], p, LENGTH) for p in asked]
-    assert max(n for accepted in got["tokens_per_step"] for n in accepted) > 1, "no draft was ever accepted"
+    assert max(n for accepted in got["tokens_per_step"] for n in accepted) > 1, "no draft token was accepted"
 
 
 SCALINGS = {

@@ -1,4 +1,4 @@
-"""What is measured of steps at start, and what is kept of it."""
+"""The profile of step times: how it is measured, and how it is stored."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ MEASURED = Profile(requests=[1, 4], plain=[1.0, 1.2], extra=[0, 8], speculating=
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """Keeps a profile; its file."""
+    """Store a profile and return its file."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert profile.cached({"model": "a"}, lambda: MEASURED) == MEASURED
     (file,) = (tmp_path / "euryale").iterdir()
@@ -31,7 +31,7 @@ def again() -> tuple[Profile, list]:
     return profile.cached({"model": "a"}, lambda: calls.append(1) or MEASURED), calls
 
 
-def test_a_profile_is_kept_for_what_it_was_measured_of(kept):
+def test_a_profile_is_stored_under_its_key(kept):
     assert again() == (MEASURED, [])
     other = dataclasses.replace(MEASURED, plain=[2.0, 2.4])
     assert profile.cached({"model": "b"}, lambda: other) == other
@@ -71,8 +71,8 @@ def test_a_directory_in_the_way_costs_no_start(kept):
     assert [path.name for path in kept.parent.iterdir()] == [kept.name]
 
 
-def test_requests_that_are_timed_share_no_page():
-    """What several read would be read once, and context would look cheap."""
+def test_timed_requests_have_pages_of_their_own():
+    """Common pages would be read only once, and context would look cheap."""
     seen = []
     profile.measure(
         lambda segments: seen.append([p for s in segments for p in s.pages.tolist()]),
@@ -85,8 +85,8 @@ def test_requests_that_are_timed_share_no_page():
     assert all(len(pages) == len(set(pages)) for pages in seen)
 
 
-def test_choosing_guesses_is_part_of_a_step_with_guesses():
-    """It is not padded to the next number of requests, as the device's work is."""
+def test_a_speculative_step_includes_the_choice_of_draft_tokens():
+    """Its time is not padded to the next number of requests, unlike the device's."""
     found = profile.measure(
         lambda segments: None, LIMITS, 3, True, time_step=lambda step: step() or 1.0, time_choice=lambda n: 0.1 * n
     )

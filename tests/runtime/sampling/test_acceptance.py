@@ -33,7 +33,7 @@ MIXED = [
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     made = make_model(directory, family_config("llama", tie_word_embeddings=True), seed=3)
-    # Confident heads: several residual layers, and a shared lm_head (format B).
+    # Confident heads: several residual layers and the backbone's lm_head (format B).
     heads = save_heads(directory / "heads", head_tensors(made, num_layers=2, own_lm_head=False))
     return directory, heads
 
@@ -50,7 +50,7 @@ def run(ranks, size, model, params, **changes):
 def test_seeded_sampling_does_not_depend_on_speculation_batch_or_group(model, ranks):
     plain = run(ranks, 1, model, MIXED, tree="off", max_num_seqs=1)
     assert len({tuple(o) for o in plain["outputs"]}) == len(MIXED)
-    # Trees as large as pays on one rank alone: every group would measure for seconds what its steps cost.
+    # Budgeted trees run on one rank only, because every group would profile its steps for seconds.
     for size, changes in [
         (1, {}),
         (1, {"tree": "chain"}),
@@ -69,7 +69,7 @@ def test_seeded_sampling_does_not_depend_on_speculation_batch_or_group(model, ra
 
 def test_typical_in_the_same_batch_leaves_exact_requests_alone(model, ranks):
     mixed = [dataclasses.replace(p, acceptance="typical" if i % 2 else "exact") for i, p in enumerate(MIXED)]
-    # What typical accepts depends on the tree, which is to be the same every time.
+    # Typical acceptance depends on the tree, so the tree must be the same in every run.
     exact, typical = run(ranks, 1, model, MIXED, tree="static"), run(ranks, 1, model, mixed, tree="static")
     assert typical["outputs"][::2] == exact["outputs"][::2]
     assert typical["outputs"][1] == exact["outputs"][1]  # greedy: typical accepts the argmax only

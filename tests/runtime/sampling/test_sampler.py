@@ -1,4 +1,4 @@
-"""Drawing tokens over a shared-out vocabulary: distribution, filters, independence of the group."""
+"""Drawing tokens over a sharded vocabulary: distribution, filters, independence of the group size."""
 
 import numpy as np
 import pytest
@@ -24,13 +24,13 @@ def shard_of(group, vocab: int) -> VocabShard:
     return VocabShard(group, vocab, -(-vocab // group.size))
 
 
-def draw_on(group, logits: torch.Tensor, rows: list, asked=None):
+def draw_on(group, logits: torch.Tensor, rows: list, pairs=None):
     """Every rank cuts its shard of full logits [N, V] and draws; returns plain lists."""
     shard = shard_of(group, logits.shape[1])
     padded = torch.nn.functional.pad(logits, (0, shard.length * group.size - logits.shape[1]))
     local = shard.hide_padding(padded[:, shard.offset : shard.offset + shard.length].clone())
-    drawn = draw(shard, local, row_params(rows), asked)
-    extra = None if asked is None else (drawn.child_logp.tolist(), drawn.entropy.tolist())
+    drawn = draw(shard, local, row_params(rows), pairs)
+    extra = None if pairs is None else (drawn.child_logp.tolist(), drawn.entropy.tolist())
     return drawn.tokens.tolist(), extra
 
 
@@ -55,7 +55,7 @@ FILTERS = [
     {"top_p": 0.7},
     {"min_p": 0.08},
     {"top_k": 40, "top_p": 0.8, "min_p": 0.01},
-    {"top_k": 100},  # more than the candidates that travel
+    {"top_k": 100},  # more than the candidates that ranks send
     {"top_p": 0.9999},  # a nucleus wider than the candidates
     {"top_k": 150, "top_p": 0.999},
     {"top_k": 10_000, "top_p": 0.95},
@@ -93,9 +93,9 @@ def test_every_group_size_draws_the_same_tokens(ranks, size):
     for i in range(40):
         filters = FILTERS[i % len(FILTERS)]
         rows.append((SamplingParams(temperature=(i % 3) * 0.6, seed=i, **filters), i))
-    asked = torch.tensor([[i, (i * 7) % 301] for i in range(40)])
-    expected, (logp, entropy) = draw_on(single(), logits, rows, asked)
-    for got, (other_logp, other_entropy) in ranks(size).run(draw_on, logits, rows, asked):
+    pairs = torch.tensor([[i, (i * 7) % 301] for i in range(40)])
+    expected, (logp, entropy) = draw_on(single(), logits, rows, pairs)
+    for got, (other_logp, other_entropy) in ranks(size).run(draw_on, logits, rows, pairs):
         assert got == expected
         # Sums of exponentials are taken in another order; float32 keeps 6 digits.
         np.testing.assert_allclose(other_logp, logp, rtol=1e-5, atol=1e-5)
@@ -132,11 +132,11 @@ def test_ties_go_to_the_smallest_token(ranks):
 
 def test_entropy_and_log_probability():
     torch.manual_seed(4)
-    logits, asked = torch.randn(3, 97), torch.tensor([[0, 5], [1, 90], [2, 0]])
+    logits, pairs = torch.randn(3, 97), torch.tensor([[0, 5], [1, 90], [2, 0]])
     rows = [(SamplingParams(temperature=0.8), i) for i in range(3)]
-    _, (logp, entropy) = draw_on(single(), logits, rows, asked)
+    _, (logp, entropy) = draw_on(single(), logits, rows, pairs)
     expected = torch.distributions.Categorical(logits=logits / 0.8)
-    np.testing.assert_allclose(logp, expected.log_prob(asked[:, 1]), rtol=1e-5)  # float32 sums
+    np.testing.assert_allclose(logp, expected.log_prob(pairs[:, 1]), rtol=1e-5)  # float32 sums
     np.testing.assert_allclose(entropy, expected.entropy(), rtol=1e-5)
 
 
