@@ -70,7 +70,7 @@ class _Parts:
 
     decoder: Decoder
     heads: MedusaHeads | None
-    trees: TreeChoice | None
+    trees: TreeConfig | None
     model: ModelConfig
     layout: Layout
     fingerprint: str
@@ -152,12 +152,8 @@ def _load_parts(config: EngineConfig, group: Group) -> _Parts:
         tensors = medusa_checkpoint.load_heads(config.medusa, checkpoint, model.hidden_size, model.vocab_size)
     else:
         checkpoint.used |= {n for n in checkpoint.names if n.startswith(medusa_checkpoint.MERGED_PREFIX)}
-<<<<<<< HEAD
-    tree = _tree_config(config, tensors.num_heads if tensors else 0, model.vocab_size)
-=======
     num_heads = tensors.num_heads if tensors else 0
-    trees = _choose_trees(config, num_heads, model.vocab_size)
->>>>>>> eng-runtime
+    trees = _tree_config(config, num_heads, model.vocab_size)
     weights = Weights(checkpoint, layout, SHARDING, model.dtype, config.quantization)
     # Positions of draft tokens exceed the longest request by at most the tree's depth. Positions of padding start at 0
     # and stay below the number of rows of a step.
@@ -203,14 +199,9 @@ def _tree_config(config: EngineConfig, num_heads: int, vocab_size: int) -> TreeC
         return None
     trees = parse_tree_option(config.tree, medusa_checkpoint.tree_beside(config.medusa, config.model), num_heads)
     if trees.shape and trees.num_candidates > vocab_size:
-<<<<<<< HEAD
-        raise ValueError(f"the tree asks for rank {trees.num_candidates - 1} of a vocabulary of {vocab_size}")
-    if trees.num_draft_tokens + 1 > config.max_num_batched_tokens:
-=======
         rank = trees.num_candidates - 1
         raise ValueError(f"the tree asks for rank {rank} of a vocabulary of {vocab_size}: lower its ranks")
-    if trees.most_nodes + 1 > config.max_num_batched_tokens:
->>>>>>> eng-runtime
+    if trees.num_draft_tokens + 1 > config.max_num_batched_tokens:
         raise ValueError(
             f"the tree has {trees.num_draft_tokens + 1} nodes and a step {config.max_num_batched_tokens} rows: "
             "raise --max-num-batched-tokens or give a smaller tree"
@@ -240,13 +231,8 @@ def _calibration(
         raise ValueError(f"{path}: {error}: {remedy}") from error
 
 
-<<<<<<< HEAD
-def _fingerprint(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, tree: TreeConfig | None) -> str:
-    """Names all that answers depend on: weights, heads, tree, tokenizer and settings files, dtype, quantization."""
-=======
-def _fingerprint(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, trees: TreeChoice | None) -> str:
+def _fingerprint(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, trees: TreeConfig | None) -> str:
     """Hash everything that answers depend on: weights, heads, trees, tokenizer, settings, dtype and quantization."""
->>>>>>> eng-runtime
     small = [p for p in sorted(Path(config.model).iterdir()) if p.suffix in (".json", ".jinja", ".model")]
     heads = sorted(Path(config.medusa).glob("medusa_lm_head.*")) if config.medusa else []
     return fingerprint([*small, *checkpoint.files(), *heads], f"{model.dtype} {config.quantization} {trees}")
@@ -277,19 +263,13 @@ def _make_drafter(config: EngineConfig, loaded: Loaded, costs: StepCosts | None)
         return StaticDrafter(trees.shape)
     heads, budget = loaded.runner.heads, None
     assert heads is not None, "trees need heads"
-    if not trees.nodes:
+    if not trees.dynamic_size:
         assert costs is not None, "a budget of draft tokens needs step costs"
         budget = DraftBudget(costs, loaded.limits.max_num_batched_tokens)
     return DynamicDrafter(
-<<<<<<< HEAD
-        loaded.runner.heads.num_heads,
-        trees.dynamic_size or config.max_tree_nodes,
-        None if trees.dynamic_size else DraftBudget(costs, loaded.limits.max_num_batched_tokens),
-=======
         heads.num_heads,
-        trees.nodes or config.max_tree_nodes,
+        trees.dynamic_size or config.max_tree_nodes,
         budget,
->>>>>>> eng-runtime
         loaded.text,
         loaded.acceptance_stats,
         Sources(text=config.draft_from_text, traffic=config.draft_from_traffic, context=config.draft_from_context),
