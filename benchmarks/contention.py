@@ -48,6 +48,7 @@ def busy(core: int) -> Iterator[None]:
     command = [sys.executable, "-c", LOOP.format(core=core, parent=os.getpid())]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
     try:
+        assert process.stdout is not None
         process.stdout.readline()  # it is about to loop
         yield
     finally:

@@ -41,7 +41,7 @@ class DataOptions:
         HELD_OUT_PERCENT,
         "percent of --data to hold out when --held-out is not given",
         DATA,
-        Rule("a number from 0 to below 100", lambda v: number(0, 100).fits(v) and v < 100),
+        Rule("a number from 0 to below 100", lambda v: number(0, 100).fits(v) and v != 100),
     )
     seed: int = flag(0, "what everything that is drawn depends on", EXECUTION, whole(0, 2**63 - 1))
     device: str = flag("auto", DEVICE_HELP, EXECUTION, choices=("auto", "cpu", "cuda"))

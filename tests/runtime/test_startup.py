@@ -193,7 +193,10 @@ def test_a_tree_needs_heads_and_not_more_depth_than_heads(base, tmp_path):
     refused("needs Medusa heads", base[0], tree="chain")
     (tmp_path / "deep.json").write_text("[[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]")
     refused(
-        "4 deep but there are 3 Medusa heads", base[0], medusa=str(base[0] / "heads"), tree=str(tmp_path / "deep.json")
+        "has depth 4 but there are 3 Medusa heads",
+        base[0],
+        medusa=str(base[0] / "heads"),
+        tree=str(tmp_path / "deep.json"),
     )
 
 

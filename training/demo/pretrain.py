@@ -23,7 +23,7 @@ from euryale.training import corpus
 from euryale.training.options import COUNT, COUNT_OR_NONE, EXECUTION, RATE, TRAINING
 
 OUTPUT, SHAPE = "result", "model"
-WIDTH = Rule("a multiple of 16 from 16 to 65536", lambda v: whole(16, 1 << 16).fits(v) and v % 16 == 0)  # 8 even heads
+WIDTH = Rule("a multiple of 16 from 16 to 65536", lambda v: v in range(16, (1 << 16) + 1, 16))  # 8 even heads
 CHECKPOINT_STEPS = 100
 OPENING_LENGTH = 128  # tokens of a prompt-like excerpt
 
