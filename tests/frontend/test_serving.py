@@ -1,7 +1,9 @@
 """The front end over real sockets, with clients that follow the protocol."""
 
+import threading
+
 import pytest
-from serving_rig import TOKENIZER, RawClient, saying, serving, wait_until
+from serving_rig import TOKENIZER, RawClient, ScriptedEngine, saying, serving, wait_until
 
 from euryale.client import Client, protocol
 from euryale.scheduler.sampling_params import SamplingParams
@@ -51,12 +53,29 @@ def test_a_request_without_a_seed_gets_one(rig):
         assert len(seeds) == 3
 
 
+class StepPermits(threading.Event):
+    """Lets the engine run one step for each call of ``permit``, while it has a request."""
+
+    def __init__(self, engine: ScriptedEngine) -> None:
+        super().__init__()
+        self._engine, self._permits = engine, threading.Semaphore(0)
+
+    def permit(self) -> None:
+        self._permits.release()
+
+    def is_set(self) -> bool:
+        return super().is_set() or (bool(self._engine.running) and self._permits.acquire(blocking=False))
+
+
 def test_no_half_characters():
     text = "naïve 😀 日本語 ✓"
-    with serving(saying(text)) as rig, Client(rig.address) as client:
-        rig.engine.pause = 0.002
-        generation = client.generate("hello", **LONG)
-        pieces = [delta.text for delta in generation]
+    with serving(saying(text), hold=True) as rig, Client(rig.address) as client:
+        rig.engine.may_step = permits = StepPermits(rig.engine)
+        permits.permit()
+        pieces = []
+        for delta in client.generate("hello", **LONG):  # the next step runs when the last one's text has arrived
+            pieces.append(delta.text)
+            permits.permit()
         assert all("\ufffd" not in piece for piece in pieces)
         assert "".join(pieces) == text
         assert len(pieces) > 10
