@@ -79,7 +79,7 @@ BAD = {
     "[[0.5]]": "must be a list of 1 to 127 items",
     "[[true]]": "must be a list of 1 to 127 items",
     "[3]": "must be a list of 1 to 127 items",
-    "[[0], [0, 0], [0, 0, 0]]": "3 deep but there are 2 Medusa heads",
+    "[[0], [0, 0], [0, 0, 0]]": "has depth 3 but there are 2 Medusa heads",
     json.dumps([[i] for i in range(MAX_NODES)]): "more than 128 nodes",
     "[[0]": "tree.json is damaged .*: give --tree dynamic",
     "[" * 1000 + "]" * 1000: "nested deeper than 32 levels",
