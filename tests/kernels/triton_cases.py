@@ -302,8 +302,8 @@ def test_padded_steps(tmp_path, monkeypatch):
         twin, recorded = eager_twin(runner), 0
         for seed, (shapes, params, context) in enumerate(STEPS[i] for i in (0, 1, 3, 6, 8, 12)):
             plan = plan_of(seed, runner.decoder.shard.vocab_size, shapes, params, context)
-            # cuBLAS may sum another number of rows in another order.
-            limit = 0.0 if DEVICE.type == "cpu" else 1e-4
+            # PyTorch's products may sum another number of rows in another order, on some CPUs too.
+            limit = 1e-5 if DEVICE.type == "cpu" else 1e-4
             assert_same(runner, twin, agreeable(runner, plan) if params == [GREEDY] else plan, limit)
             recorded += runner.graphs.recording(plan) is not None
         assert recorded == 5  # of 6: prompts are not
@@ -321,6 +321,6 @@ def test_a_context_that_outgrows_its_work_list_is_recorded_again(tmp_path, monke
         twin, recordings = eager_twin(runner), []
         for seed, context in enumerate((5, 7, 60, 200, 60, 5)):
             plan = plan_of(seed, runner.decoder.shard.vocab_size, [(1, 3)], [GREEDY], context)
-            assert_same(runner, twin, plan, 0.0 if DEVICE.type == "cpu" else 1e-4)
+            assert_same(runner, twin, plan, 1e-5 if DEVICE.type == "cpu" else 1e-4)
             recordings.append(runner.graphs.recording(plan))
         assert len({id(r) for r in recordings}) == 3  # one split, several, and more than there was room for
