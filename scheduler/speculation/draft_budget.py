@@ -109,10 +109,8 @@ class _LoadState:
             self.is_speculating, self.gain = True, gain
             self.trial_interval = self.num_until_trial = MIN_TRIAL_INTERVAL
         elif self.pause == MAX_PAUSE and gain > -UNCERTAINTY:
-            self.is_speculating, self.gain = (
-                True,
-                0.0,
-            )  # for one or two steps, to measure the predicted rate
+            # Speculate for one or two steps, to measure the predicted rate.
+            self.is_speculating, self.gain = True, 0.0
         else:
             self.begin_pause()
 
