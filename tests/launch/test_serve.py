@@ -157,5 +157,5 @@ def test_a_model_that_cannot_be_served_is_refused_at_start(model, tmp_path, size
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), script, *command]
         done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode != 0
-    assert "5 deep but there are 3 Medusa heads" in done.stderr
+    assert "has depth 5 but there are 3 Medusa heads: prune it" in done.stderr
     assert "ready" not in done.stdout
