@@ -23,7 +23,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint  ## everything CI checks
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 demo-checkpoint: $(STAMP)  ## train the demo model from scratch (well over an hour on 2 cores)
 	$(BIN)/python launch/train.py demo --out demo/build

@@ -1,9 +1,11 @@
 """Runs groups for the tests: torchrun starts them, clients use them over sockets, and no process or file is left."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
@@ -22,8 +24,11 @@ def served(model, size: int = 2, *flags: str, nodes: tuple[str, ...] = ()):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), *nodes]
     command += [str(ROOT / "launch" / "serve.py"), "--model", str(model[0]), "--medusa", str(model[0] / "medusa")]
     command += ["--dtype", "float32", "--bind", "tcp://127.0.0.1:0", "--max-num-seqs", "8", "--tree", "static", *flags]
-    before = leftovers()
-    group = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/")
+    temporary = tempfile.mkdtemp(prefix="served-")  # its sockets' directory, as other groups may start and end meanwhile
+    before, environment = leftovers(), os.environ | {"TMPDIR": temporary}
+    group = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/", env=environment
+    )
     noise: list[str] = []
     reader = threading.Thread(target=lambda: noise.extend(group.stderr), daemon=True)
     reader.start()
@@ -43,14 +48,16 @@ def served(model, size: int = 2, *flags: str, nodes: tuple[str, ...] = ()):
             for process in alive:
                 process.kill()
     assert not alive, f"processes were left: {alive}"
-    assert leftovers() <= before, "files were left"
+    assert leftovers() <= before, "shared memory was left"
+    left = [path.name for path in Path(temporary).glob("euryale-*")]
+    shutil.rmtree(temporary)
+    assert not left, f"files were left: {left}"
 
 
 def leftovers() -> set[str]:
-    """Shared-memory segments and socket directories on this machine, without what other programs' OpenMP makes."""
+    """Shared-memory segments on this machine, without what other programs' OpenMP makes."""
     others = ("sem.", "__KMP_REGISTERED_LIB")
-    memory = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if not name.startswith(others)}
-    return memory | {str(p) for p in Path("/tmp").glob("euryale-*")}
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(others)}
 
 
 def wait_until_idle(client: Client, num_cancelled: int = 0) -> dict:
