@@ -1,7 +1,7 @@
 """Tokens per second while something else keeps one core busy, over tokens per second without it.
 
 ``python -m euryale.benchmarks.contention --model demo/model`` measures one rank with a thread for each core; under
-``torchrun --nproc-per-node 2 -m`` the ranks share out the cores. Undisturbed and disturbed rounds take turns: beside a
+``torchrun --nproc-per-node 2 -m`` the ranks divide the cores. Undisturbed and disturbed rounds take turns: beside a
 disturbed one an endless loop runs, pinned to one core, in a session of its own as another user's work would be.
 """
 

@@ -9,7 +9,7 @@ _threads: int | None = None  # of our kernels, where PyTorch's number is another
 
 
 def num_threads() -> int:
-    """Threads among which our kernels share out their work: PyTorch's number outside of ``one_for_torch``."""
+    """Return the number of threads of our kernels: PyTorch's outside of ``one_for_torch``."""
     return _threads or torch.get_num_threads()
 
 

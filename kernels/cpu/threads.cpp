@@ -1,11 +1,11 @@
-// The threads that kernels share out their work to.
+// The thread pool among which kernels divide their work.
 //
-// Every thread has a share of the indices and a counter of those that nobody has claimed. A thread claims from its own
-// share first, so that it reads the same weights in every step, then from the others' shares. So nobody waits for a
-// thread that does not run, except for the one index that such a thread may have claimed.
+// Every thread has a part of the indices and a counter of the unclaimed ones. A thread claims from its own part first,
+// so that it reads the same weights in every step, then from the other parts. So no thread waits for one that does not
+// run, except for the one index that such a thread may have claimed.
 //
-// A claim is one atomic decrement. Only who has made one reads what the job is: it cannot change before that claim's
-// index is done. So a helper that comes late, even in the midst of the next job, claims of whatever job there is.
+// A claim is one atomic decrement. A thread reads the job only after a claim: the job cannot change before the claimed
+// index is done. So a helper that comes late, even during the next job, claims an index of the current job.
 #include "threads.h"
 
 #include <pthread.h>
@@ -27,13 +27,13 @@ constexpr int64_t SPIN = 50'000, LONG = 3'600'000'000'000;  // nanoseconds
 // A helper yields for longer than the host of a small model needs between two steps.
 constexpr int HELPER_YIELDS = 8000, CALLER_YIELDS = 50;
 
-struct alignas(64) Share {
-    std::atomic<int64_t> unclaimed{0};  // below 0 where several came too late
+struct alignas(64) Part {
+    std::atomic<int64_t> unclaimed{0};  // below 0 if several threads came too late
 };
 
 class Threads {
 public:
-    void share_out(int64_t threads, int64_t count, void (*run)(const void*, int64_t), const void* body) {
+    void run_parallel(int64_t threads, int64_t count, void (*run)(const void*, int64_t), const void* body) {
         const std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
         if (!lock) {  // another thread's job is under way
             for (int64_t index = 0; index < count; ++index) run(body, index);
@@ -43,9 +43,9 @@ public:
         start_helpers(threads - 1);
         run_ = run, body_ = body, count_ = count, threads_ = threads;
         undone_.value.store((uint32_t)count, std::memory_order_relaxed);
-        num_shares_.store(threads, std::memory_order_relaxed);
+        num_parts_.store(threads, std::memory_order_relaxed);
         for (int64_t t = 0; t < threads; ++t)
-            shares_[t].unclaimed.store(begin_of(t + 1) - begin_of(t), std::memory_order_release);
+            parts_[t].unclaimed.store(begin_of(t + 1) - begin_of(t), std::memory_order_release);
         jobs_.value.fetch_add(1, std::memory_order_seq_cst);
         jobs_.wake((int)threads - 1);
         work(0);
@@ -65,7 +65,7 @@ private:
             try {
                 std::thread(&Threads::help, this, num_helpers_ + 1).detach();
                 ++num_helpers_;
-            } catch (const std::system_error&) {  // no more threads to be had: the others do all
+            } catch (const std::system_error&) {  // no more threads can be started: the others do all
                 wanted = num_helpers_;
             }
             pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -82,13 +82,13 @@ private:
         }
     }
 
-    // Run what can be claimed, of the share of this number first.
+    // Runs all indices that it can claim, beginning with part `number`.
     void work(int64_t number) {
         uint32_t done = 0;
-        const int64_t shares = num_shares_.load(std::memory_order_relaxed);
-        for (int64_t i = 0; i < shares; ++i) {
-            const int64_t t = (number + i) % shares;
-            std::atomic<int64_t>& unclaimed = shares_[t].unclaimed;
+        const int64_t parts = num_parts_.load(std::memory_order_relaxed);
+        for (int64_t i = 0; i < parts; ++i) {
+            const int64_t t = (number + i) % parts;
+            std::atomic<int64_t>& unclaimed = parts_[t].unclaimed;
             while (unclaimed.load(std::memory_order_relaxed) > 0) {
                 const int64_t left = unclaimed.fetch_sub(1, std::memory_order_acquire);
                 if (left <= 0) break;
@@ -99,15 +99,15 @@ private:
         if (done && undone_.value.fetch_sub(done, std::memory_order_seq_cst) == done) undone_.wake();
     }
 
-    std::mutex busy_;  // held by the thread whose job it is
+    std::mutex busy_;  // held by the thread whose job is run
     int64_t num_helpers_ = 0;
-    // The job: written by who holds the lock, before anything can be claimed.
+    // The job: written by the holder of the lock, before any index can be claimed.
     void (*run_)(const void*, int64_t) = nullptr;
     const void* body_ = nullptr;
     int64_t count_ = 0, threads_ = 1;
-    std::atomic<int64_t> num_shares_{0};
+    std::atomic<int64_t> num_parts_{0};
     Signal jobs_{}, undone_{};  // jobs begun; indices of this job that are not done
-    Share shares_[MAX_THREADS];
+    Part parts_[MAX_THREADS];
 };
 
 }  // namespace
@@ -117,9 +117,9 @@ int64_t usable_cores() {
     return sched_getaffinity(0, sizeof set, &set) ? 1 : CPU_COUNT(&set);
 }
 
-void share_out(int64_t threads, int64_t count, void (*run)(const void* body, int64_t index), const void* body) {
+void run_parallel(int64_t threads, int64_t count, void (*run)(const void* body, int64_t index), const void* body) {
     static Threads& all = *new Threads;  // never destroyed: its helpers run until the process ends
-    all.share_out(threads, count, run, body);
+    all.run_parallel(threads, count, run, body);
 }
 
 }  // namespace euryale

@@ -1,4 +1,4 @@
-"""Work shared out among threads: the same bits whatever their number, and whether or not helpers get to run."""
+"""Work divided among threads: the same bits whatever their number, and whether or not helpers get to run."""
 
 import os
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-// Work shared out among threads, for the thread sanitizer: every index runs once and what it wrote is seen afterwards.
+// Work divided among threads, for the thread sanitizer: every index runs once and what it wrote is seen afterwards.
 #include <unistd.h>
 
 #include <cstdint>
