@@ -5,15 +5,18 @@ values are not in the cache yet. Draft tokens follow. They form a tree whose roo
 whose node n is the n-th draft row. Legend: B segments, R rows, W words of ancestor bits.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
 from euryale.kernels.tables import Tables
+
+_Arguments = ParamSpec("_Arguments")
+_Made = TypeVar("_Made")
 
 WORD = 64
 MAX_WORDS = 2  # of ancestor bits, for trees of up to 128 nodes
@@ -128,7 +131,7 @@ class StepMetadata:
     page_starts: torch.Tensor
     pages: torch.Tensor
     is_refilled: bool = False  # the tensors will hold other steps of the same shape
-    prepared: dict[Hashable, Any] = field(default_factory=dict, init=False)  # by kernel: what it derives once per step
+    _made: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False)  # see ``once``
 
     @property
     def num_rows(self) -> int:
@@ -164,13 +167,28 @@ class StepMetadata:
             **{name: tensors[name] for name in _TENSORS},
         )
 
+    def once(
+        self,
+        make: Callable[Concatenate["StepMetadata", _Arguments], _Made],
+        *args: _Arguments.args,
+        **kwargs: _Arguments.kwargs,
+    ) -> _Made:
+        """Return ``make(self, *args, **kwargs)``, called once per step: what a kernel derives from the metadata for all layers.
+
+        If that has a method ``refill(metadata) -> bool``, it is kept for other steps of the same shape."""
+        key = (make, args, tuple(kwargs.items()))
+        if key not in self._made:
+            self._made[key] = make(self, *args, **kwargs)
+        made: _Made = self._made[key]
+        return made
+
     def refill(self, segments: list[SegmentShape], arrays: dict[str, np.ndarray]) -> bool:
-        """Take the host's part of another step, whose ``arrays`` the tensors hold already. False if what kernels have
-        prepared has no room for it."""
+        """Take the host's part of another step, whose ``arrays`` the tensors hold already. False if what kernels made
+        ``once`` has no room for it."""
         self.segments, self.row_starts = segments, arrays["starts"].tolist()
         self.max_depth = int(arrays["depths"].max())
-        self.prepared = {key: made for key, made in self.prepared.items() if hasattr(made, "refill")}
-        return all(made.refill(self) for made in self.prepared.values())
+        self._made = {key: made for key, made in self._made.items() if hasattr(made, "refill")}
+        return all(made.refill(self) for made in self._made.values())
 
 
 _TENSORS = (

@@ -87,9 +87,7 @@ class _PreparedStep:
 
 def step_of(metadata: StepMetadata) -> Any:
     """A ctypes pointer to the metadata as the kernels read it, made once per step."""
-    if "cpu" not in metadata.prepared:
-        metadata.prepared["cpu"] = _PreparedStep(metadata)
-    return metadata.prepared["cpu"].pointer
+    return metadata.once(_PreparedStep).pointer
 
 
 def halves(x: torch.Tensor) -> tuple[int, int]:

@@ -36,10 +36,7 @@ def tree_attention(
 ) -> torch.Tensor:
     """See the package's public function."""
     k, v = scratch[:, : len(q)]
-    key = ("tree_attention.reference", window, q.dtype, q.shape[1] // k.shape[1])
-    if key not in metadata.prepared:
-        metadata.prepared[key] = _prepare(metadata, window, q.dtype, q.shape[1] // k.shape[1], q.device)
-    batches: list[_Batch] = metadata.prepared[key]
+    batches = metadata.once(_prepare, window, q.dtype, q.shape[1] // k.shape[1], q.device)
     if batches[0].rows is None:
         return _attend(q, k, v, cache, batches[0], scale).flatten(1)
     out = torch.empty_like(q)

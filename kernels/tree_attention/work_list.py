@@ -134,11 +134,7 @@ def work_list(
     metadata: StepMetadata, group: int, dim: int, is_float32: bool, window: int | None, device: torch.device
 ) -> list[Work]:
     """The launches of a step, made once per step (see WorkList)."""
-    key = ("tree_attention.triton", group, dim, is_float32, window)
-    if key not in metadata.prepared:
-        metadata.prepared[key] = WorkList(metadata, group, dim, is_float32, window, device)
-    made: WorkList = metadata.prepared[key]
-    return made.works
+    return metadata.once(WorkList, group, dim, is_float32, window, device).works
 
 
 def _plan(table: np.ndarray, tile: Tile, group: int, window: int) -> _Plan:
