@@ -173,7 +173,7 @@ class StepMetadata:
         *args: _Arguments.args,
         **kwargs: _Arguments.kwargs,
     ) -> _Made:
-        """Return ``make(self, *args, **kwargs)``, called once per step: what a kernel derives from the metadata for all layers.
+        """Return ``make(self, *args, **kwargs)``, called once per step: what a kernel derives for all layers.
 
         If that has a method ``refill(metadata) -> bool``, it is kept for other steps of the same shape."""
         key = (make, args, tuple(kwargs.items()))
