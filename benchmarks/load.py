@@ -1,8 +1,9 @@
 """Tokens per second by number of concurrent requests, for every kind of tree and for plain decoding.
 
 ``python -m euryale.benchmarks.load --model DIR --medusa DIR --published TREE.json --out DIR`` decodes held-out code at
-each concurrency with every kind in turn, round by round. Ratios are taken within a round; their interval is the
-bootstrap interval of the median over rounds. Dynamic trees do not learn from traffic here, because every round uses the
+each concurrency with every kind in turn, round by round; another kind begins each round. A turn answers 16 prompts or
+more, so that it is long enough to be timed. Ratios are taken within a round; their interval is the bootstrap interval
+of the median over rounds. Dynamic trees do not learn from traffic here, because every round uses the
 same prompts.
 """
 
@@ -27,6 +28,7 @@ from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
 
 PLAIN, DYNAMIC = "plain", "dynamic"
+MIN_PROMPTS = 16  # of a turn, answered as many at a time as the load says
 
 
 def kinds(args: argparse.Namespace, directory: Path) -> dict[str, str]:
@@ -54,15 +56,17 @@ def interval(ratios: list[float], draws: int = 2000) -> tuple[float, float, floa
 def measure(args: argparse.Namespace, engines: dict[str, Engine], prompts: list[list[int]], load: int) -> dict:
     """Return the rows of one concurrency: tokens per second and per step, and ratios to plain decoding and to the best
     other kind."""
-    asked = [prompts[i % len(prompts)] for i in range(load)]
+    asked = [prompts[i % len(prompts)] for i in range(max(load, MIN_PROMPTS // load * load))]
+    num_tokens, names = len(asked) * args.max_tokens, list(engines)
     speeds: dict[str, list[float]] = {name: [] for name in engines}
     steps: dict[str, float] = {}
     for turn in range(args.rounds + 1):
-        for name, engine in engines.items():
-            found = run_engine(engine, asked, args.max_tokens, load, args.temperature)
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            found = run_engine(engines[name], asked, args.max_tokens, load, args.temperature)
             if turn:  # the first turn warms up
-                speeds[name].append(load * args.max_tokens / found.seconds)
-                steps[name] = load * args.max_tokens / steps_of(found)
+                speeds[name].append(num_tokens / found.seconds)
+                steps[name] = num_tokens / steps_of(found)
     others = {name: float(np.median(s)) for name, s in speeds.items() if name != DYNAMIC}
     best = max(others, key=others.__getitem__)
     rows: dict[str, dict[str, Any]] = {}
