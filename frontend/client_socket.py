@@ -85,8 +85,10 @@ class ClientPort:
             self.endpoint = self._bind(config.bind)
         except (ValueError, zmq.ZMQError) as error:
             self.close()
-            remedy = ": give --bind another address" if isinstance(error, zmq.ZMQError) else ""
-            raise ValueError(f"cannot listen at {config.bind!r}: {error}{remedy}") from None
+            reason = str(error)
+            if isinstance(error, zmq.ZMQError):  # whose text repeats the address
+                reason = f"{zmq.strerror(error.errno or 0)}: give --bind another address"
+            raise ValueError(f"cannot listen at {config.bind!r}: {reason}") from None
 
     def _bind(self, address: str) -> str:
         if address.startswith("tcp://["):
