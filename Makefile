@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 
 .PHONY: demo test lint serve demo-checkpoint clean
 
-$(STAMP): pyproject.toml constraints.txt $(foreach ending,cpp h def,$(wildcard kernels/*/*.$(ending) parallel/*.$(ending)))
+$(STAMP): pyproject.toml constraints.txt $(foreach ending,cpp h def,$(wildcard kernels/*/*.$(ending) parallel/*.$(ending) scheduler/*/*.$(ending)))
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,train]'
 	touch $(STAMP)

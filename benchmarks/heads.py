@@ -69,9 +69,9 @@ def trees_of(calibration: dict, published: Path | None, directory: Path) -> dict
     if published:
         whole = load_tree(published, 1 << 10)
         cut = whole.limited(whole.num_draft_tokens, num_heads).paths()
-        same = next((row["paths"] for row in calibration["trees"] if row["nodes"] == len(cut)), None)
+        same = next((row["paths"] for row in calibration["trees"] if row["num_draft_tokens"] == len(cut)), None)
         if same is None:
-            sizes = [row["nodes"] for row in calibration["trees"]]
+            sizes = [row["num_draft_tokens"] for row in calibration["trees"]]
             raise ValueError(
                 f"{published} cut to {num_heads} heads has {len(cut)} draft tokens, calibrated "
                 f"trees have {sizes}: add this size to tree_search.TREE_SIZES and calibrate again"

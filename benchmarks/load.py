@@ -34,7 +34,7 @@ MIN_PROMPTS = 16  # of a turn, answered as many at a time as the load says
 def kinds(args: argparse.Namespace, directory: Path) -> dict[str, str]:
     """Return name -> --tree; the searched tree is the calibration's best tree of ``args.searched`` draft tokens."""
     calibration = json.loads(Path(args.medusa or args.model, "calibration.json").read_text())
-    searched = [row["paths"] for row in calibration["trees"] if row["nodes"] == args.searched]
+    searched = [row["paths"] for row in calibration["trees"] if row["num_draft_tokens"] == args.searched]
     if not searched:
         raise ValueError(f"the calibration has no tree of {args.searched} draft tokens: see tree_search.TREE_SIZES")
     path = directory / "searched.json"

@@ -1,8 +1,8 @@
 """Time the scheduler takes for a step: planning, trees included, and learning from the result.
 
 ``python -m euryale.benchmarks.planning`` decodes random tokens with random head candidates. It reports medians over
-steps of the whole of ``Scheduler.plan`` and ``Scheduler.advance``. Dynamic trees select up to ``--nodes`` draft tokens
-per request, out of all proposals of heads, text, traffic and context.
+steps of the whole of ``Scheduler.plan`` and ``Scheduler.advance``. Dynamic trees select up to ``--draft-tokens`` per
+request, out of all proposals of heads, text, traffic and context.
 """
 
 import argparse
@@ -80,7 +80,9 @@ def measure(requests: int, drafter: Drafter | None, steps: int) -> dict[str, flo
 def parser_of_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=number(1), nargs="+", default=[1, 8, 64, 512])
-    parser.add_argument("--nodes", type=number(0, 127), nargs="+", default=[0, 4, 16, 64], help="draft tokens")
+    parser.add_argument(
+        "--draft-tokens", type=number(0, 127), nargs="+", default=[0, 4, 16, 64], help="maximum of each request"
+    )
     parser.add_argument("--steps", type=number(8), default=60)
     return parser
 
@@ -89,9 +91,9 @@ def main(args: argparse.Namespace) -> None:
     print(describe() + "\n\n| requests | draft tokens each | plan, ms | advance, ms |\n|---|---|---|---|")
     rows = []
     for requests in args.requests:
-        for nodes in args.nodes:
-            drafter = DynamicDrafter(HEADS, nodes) if nodes else None
-            row: dict[str, float] = {"requests": requests, "nodes": nodes}
+        for max_draft_tokens in args.draft_tokens:
+            drafter = DynamicDrafter(HEADS, max_draft_tokens) if max_draft_tokens else None
+            row: dict[str, float] = {"requests": requests, "max_draft_tokens": max_draft_tokens}
             row |= measure(requests, drafter, args.steps)
             rows.append(row)
             print(

@@ -61,16 +61,16 @@ def measure(args: argparse.Namespace) -> tuple[list[list[AnswerRecord]], dict[st
     begun = json.loads((heads / "calibration.json").read_text())["acceptance_stats"]
 
     def make(text: NgramTable, acceptance_stats: AcceptanceStats) -> DynamicDrafter:
-        return DynamicDrafter(num_heads, args.nodes, text=text, stats=acceptance_stats)
+        return DynamicDrafter(num_heads, args.draft_tokens, text=text, stats=acceptance_stats)
 
     def learn(text: NgramTable, acceptance_stats: AcceptanceStats, recorded: list[AnswerRecord]) -> AcceptanceStats:
-        replay(make(text, acceptance_stats), recorded, args.nodes, params)
+        replay(make(text, acceptance_stats), recorded, args.draft_tokens, params)
         return acceptance_stats
 
     served, started = (
         make(NgramTable.load_text(heads, vocab_size), AcceptanceStats.from_json(begun, num_heads)) for _ in range(2)
     )
-    replay(served, first, args.nodes, params)
+    replay(served, first, args.draft_tokens, params)
     drafters = {
         "fresh calibration": make(new_text, learn(new_text, AcceptanceStats(num_heads), learned)),
         "served the first workload": served,
@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace) -> tuple[list[list[AnswerRecord]], dict[st
     }
     parts = stretches(measured, args.edges)
     return parts, {
-        name: [replay(drafter, part, args.nodes, params) for part in parts] for name, drafter in drafters.items()
+        name: [replay(drafter, part, args.draft_tokens, params) for part in parts] for name, drafter in drafters.items()
     }
 
 
@@ -89,7 +89,7 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--first", type=Path, required=True, help="recording of the calibrated workload")
     parser.add_argument("--second", type=Path, required=True, help="recording of the new workload")
     parser.add_argument("--text", type=Path, required=True, help="JSONL with strings that resemble the second workload")
-    parser.add_argument("--nodes", type=number(1, 127), default=16, help="draft tokens per step")
+    parser.add_argument("--draft-tokens", type=number(1, 127), default=16, help="draft tokens per step")
     parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature of the recordings")
     parser.add_argument(
         "--edges", type=number(0), nargs="+", default=[0, 500, 1000, 2000], help="tokens served before each stretch"
@@ -108,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
         ]
         print(f"| {name} | " + " | ".join(cells) + " |")
     tokens = [sum(len(record.answer) for record in part) for part in parts]
-    print(json.dumps({"nodes": args.nodes, "edges": args.edges, "tokens": tokens, "rows": found}))
+    print(json.dumps({"num_draft_tokens": args.draft_tokens, "edges": args.edges, "tokens": tokens, "rows": found}))
 
 
 if __name__ == "__main__":

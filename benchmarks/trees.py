@@ -60,10 +60,10 @@ def static_trees(args: argparse.Namespace, directory: Path) -> dict[int, dict[st
     calibration = json.loads(Path(args.medusa or args.model, "calibration.json").read_text())
     found: dict[int, dict[str, str]] = {}
     for row in calibration["trees"]:
-        if row["nodes"] in args.sizes:
-            path = directory / f"{row['nodes']}.json"
+        if row["num_draft_tokens"] in args.sizes:
+            path = directory / f"{row['num_draft_tokens']}.json"
             path.write_text(json.dumps(row["paths"]))
-            found[row["nodes"]] = {"searched": f"static:{path}"}
+            found[row["num_draft_tokens"]] = {"searched": f"static:{path}"}
     if missing := [size for size in args.sizes if size not in found]:
         raise ValueError(
             f"the calibration has no trees of {missing} draft tokens: give --sizes of tree_search.TREE_SIZES"

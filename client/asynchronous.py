@@ -11,7 +11,7 @@ import zmq.asyncio
 from euryale.client import protocol
 from euryale.client.answer import Answer, Completion
 from euryale.client.connection import close_sockets, is_connected, open_sockets
-from euryale.client.errors import EuryaleError, ProtocolError, ServerLost, TimedOut
+from euryale.client.errors import EuryaleError, ProtocolError, ServerLost
 from euryale.client.params import GenerateParams
 from euryale.client.protocol import Delta, HealthReply, ServerInfo
 from euryale.client.session import (
@@ -21,7 +21,11 @@ from euryale.client.session import (
     check_connection,
     check_generation,
     check_seconds,
+    closed_error,
     lost_error,
+    unaccepted_error,
+    unanswered_error,
+    unreachable_error,
 )
 
 T = TypeVar("T")
@@ -50,7 +54,9 @@ class AsyncClient:
         self._senders: set[asyncio.Task[None]] = set()
 
     async def hello(self, timeout: float = 5.0) -> ServerInfo:
-        """Returns the server's model, limits and defaults. Later messages are checked against its size limit."""
+        """Returns the server's model, limits and defaults. Later messages are checked against its size limit.
+
+        ``timeout`` in seconds."""
         info = await self._call(protocol.Hello(), ServerInfo, timeout)
         self._session.max_message_bytes = info.max_message_bytes
         return info
@@ -82,11 +88,15 @@ class AsyncClient:
         return (await self._call(protocol.Stats(), protocol.StatsReply, self.timeout)).values
 
     async def health(self, timeout: float = 5.0) -> HealthReply:
-        """Returns the server's status, the seconds since the engine last responded, and the uptime."""
+        """Returns the server's status, the seconds since the engine last responded, and the uptime in seconds.
+
+        ``timeout`` in seconds."""
         return await self._call(protocol.Health(), HealthReply, timeout)
 
     async def drain(self, timeout: float = 60.0) -> None:
-        """Lets the server finish its requests, refuse new ones and stop; returns when all requests have ended."""
+        """Lets the server finish its requests, refuse new ones and stop; returns when all requests have ended.
+
+        ``timeout`` in seconds; TimedOut if the server's --drain-timeout is longer."""
         await self._call(protocol.Drain(), protocol.Drained, timeout)
 
     async def close(self) -> None:
@@ -99,7 +109,7 @@ class AsyncClient:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._close_sockets()
-        self._session.lose(ServerLost("the client was closed"))
+        self._session.lose(closed_error())
         context.term()
 
     async def __aenter__(self) -> Self:
@@ -132,14 +142,14 @@ class AsyncClient:
 
     async def _send(self, frames: list[bytes], exchange: Exchange | None = None) -> None:
         if self._context is None:
-            raise ServerLost("the client was closed")
+            raise closed_error()
         if self._reader is None:
             self._reader = asyncio.get_running_loop().create_task(self._read())
         try:
             async with asyncio.timeout(self.connect_timeout):
                 await self._connected.wait()
         except TimeoutError:
-            raise ServerLost(f"no server answers at {self.address} within {self.connect_timeout} seconds") from None
+            raise unreachable_error(self.address, self.connect_timeout) from None
         if exchange is not None and exchange.error is not None:
             return  # abandoned while waiting for the connection
         for cancel_frames in self._session.cancel_abandoned():
@@ -148,7 +158,7 @@ class AsyncClient:
         await asyncio.wait([sent], timeout=self.connect_timeout)
         if not sent.done():
             sent.cancel()
-            raise TimedOut(f"the server took no message for {self.connect_timeout} seconds")
+            raise unaccepted_error(self.connect_timeout)
         if sent.cancelled() or sent.exception():  # the socket was closed meanwhile
             raise lost_error(self.address)
 
@@ -175,7 +185,7 @@ class AsyncClient:
         except TimeoutError as error:
             if isinstance(error, EuryaleError):
                 raise
-            raise TimedOut(f"nothing arrived for this request within {timeout} seconds") from None
+            raise unanswered_error(timeout) from None
         return reply
 
     async def _read(self) -> None:

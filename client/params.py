@@ -98,8 +98,8 @@ PROMPT_RULES: dict[str, Rule] = {
 
 
 def check_params(values: Mapping[str, object]) -> None:
-    """Raise ValueError, naming what was given and what is right, for an unknown parameter or a wrong value."""
+    """Raises ValueError, naming what was given and what is right, for an unknown parameter or a wrong value."""
     for name, value in values.items():
         if name not in RULES:
-            raise ValueError(f"unknown sampling parameter {name[:40]!r}; known are {', '.join(sorted(RULES))}")
+            raise ValueError(f"unknown sampling parameter {name[:40]!r}: use one of {', '.join(sorted(RULES))}")
         RULES[name].check(name, value)

@@ -32,13 +32,13 @@ class Rule:
     fits: Callable[[object], bool]
 
     def check(self, name: str, value: object) -> None:
-        """Raise ValueError, naming what was given and what is right, unless ``value`` fits."""
+        """Raises ValueError, naming what was given and what is right, unless ``value`` fits."""
         if not self.fits(value):
             raise ValueError(f"{name} must be {self.says}, not {shown(value)}")
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether this is an integer; True and False are none."""
+    """Whether this is an integer; booleans do not count."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -16,6 +16,7 @@ from euryale.client.errors import (
     EuryaleError,
     InvalidRequest,
     ServerLost,
+    TimedOut,
     TooLarge,
     error_from_code,
 )
@@ -149,19 +150,19 @@ _ADDRESS = Rule("tcp://host:port or ipc://path", lambda v: is_text(v) and "://" 
 
 
 def check_connection(address: object, **seconds: object) -> None:
-    """Raise ValueError, naming it, for an address or a timeout that cannot be used."""
+    """Raises ValueError, naming it, for an address or a timeout that cannot be used."""
     _ADDRESS.check("address", address)
     check_seconds(**seconds)
 
 
 def check_seconds(**seconds: object) -> None:
-    """Raise ValueError, naming it, for a timeout that is no number of seconds."""
+    """Raises ValueError, naming it, for a timeout that is not a number of seconds."""
     for name, value in seconds.items():
         _SECONDS.check(name, value)
 
 
 def check_generation(generation: object, kind: type) -> None:
-    """Raise ValueError unless this is what ``generate`` of the same client class returned."""
+    """Raises ValueError unless this is what ``generate`` of the same client class returned."""
     Rule("what generate() returned", lambda v: isinstance(v, kind)).check("generation", generation)
 
 
@@ -204,4 +205,32 @@ def _plain(value: Any) -> Any:
 
 def lost_error(address: str) -> ServerLost:
     """Returns the error for a broken connection."""
-    return ServerLost(f"the connection to {address} broke while requests were in flight")
+    return ServerLost(f"the connection to {address} broke; requests in flight are lost: send them again")
+
+
+def closed_error() -> ServerLost:
+    """Returns the error for the use of a closed client."""
+    return ServerLost("this client is closed: create a new one")
+
+
+def unreachable_error(address: str, seconds: float) -> ServerLost:
+    """Returns the error for a connection that was not made within connect_timeout ``seconds``."""
+    return ServerLost(
+        f"no server answered at {address} within {seconds} seconds: check the address, start the server, or raise "
+        "connect_timeout"
+    )
+
+
+def unaccepted_error(seconds: float) -> TimedOut:
+    """Returns the error for a message that could not be sent within connect_timeout ``seconds``."""
+    return TimedOut(
+        f"the server accepted no message for {seconds} seconds: read pending answers, or raise connect_timeout"
+    )
+
+
+def unanswered_error(seconds: float) -> TimedOut:
+    """Returns the error for a request of which no message arrived within timeout ``seconds``."""
+    return TimedOut(
+        f"nothing arrived for this request within {seconds} seconds: raise timeout, or ask health() whether the "
+        "server works"
+    )

@@ -9,7 +9,7 @@ import zmq
 from euryale.client import protocol
 from euryale.client.answer import Answer, Completion
 from euryale.client.connection import close_sockets, is_connected, open_sockets
-from euryale.client.errors import ProtocolError, ServerLost, TimedOut
+from euryale.client.errors import ProtocolError
 from euryale.client.params import GenerateParams
 from euryale.client.protocol import Delta, HealthReply, ServerInfo
 from euryale.client.session import (
@@ -19,7 +19,11 @@ from euryale.client.session import (
     check_connection,
     check_generation,
     check_seconds,
+    closed_error,
     lost_error,
+    unaccepted_error,
+    unanswered_error,
+    unreachable_error,
 )
 
 T = TypeVar("T")
@@ -31,7 +35,9 @@ class Client:
     ``timeout``: how long to wait for the next message of a request, in seconds. ``connect_timeout``: how long to wait
     for a connection, in seconds. Several requests may be in flight and be read in any order. All methods raise
     ServerLost if the server cannot be reached or disconnects, TimedOut if it does not answer in time, and the typed
-    error of its reply. The constructor raises ValueError for an invalid address.
+    error of its reply. ``max_message_bytes``: limit of a request until ``hello`` reads the server's own.
+
+    The constructor raises ValueError for an invalid address, timeout or size.
     """
 
     def __init__(
@@ -57,7 +63,9 @@ class Client:
             raise
 
     def hello(self, timeout: float = 5.0) -> ServerInfo:
-        """Returns the server's model, limits and defaults. Later messages are checked against its size limit."""
+        """Returns the server's model, limits and defaults. Later messages are checked against its size limit.
+
+        ``timeout`` in seconds."""
         info = self._call(protocol.Hello(), ServerInfo, timeout)
         self._session.max_message_bytes = info.max_message_bytes
         return info
@@ -90,11 +98,15 @@ class Client:
         return self._call(protocol.Stats(), protocol.StatsReply, self.timeout).values
 
     def health(self, timeout: float = 5.0) -> HealthReply:
-        """Returns the server's status, the seconds since the engine last responded, and the uptime."""
+        """Returns the server's status, the seconds since the engine last responded, and the uptime in seconds.
+
+        ``timeout`` in seconds."""
         return self._call(protocol.Health(), HealthReply, timeout)
 
     def drain(self, timeout: float = 60.0) -> None:
-        """Lets the server finish its requests, refuse new ones and stop; returns when all requests have ended."""
+        """Lets the server finish its requests, refuse new ones and stop; returns when all requests have ended.
+
+        ``timeout`` in seconds; TimedOut if the server's --drain-timeout is longer."""
         self._call(protocol.Drain(), protocol.Drained, timeout)
 
     def close(self) -> None:
@@ -102,7 +114,7 @@ class Client:
         context, self._context = self._context, None
         if context is not None:
             self._close_sockets()
-            self._session.lose(ServerLost("the client was closed"))
+            self._session.lose(closed_error())
             context.term()
 
     def __enter__(self) -> Self:
@@ -137,12 +149,12 @@ class Client:
         self._pump(0)
         while not self._connected:
             if not self._pump(deadline - time.monotonic()):
-                raise ServerLost(f"no server answers at {self.address} within {self.connect_timeout} seconds")
+                raise unreachable_error(self.address, self.connect_timeout)
         exchange, frames = self._session.start(message)
         while not self._send_soon(frames):  # the queue is full
             if not self._open()[0].poll(max(0, int(1000 * (deadline - time.monotonic()))), zmq.POLLOUT):
                 del self._session.in_flight[exchange.request_id]
-                raise TimedOut(f"the server took no message for {self.connect_timeout} seconds")
+                raise unaccepted_error(self.connect_timeout)
         return exchange
 
     def _send_soon(self, frames: list[bytes]) -> bool:
@@ -158,7 +170,7 @@ class Client:
         deadline = time.monotonic() + timeout
         while (reply := exchange.next_reply()) is None:
             if not self._pump(deadline - time.monotonic()):
-                raise TimedOut(f"nothing arrived for this request within {timeout} seconds")
+                raise unanswered_error(timeout)
         return reply
 
     def _pump(self, timeout: float) -> bool:
@@ -183,7 +195,7 @@ class Client:
     def _open(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
         """Returns the DEALER and its monitor, opened if necessary. Raises ServerLost after ``close``."""
         if self._context is None:
-            raise ServerLost("the client was closed")
+            raise closed_error()
         if self._sockets is None:
             self._sockets = open_sockets(self._context, self.address)
         return self._sockets

@@ -23,7 +23,7 @@ MAX_ITEMS = 16384  # values and keys in one message; bounds the time of the stru
 
 
 class WireError(ValueError):
-    """A body that is no valid message. ``code`` is the error code for its sender."""
+    """A body that is not a valid message. ``code`` is the error code for its sender."""
 
     def __init__(self, code: str, text: str) -> None:
         super().__init__(text)
@@ -46,7 +46,7 @@ class Kind:
 def pack_tokens(tokens: Iterable[int] | bytes) -> bytes:
     """Packs token ids as little-endian int32; bytes are returned as they are.
 
-    Raises ValueError if an id is no 32-bit integer."""
+    Raises ValueError if an id is not a 32-bit integer."""
     if isinstance(tokens, bytes):
         return tokens
     tokens = tuple(tokens)
@@ -185,7 +185,7 @@ def build(value: dict[str, Any], table: Mapping[str, type[Any]], *, strict: bool
             "unsupported_version", f"protocol version {version} is not supported, only version {PROTOCOL_VERSION}"
         )
     if name not in table:
-        raise WireError("unknown_verb", f"unknown message type {name[:40]!r}; known are {', '.join(table)}")
+        raise WireError("unknown_verb", f"unknown message type {name[:40]!r}: use one of {', '.join(table)}")
     cls = table[name]
     arguments = {}
     for key, (kind, required) in cls.schema.items():
@@ -199,7 +199,8 @@ def build(value: dict[str, Any], table: Mapping[str, type[Any]], *, strict: bool
             raise WireError("invalid_request", f"{name}: field {key} ({kind.name}) is missing")
     if strict and value:
         unknown = ", ".join(repr(key[:40]) for key in list(value)[:5])
-        raise WireError("invalid_request", f"{name}: unknown field {unknown}; known are {', '.join(cls.schema) or '-'}")
+        allowed = ", ".join(cls.schema) or "-"
+        raise WireError("invalid_request", f"{name}: unknown field {unknown}: allowed fields are {allowed}")
     return cls(**arguments)
 
 
@@ -235,7 +236,7 @@ def check_structure(body: bytes, *, max_depth: int = MAX_DEPTH, max_items: int =
                 raise WireError("malformed", f"nested deeper than {max_depth} levels")
             open_containers.append(children)
     if position != len(body):
-        raise WireError("malformed", "the message is longer or shorter than its content")
+        raise WireError("malformed", "the body is not exactly one msgpack value: it is truncated or has bytes after it")
 
 
 def _read_header(body: bytes, position: int) -> tuple[int, int]:

@@ -85,14 +85,17 @@ class ClientPort:
             self.endpoint = self._bind(config.bind)
         except (ValueError, zmq.ZMQError) as error:
             self.close()
-            raise ValueError(f"cannot listen at {config.bind!r}: {error}") from None
+            reason = str(error)
+            if isinstance(error, zmq.ZMQError):  # whose text repeats the address
+                reason = f"{zmq.strerror(error.errno or 0)}: give --bind another address"
+            raise ValueError(f"cannot listen at {config.bind!r}: {reason}") from None
 
     def _bind(self, address: str) -> str:
         if address.startswith("tcp://["):
             self.socket.setsockopt(zmq.IPV6, 1)
         check_socket_file(address)
         if _is_listening(address):
-            raise ValueError("another server listens there")
+            raise ValueError("another server listens there: stop it, or give --bind another address")
         self.socket.bind(address)
         endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
         path = endpoint.removeprefix("ipc://")
@@ -149,7 +152,11 @@ class ClientPort:
 
     def _give_up(self, client: bytes) -> None:
         """Treat a client that reads too slowly like one that left. It gets one error if it reads again."""
-        error = protocol.Error(code="slow_reader", message="answers were left unread for too long; all were dropped")
+        text = (
+            "too many answers were unread, so all requests of this connection were dropped: read faster, or raise "
+            "--max-backlog-bytes"
+        )
+        error = protocol.Error(code="slow_reader", message=text)
         self._backlogs[client] = Backlog(frames=deque([[client, b"", wire.encode(error)]]))
         self._gone.add(client)
 

@@ -71,11 +71,11 @@ def check_bind(address: str, *, allow_remote: bool) -> None:
         return
     host, _, port = place.rpartition(":")
     if transport != "tcp" or not host or not (port == "*" or (port.isdecimal() and int(port) < 65536)):
-        raise ValueError(f"cannot listen at {address!r}: use tcp://host:port or ipc://path")
+        raise ValueError(f"--bind must be tcp://host:port or ipc://path, not {address!r}")
     if not allow_remote and not _is_loopback(host):
         raise ValueError(
-            f"{address!r} can be reached from other machines, and nothing protects it yet: "
-            "use tcp://127.0.0.1:port or ipc://path, or allow remote clients explicitly (--allow-remote)"
+            f"--bind {address!r} can be reached from other machines, and there is no encryption or password: "
+            "use tcp://127.0.0.1:port or ipc://path, or give --allow-remote"
         )
 
 
@@ -89,7 +89,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def check_socket_file(address: str) -> None:
-    """Raise ValueError if binding ``address`` would delete a file that is no socket, since ZeroMQ unlinks any file
+    """Raise ValueError if binding ``address`` would delete a file that is not a socket, since ZeroMQ unlinks any file
     there.
 
     A socket file of a killed server may be replaced. That of a running server may not, but only connecting can tell
@@ -99,4 +99,4 @@ def check_socket_file(address: str) -> None:
     if path == address or path[0] in "*@" or not os.path.lexists(path):
         return
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise ValueError(f"cannot listen at {address!r}: the file exists and is no socket; remove it or use another")
+        raise ValueError("the file exists and is not a socket: remove it or give --bind another path")

@@ -154,7 +154,8 @@ class FrontEnd:
         if self._drain_requested:
             self._advance_drain(now)
         if self._outcome is None and (self._link.lost or self._silence > self._config.engine_timeout):
-            self._lose_group("they are gone" if self._link.lost else f"silent for {self._silence:.0f} seconds")
+            lost = self._link.lost
+            self._lose_group("the engine's process ended" if lost else f"no message for {self._silence:.0f} seconds")
 
     def _advance_drain(self, now: float) -> None:
         if self._drain_deadline is None:
@@ -171,7 +172,8 @@ class FrontEnd:
     def _lose_group(self, reason: str) -> None:
         num_lost = len(self._requests) + len(self._intake)
         logger.error("the model's processes are lost (%s), and %d requests with them", reason, num_lost)
-        error = protocol.Error(code="group_lost", message=f"the model's processes are lost: {reason}")
+        text = f"the model's processes are lost ({reason}): restart the server; its log says more"
+        error = protocol.Error(code="group_lost", message=text)
         self._requests.lose(error)
         self._intake.lose(error)
         for client, request_id in self._drainers:
@@ -222,7 +224,7 @@ class FrontEnd:
     def _refuse_duplicate(self, client: bytes, request_id: bytes) -> None:
         """Send the error without the request id, under which it would end the request in flight."""
         self._requests.counts["requests_rejected"] += 1
-        text = "this request id is in flight already; the request in flight goes on, this one is dropped"
+        text = "a request with this id is in flight and continues; this one is dropped: send it with another id"
         error = protocol.Error(code="duplicate_request_id", message=text, request_id=request_id)
         self._port.send(client, b"", error)
 
@@ -235,7 +237,11 @@ class FrontEnd:
             raise RequestError("malformed", f"a message has two frames, request id and body, not {count}")
         size, most = len(frames[1]), self._config.max_message_bytes
         if size > most:
-            raise RequestError("too_large", f"the message has {size} bytes; this server takes {most}")
+            raise RequestError(
+                "too_large",
+                f"the message has {size} bytes and this server accepts {most}: shorten it, or raise "
+                "--max-message-bytes",
+            )
         return wire.decode(frames[1], protocol.REQUESTS, strict=True)
 
     def _hello(self, client: bytes, request_id: bytes, _: protocol.Hello) -> None:
@@ -284,6 +290,7 @@ class FrontEnd:
 
     def _drain(self, client: bytes, request_id: bytes, _: protocol.Drain) -> None:
         if len(self._drainers) >= MAX_DRAINERS:
-            raise RequestError("overloaded", "enough clients wait for the drain already", retry_after=1.0)
+            text = f"{MAX_DRAINERS} clients already wait for the drain: try again after retry_after seconds"
+            raise RequestError("overloaded", text, retry_after=1.0)
         self._drainers[client, request_id] = None
         self.begin_drain()

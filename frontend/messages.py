@@ -163,7 +163,7 @@ class Rejected:
 @message("stats")
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """The engine's counters, sent at least once a second, which also serve as its heartbeat."""
+    """The engine's counters, sent about twice a second; they also serve as its heartbeat."""
 
     values: dict
 

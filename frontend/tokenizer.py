@@ -71,7 +71,10 @@ def load_tokenizer(directory: str, vocab_size: int | None = None) -> PreTrainedT
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         largest = max(tokenizer.get_vocab().values(), default=-1)
     except Exception as error:  # the library raises many types
-        raise ValueError(f"cannot load the tokenizer in {directory}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"cannot load the tokenizer in {directory}: {reason}: copy the tokenizer's files again"
+        ) from error
     # Removing blanks before punctuation would change the model's text, and not token by token.
     tokenizer.clean_up_tokenization_spaces = False
     if largest < 0:
@@ -79,6 +82,6 @@ def load_tokenizer(directory: str, vocab_size: int | None = None) -> PreTrainedT
     if vocab_size is not None and largest >= vocab_size:
         raise ValueError(
             f"the tokenizer in {directory} has ids up to {largest} and the model a vocabulary of {vocab_size}: "
-            "it belongs to another model"
+            "it belongs to another model: copy the tokenizer of this one"
         )
     return tokenizer

@@ -124,7 +124,7 @@ def read_params(given: dict[str, Any], prompt_length: int, limits: RequestLimits
     unknown = sorted(set(given) - RULES.keys())
     if unknown:
         names = ", ".join(repr(name[:40]) for name in unknown[:5])
-        raise _refuse(f"unknown sampling parameter {names}; known are {', '.join(sorted(RULES))}")
+        raise _refuse(f"unknown sampling parameter {names}: use one of {', '.join(sorted(RULES))}")
     room = limits.max_tokens - prompt_length
     values = {**limits.defaults, **{name: value for name, value in given.items() if value is not None}}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -34,8 +34,8 @@ from euryale.scheduler.sampling_params import SamplingParams
 SAMPLING = {
     "max_tokens": ("maximum number of tokens of an answer, unless its line sets another", ""),
     "min_tokens": ("minimum number of tokens of an answer", ""),
-    "temperature": ("sampling temperature, from 0.001 to 100", "0, greedy"),
-    "top_k": ("sample from this number of likeliest tokens", "0, all"),
+    "temperature": ("sampling temperature: 0, or 0.001 to 100", "0, greedy"),
+    "top_k": ("sample from this many of the likeliest tokens", "0, all"),
     "top_p": ("sample from the likeliest tokens with this total probability", "1, all"),
     "min_p": ("sample from tokens with at least this fraction of the likeliest token's probability", "0, all"),
     "seed": ("seed of the sampling, from 0 to 2**64 - 1", "0, the same in every run"),

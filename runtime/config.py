@@ -46,8 +46,8 @@ class EngineConfig:
     tree: str = flag(
         "dynamic",
         "draft tokens of each step: dynamic (the number that maximises expected throughput), dynamic:N (N for each "
-        "request), static:FILE (a JSON list of paths), static (the tree.json beside the heads), chain (the likeliest "
-        "token of each head) or off",
+        "request), static:FILE (a JSON list of paths), static (the tree.json beside the heads, else a generic tree), "
+        "chain (the likeliest token of each head) or off",
         SPECULATION,
     )
     max_tree_nodes: int = flag(
@@ -79,7 +79,8 @@ class EngineConfig:
     )
     starvation_bound: int = flag(
         STARVATION_BOUND,
-        "steps after which a waiting request is admitted before all others and is no longer preempted",
+        "number of steps a request may wait; after that only requests that reached this bound earlier are admitted "
+        "before it, and no priority preempts it",
         SCHEDULING,
         whole(0, 2**31 - 1, "steps"),
     )

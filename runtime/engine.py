@@ -25,7 +25,7 @@ class GroupDiverged(RuntimeError):
 
 
 class Engine:
-    """One rank of a worker group."""
+    """One rank's engine. The leader calls ``step``, the other ranks run ``follow``."""
 
     def __init__(self, config: EngineConfig, group: Group, loaded: Loaded | None = None) -> None:
         """``loaded``: a model to use instead of the one in ``config``.
@@ -57,7 +57,7 @@ class Engine:
         """Plan one step, run it on all ranks, apply its results and return them. For the leader only.
 
         ``meanwhile``: called while the device computes in the overlapped loop, and before the step in the plain loop.
-        It may add requests and must not cancel any.
+        It may add requests and must not cancel any. Raises RankLost if another rank died or exceeded the step timeout.
         """
         if meanwhile and not self.overlaps:
             meanwhile()
@@ -96,7 +96,9 @@ class Engine:
             plan = plan_codec.decode(self.group.broadcast(None), self.epoch)
             if plan.digest != self.runner.digest:
                 raise GroupDiverged(
-                    f"step {plan.step}: this rank's digest is {self.runner.digest:08x}, rank 0's {plan.digest:08x}"
+                    f"step {plan.step}: this rank's digest of accepted tokens is {self.runner.digest:08x}, rank 0's is "
+                    f"{plan.digest:08x}: the ranks computed different tokens; restart the group, and check that all "
+                    "hosts have the same files and versions"
                 )
             if plan.kind == PlanKind.STOP:
                 return

@@ -176,8 +176,8 @@ class Admission:
             if request is None or request.key in self._preempted_now:
                 return
             victims = self._victims_for(request)
-            has_seat = len(self.running) < self.limits.max_num_seqs
-            if not victims and not (has_seat and self.pages.num_free):
+            has_room = len(self.running) < self.limits.max_num_seqs
+            if not victims and not (has_room and self.pages.num_free):
                 return
             hashes = self._hash_known(request)
             cached = self.pages.acquire_cached(hashes)
@@ -200,16 +200,16 @@ class Admission:
 
         One further page is left for each running request that can still grow. Preempts as many of ``victims`` as this
         takes, in their order, or none if all of them would not suffice."""
-        seats, room = self.limits.max_num_seqs - len(self.running), self.pages.num_free - num_pages
-        if seats > 0 and room >= len(self.running):
+        num_free_seqs, num_spare = self.limits.max_num_seqs - len(self.running), self.pages.num_free - num_pages
+        if num_free_seqs > 0 and num_spare >= len(self.running):
             return True  # the common case, decided without visiting each request
-        room -= sum(_can_grow(r) for r in self.running)
+        num_spare -= sum(_can_grow(r) for r in self.running)
         count = 0
-        while seats <= 0 or room < 0:
+        while num_free_seqs <= 0 or num_spare < 0:
             if count == len(victims):
                 return False
-            seats += 1
-            room += self.pages.count_exclusive(victims[count].pages) + _can_grow(victims[count])
+            num_free_seqs += 1
+            num_spare += self.pages.count_exclusive(victims[count].pages) + _can_grow(victims[count])
             count += 1
         for victim in victims[:count]:
             self._preempt(victim)

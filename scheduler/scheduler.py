@@ -63,9 +63,9 @@ class Scheduler:
         costs: StepCosts | None = None,
         max_prefill_seconds: float = 0.0,
     ) -> None:
-        """``drafter``: None is no speculation. ``enable_prefix_caching``, ``starvation_bound``: see Admission.
+        """``drafter``: None turns speculation off. ``enable_prefix_caching``, ``starvation_bound``: see Admission.
         ``max_prefill_seconds``: how long a step that also decodes may take with its prompt rows, predicted by
-        ``costs``; 0 is no bound."""
+        ``costs``; 0 means unbounded."""
         self.limits = limits
         self.drafter = drafter
         self.admission = Admission(limits, enable_prefix_caching, starvation_bound)
@@ -120,7 +120,7 @@ class Scheduler:
         return PlannedStep(plan=plan, requests=requests, drafts=drafts, prefill_seconds=seconds)
 
     def advance(self, planned: PlannedStep, results: list[SegmentResult], seconds: float = 0.0) -> FinishedStep:
-        """Apply the ``results`` of a step and return what each request gained.
+        """Apply the ``results`` of a step and return each request's new tokens and step result.
 
         ``results``: one for each segment with ``has_result``, in order. ``seconds``: the measured time of the step, 0
         if it was not measured."""

@@ -38,11 +38,11 @@ _PROFILE = {
 class Profile:
     """Measured seconds of steps, for P numbers of requests and E numbers of extra rows, both increasing.
 
-    * ``requests`` [P], ``plain`` [P]: plain steps of so many requests.
-    * ``extra`` [E], ``speculating`` [P, E]: steps with heads and so many extra rows, the first number being 0.
-    * ``drafting`` [P], or empty: time of the host to choose draft tokens for so many requests.
-    * ``per_token``: for each token of context.
-    * ``per_pair``: for each pair of a prompt row and a token of context before it.
+    * ``requests`` [P], ``plain`` [P]: seconds of a plain step with ``requests[i]`` requests.
+    * ``extra`` [E], ``speculating`` [P, E]: seconds of a step with heads and ``extra[j]`` more rows; ``extra[0]`` is 0.
+    * ``drafting`` [P], or empty: host seconds for choosing draft tokens.
+    * ``per_token``: seconds for each token of context.
+    * ``per_pair``: seconds for each pair of a prompt row and a token of context before it.
     * ``is_padded``: decoding steps are padded to buckets. ``extra`` then counts a bucket's rows beyond the first, and a
       bucket has at least as many rows as requests.
 

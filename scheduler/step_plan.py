@@ -2,7 +2,7 @@
 
 Each request in a plan is a *segment* of rows. Its new tokens come first, as a chain: known tokens whose K/V are not
 computed yet. Its draft tokens follow, as a tree whose root is the last new token. A segment has all that a rank needs
-of its request, so that ranks keep no state between steps but the KV cache. ``plan_codec.py`` encodes plans.
+of its request, so that ranks keep no state of requests but the K/V in their pages. ``plan_codec.py`` encodes plans.
 """
 
 import enum

@@ -119,7 +119,7 @@ def path_ranks(result: RequestStepResult) -> list[int | None]:
 def read(path: Path) -> Iterator[list[dict[str, Any]]]:
     """Yield the step records of each run in the file, without incomplete lines of killed runs.
 
-    Raises ValueError if the file cannot be read or is no trace."""
+    Raises ValueError if the file cannot be read or is not a trace."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -139,5 +139,5 @@ def read(path: Path) -> Iterator[list[dict[str, Any]]]:
         elif steps is not None:
             steps.append(row)
     if steps is None:
-        raise ValueError(f"{path} is no trace: no line has the key trace; give a file that --trace wrote")
+        raise ValueError(f"{path} is not a trace: no line has the key trace; give a file that --trace wrote")
     yield steps

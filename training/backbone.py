@@ -52,7 +52,7 @@ def quantize(backbone: PreTrainedModel, kind: str, device: torch.device) -> None
     """
     quantization = import_library("torchao.quantization")
     if kind == "int4" and device.type != "cuda":
-        raise ValueError("--quantize int4 needs a CUDA GPU: use int8, which runs on all devices")
+        raise ValueError("--quantization int4 needs a CUDA GPU: use int8, which runs on all devices")
     config = quantization.Int8WeightOnlyConfig() if kind == "int8" else quantization.Int4WeightOnlyConfig()
     tied = backbone.get_output_embeddings() if backbone.config.tie_word_embeddings else None
 
@@ -62,7 +62,7 @@ def quantize(backbone: PreTrainedModel, kind: str, device: torch.device) -> None
     try:
         quantization.quantize_(backbone, config, filter_fn=is_quantized, device=device)
     except (ImportError, NotImplementedError, AssertionError) as error:  # torchao checks the hardware with assert
-        raise ValueError(f"--quantize {kind} is not supported here: {error}") from error
+        raise ValueError(f"--quantization {kind} is not supported here: {error}") from error
 
 
 def size_in_bytes(backbone: nn.Module) -> int:

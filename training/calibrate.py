@@ -168,7 +168,8 @@ def compare_with(args: CalibrateOptions, searched: Continuations, measured: Cont
             )
         paths = tree.limited(tree.num_draft_tokens, num_heads).paths()
         best = tree_search.search_walked_tree(searched, len(paths))
-        row = {"tree": Path(source).stem, "nodes": len(paths), "nodes_before_cut": tree.num_draft_tokens}
+        row = {"tree": Path(source).stem, "num_draft_tokens": len(paths)}
+        row["num_draft_tokens_before_cut"] = tree.num_draft_tokens
         row["tokens_per_step"] = round(tree_search.tokens_per_step(measured, paths), 4)
         rows.append(row | {"searched": round(tree_search.tokens_per_step(measured, best), 4)})
     return rows
@@ -192,7 +193,7 @@ def learn_dynamic(recorded: list[AnswerRecord], text: NgramTable) -> tuple[Accep
     for size in DYNAMIC_SIZES:
         drafter = DynamicDrafter(num_heads, size, text=text)
         replay(drafter, halves[False], size)
-        rows.append({"nodes": size, "tokens_per_step": round(replay(drafter, halves[True], size), 4)})
+        rows.append({"num_draft_tokens": size, "tokens_per_step": round(replay(drafter, halves[True], size), 4)})
     return drafter.builder.stats, rows
 
 
@@ -205,7 +206,7 @@ def result_of(args: CalibrateOptions, own: Continuations, text_NK: np.ndarray) -
             f"{len(own.valid_SP)} answers with {own.valid_SP.sum()} positions are too few: give more held-out prompts, "
             "or other prompts if the backbone ends its answers immediately"
         )
-    paths = tree_search.search_walked_tree(searched, args.nodes)
+    paths = tree_search.search_walked_tree(searched, args.draft_tokens)
     chain = [[0] * depth for depth in range(1, own.ranks_SPK.shape[-1] + 1)]
     return {
         "num_positions": int(own.valid_SP.sum()),
@@ -215,7 +216,7 @@ def result_of(args: CalibrateOptions, own: Continuations, text_NK: np.ndarray) -
         "num_searched_positions": int(searched.valid_SP.sum()),
         "num_measured_positions": int(measured.valid_SP.sum()),
         "tree": {
-            "nodes": len(paths),
+            "num_draft_tokens": len(paths),
             "tokens_per_step": round(tree_search.tokens_per_step(measured, paths), 4),
             "paths": paths,
             "acceptance_probability": [round(p, 4) for p in tree_search.acceptance_probability(measured, paths)],

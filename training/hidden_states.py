@@ -34,8 +34,8 @@ class StoredHiddenStates:
         size, marker = math.prod(shape) * item, path.with_suffix(".complete")
         digest = hashlib.sha256(training.windows.tokens.data)
         digest.update(training.windows.documents.data)
-        quantize = getattr(training.options, "quantize", "none")
-        content = f"{digest.hexdigest()} {quantize} {training.options.model}"
+        quantization = getattr(training.options, "quantization", "none")
+        content = f"{digest.hexdigest()} {quantization} {training.options.model}"
         is_complete = (
             marker.exists() and path.exists() and marker.read_text() == content and path.stat().st_size == size
         )

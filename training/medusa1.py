@@ -31,8 +31,8 @@ def run(args: Medusa1Options, group: Group) -> dict:
     config = backbone.config
     heads = make_heads(args, backbone.get_output_embeddings().weight.detach())
     windows, held_out = load_windows(args, config.vocab_size, config.max_position_embeddings)
-    if args.quantize != "none":
-        backbones.quantize(backbone, args.quantize, group.device)
+    if args.quantization != "none":
+        backbones.quantize(backbone, args.quantization, group.device)
     model = MedusaModel(backbone, heads, args.labels, joint=False, distilled=False)
     model.prepare(args, group)
     weights = torch.tensor([0.0, *(args.head_decay**k for k in range(args.num_heads))])

@@ -86,7 +86,7 @@ class MedusaModel(BackboneWithHeads):
 
         A quantized backbone is replicated, because quantized weights cannot be sharded.
         """
-        is_replicated = getattr(args, "quantize", "none") != "none"
+        is_replicated = getattr(args, "quantization", "none") != "none"
         blocks: list[nn.Module] = [head for head in self.heads if len(head)] if is_replicated else self.blocks
         replicated = [self.backbone] if is_replicated else []
         fsdp.shard_parameters(self, blocks, replicated, args.precision == "bfloat16", group)

@@ -43,7 +43,7 @@ class DataOptions:
         DATA,
         Rule("a number from 0 to below 100", lambda v: number(0, 100).fits(v) and v != 100),
     )
-    seed: int = flag(0, "what everything that is drawn depends on", EXECUTION, whole(0, 2**63 - 1))
+    seed: int = flag(0, "random seed", EXECUTION, whole(0, 2**63 - 1))
     device: str = flag("auto", DEVICE_HELP, EXECUTION, choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self) -> None:
@@ -54,12 +54,15 @@ class DataOptions:
 class PromptOptions(DataOptions):
     """Prompts from the data: the rows' own prompts, or excerpts of running text."""
 
-    num_prompts: int = flag(2048, "most prompts to use, evenly spaced in the data", PROMPTS, COUNT)
+    num_prompts: int = flag(2048, "maximum number of prompts, evenly spaced in the data", PROMPTS, COUNT)
     prompt_tokens: int = flag(64, "tokens of a prompt that is a piece of running text", PROMPTS, TOKENS)
-    max_tokens: int = flag(192, "most tokens of an answer", PROMPTS, TOKENS)
-    max_num_seqs: int = flag(32, "answers written at the same time", PROMPTS, whole(1, 1 << 16, "answers"))
+    max_tokens: int = flag(192, "maximum number of tokens of an answer", PROMPTS, TOKENS)
+    max_num_seqs: int = flag(32, "number of answers generated at the same time", PROMPTS, whole(1, 1 << 16, "answers"))
     dtype: str = flag(
-        "auto", "of weights and activations; auto: as stored, float16 as bfloat16", EXECUTION, choices=("auto", *DTYPES)
+        "auto",
+        "dtype of weights and activations; auto: as stored, float16 as bfloat16",
+        EXECUTION,
+        choices=("auto", *DTYPES),
     )
 
 
@@ -75,17 +78,17 @@ class DistillOptions(PromptOptions):
         empty="those merged into --model, if any",
     )
     temperature: float = flag(
-        0.0, "spread of the draw, from 0.001 to 100", SAMPLING, RULES["temperature"], empty="greedy"
+        0.0, "sampling temperature, from 0.001 to 100", SAMPLING, RULES["temperature"], empty="greedy"
     )
-    top_k: int = flag(0, "draw from so many of the likeliest tokens", SAMPLING, RULES["top_k"], empty="from all")
+    top_k: int = flag(0, "sample from this many of the likeliest tokens", SAMPLING, RULES["top_k"], empty="from all")
     top_p: float = flag(
         1.0,
-        "draw from the likeliest tokens that together have this probability",
+        "sample from the likeliest tokens with this total probability",
         SAMPLING,
         RULES["top_p"],
         empty="from all",
     )
-    ignore_eos: bool = flag(False, "go on after end-of-sequence tokens", SAMPLING)
+    ignore_eos: bool = flag(False, "continue after end-of-sequence tokens", SAMPLING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +101,14 @@ class CalibrateOptions(PromptOptions):
 
     heads: str = flag("", "directory of the heads", DATA, empty="those merged into --model")
     out: str = flag("", "directory of the results", DATA, empty="that of the heads")
-    nodes: int = flag(10, "draft tokens of tree.json, the root not counted", MEASURING, whole(1, MAX_NODES - 1))
+    draft_tokens: int = flag(10, "number of draft tokens of tree.json", MEASURING, whole(1, MAX_NODES - 1))
     compare: tuple[str, ...] = flag(
         (), "tree files to compare with the best tree of the same size", MEASURING, empty="none"
     )
-    num_prompts: int = flag(512, "most held-out prompts to use, evenly spaced", PROMPTS, whole(4, 2**31 - 1))
-    max_tokens: int = flag(128, "most tokens of an answer", PROMPTS, TOKENS)
+    num_prompts: int = flag(512, "maximum number of held-out prompts, evenly spaced", PROMPTS, whole(4, 2**31 - 1))
+    max_tokens: int = flag(128, "maximum number of tokens of an answer", PROMPTS, TOKENS)
     text_windows: int = flag(64, "windows of held-out text on which accuracy is measured too", MEASURING, COUNT)
-    length: int = flag(1024, "tokens of such a window", MEASURING, TOKENS)
+    length: int = flag(1024, "tokens per window of that text", MEASURING, TOKENS)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", self.out or self.heads or self.model)
@@ -120,32 +123,30 @@ class TrainOptions(DataOptions):
     num_layers: int = flag(1, "residual blocks of each head", HEADS, whole(0, 64, "blocks"))
     heads: str = flag("", "directory of the heads to start from", HEADS, empty="fresh ones")
     shared_lm_head: bool = flag(False, "heads use the backbone's lm_head instead of one of their own each", HEADS)
-    labels: str = flag(
-        "text", "what heads learn: the text, or what the backbone would say in its place", HEADS, choices=LABELS
-    )
+    labels: str = flag("text", "targets of the heads: the text, or the backbone's own choices", HEADS, choices=LABELS)
     head_decay: float = flag(
         0.8, "weight of a head's loss relative to the head before", HEADS, number(0, 1, above=True)
     )
     tokens: float = flag(
         0.0,
-        "tokens to train on, repetitions counted",
+        "tokens to train on, with repetitions",
         TRAINING,
         number(0, 1e15, "tokens"),
-        empty="as many as --epochs makes",
+        empty="as set by --epochs",
     )
     epochs: float = flag(
-        1.0, "times that every window is seen when --tokens is not given", TRAINING, number(0, 1e6, above=True)
+        1.0, "number of passes over the data when --tokens is not given", TRAINING, number(0, 1e6, above=True)
     )
-    length: int = flag(1024, "tokens of a window", TRAINING, TOKENS)
-    batch: int = flag(4, "windows in a batch on one rank", TRAINING, COUNT)
+    length: int = flag(1024, "tokens per window", TRAINING, TOKENS)
+    batch: int = flag(4, "windows per batch on one rank", TRAINING, COUNT)
     accumulate: int = flag(1, "batches whose gradients make one optimizer step", TRAINING, COUNT)
     lr: float = flag(1e-3, "learning rate", TRAINING, RATE)
     schedule: str = flag("cosine", "learning rate after the warm-up", TRAINING, choices=SCHEDULES)
     warmup_steps: int = flag(40, "steps in which the learning rate rises from 0", TRAINING, COUNT_OR_NONE)
     weight_decay: float = flag(0.0, "weight decay of AdamW", TRAINING, number(0, 1e3), empty="none")
-    clip: float = flag(1.0, "largest norm of the gradient", TRAINING, number(0, 1e9, above=True))
+    clip: float = flag(1.0, "maximum norm of the gradient", TRAINING, number(0, 1e9, above=True))
     precision: str = flag(
-        "bfloat16", "of activations; master weights are float32", EXECUTION, choices=("bfloat16", "float32")
+        "bfloat16", "dtype of activations; master weights are float32", EXECUTION, choices=("bfloat16", "float32")
     )
     compile: bool = flag(False, "compile the model; one rank only", EXECUTION)
     checkpoint_steps: int = flag(200, "steps between two checkpoints and measurements", MEASURING, COUNT)
@@ -175,8 +176,8 @@ class TrainOptions(DataOptions):
 class Medusa1Options(TrainOptions):
     """Training of heads on a frozen backbone (Medusa paper, arXiv 2401.10774, section 2.2.1)."""
 
-    quantize: str = flag(
-        "none", "of the frozen backbone's linear weights, to save memory", BACKBONE, choices=QUANTIZATIONS
+    quantization: str = flag(
+        "none", "format of the frozen backbone's linear weights, to save memory", BACKBONE, choices=QUANTIZATIONS
     )
     cache_hidden_states: bool = flag(False, "compute the backbone once and keep its hidden states on disk", BACKBONE)
 
@@ -196,8 +197,12 @@ class Medusa2Options(TrainOptions):
     lora_rank: int = flag(
         0, "rank of LoRA adapters to train instead of all weights", BACKBONE, COUNT_OR_NONE, empty="all weights"
     )
-    self_distill: bool = flag(False, "teach the backbone what it says without adapters instead of the text", BACKBONE)
-    gradient_checkpointing: bool = flag(False, "compute activations twice instead of keeping them", EXECUTION)
+    self_distill: bool = flag(
+        False,
+        "train the backbone towards its own output without adapters (KL divergence) instead of the text",
+        BACKBONE,
+    )
+    gradient_checkpointing: bool = flag(False, "recompute activations instead of storing them", EXECUTION)
     save_adapters: bool = flag(False, "write the adapters to a folder of their own too", BACKBONE)
 
     def __post_init__(self) -> None:

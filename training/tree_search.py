@@ -139,7 +139,8 @@ def compare_trees(searched: Continuations, measured: Continuations, sizes: Seque
     rows = []
     for size in sizes:
         paths = search_walked_tree(searched, size)
-        row = {"nodes": len(paths), "expected": 1 + float(num_accepted_tokens(measured.flat(), paths).mean())}
+        row: dict[str, float] = {"num_draft_tokens": len(paths)}
+        row["expected"] = 1 + float(num_accepted_tokens(measured.flat(), paths).mean())
         row["tokens_per_step"] = tokens_per_step(measured, paths)
         row["independent"] = tokens_per_step(measured, search_tree(accuracy, size).paths())
         rows.append({name: round(value, 4) for name, value in row.items()} | {"paths": paths})

@@ -19,7 +19,7 @@ def compiled(
 ) -> tuple[Callable[[int], torch.Tensor] | None, str]:
     """Return a function of a cache's index and the compilation time; or None and the reason of a failure.
 
-    ``segment`` has one known token. q [nodes, heads, dim], scratch [2, nodes, kv_heads, dim], a cache [2, pages,
+    ``segment`` has one known token. q [rows, heads, dim], scratch [2, rows, kv_heads, dim], a cache [2, pages,
     kv_heads, page_size, dim].
     """
     page = caches[0].shape[3]

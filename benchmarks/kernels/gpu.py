@@ -42,7 +42,7 @@ def tests(*arguments: str) -> list[str]:
 
 def sections() -> list[Section]:
     """Return the sections, most important first."""
-    contexts, nodes = ("--contexts", "128", "1000", "4000", "16000"), ("--nodes", "1", "4", "16", "64")
+    contexts, rows = ("--contexts", "128", "1000", "4000", "16000"), ("--rows", "1", "4", "16", "64")
     grouped, whole = ("--heads", "32", "8", "--head-dim", "128"), ("--heads", "32", "32", "--head-dim", "128")
     model = str(ROOT / "demo" / "model")
     step = ("--rows", "1", "8", "16", "32", "64", "128", "--contexts", "256", "4096")
@@ -50,13 +50,13 @@ def sections() -> list[Section]:
     found = [
         Section("tests", 180, tests(cases)),
         Section("step-7b", 60, benchmark("kernels.step", "--model", "llama-7b", *step)),
-        Section("loop-7b", 40, benchmark("kernels.loop", "--model", "llama-7b", "--nodes", "64")),
+        Section("loop-7b", 40, benchmark("kernels.loop", "--model", "llama-7b", "--rows", "64")),
         Section(
             "kernels-gqa",
             70,
-            benchmark("kernels.operations", "--dtype", "bfloat16", "--flex", *grouped, *contexts, *nodes),
+            benchmark("kernels.operations", "--dtype", "bfloat16", "--flex", *grouped, *contexts, *rows),
         ),
-        Section("kernels-mha", 40, benchmark("kernels.operations", "--dtype", "bfloat16", *whole, *contexts, *nodes)),
+        Section("kernels-mha", 40, benchmark("kernels.operations", "--dtype", "bfloat16", *whole, *contexts, *rows)),
         Section("step-8b-gqa", 35, benchmark("kernels.step", "--model", "llama-8b-gqa", "--rows", "1", "16", "64")),
         Section("identity", 45, benchmark("compare.identity", "--model", model, "--sizes", "1", "--max-num-seqs", "4")),
     ]

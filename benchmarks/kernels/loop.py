@@ -1,6 +1,6 @@
 """The plain and the overlapped engine loop: the host's part of the time of a decoding step.
 
-``python -m euryale.benchmarks.kernels.loop --model llama-7b --nodes 64`` decodes one request with random weights in
+``python -m euryale.benchmarks.kernels.loop --model llama-7b --rows 64`` decodes one request with random weights in
 both loops, interleaved. It compares the time of a step with that of its recorded kernels alone. On a CPU, host and
 device share the cores, so that little overlaps.
 """
@@ -64,7 +64,7 @@ def _pack(outputs: list[RequestOutput]) -> None:
 
 def run(args: argparse.Namespace, group: Group) -> dict:
     """Run both loops and return their milliseconds per step, and those of the device."""
-    tree = default_tree(4, args.nodes - 1) if args.nodes > 1 else None
+    tree = default_tree(4, args.rows - 1) if args.rows > 1 else None
     engine = make_engine(args.model, DTYPES[args.dtype], tree, args.max_len, group, device=group.device.type)
     found: dict[str, list[float]] = {"plain": [], "overlapped": []}
     plans: list[StepPlan] = []
@@ -76,10 +76,10 @@ def run(args: argparse.Namespace, group: Group) -> dict:
         "machine": describe(),
         "model": args.model,
         "dtype": args.dtype,
-        "nodes": args.nodes,
+        "rows": args.rows,
         "loops": {},
     }
-    last = next(plan for plan in reversed(plans) if plan.num_rows == args.nodes)
+    last = next(plan for plan in reversed(plans) if plan.num_rows == args.rows)
     found_parts = parts(engine.runner, last, args.steps)
     del found_parts[STEP]
     device = sum(found_parts.values())
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace, group: Group) -> dict:
 def main(args: argparse.Namespace) -> None:
     with torch.inference_mode():
         report = run(args, join(device=args.device))
-    print(f"{report['machine']}\n{args.model}, {args.dtype}, {args.nodes} nodes, one request")
+    print(f"{report['machine']}\n{args.model}, {args.dtype}, {args.rows} rows, one request")
     print(f"the device's part of a step: {report['device_ms']} ms")
     for loop, row in report["loops"].items():
         print(f"{loop:<12}{row['ms']:>9.3f} ms per step, of which host {100 * row['host_gap']:.1f} %")
@@ -105,7 +105,7 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=SHAPES, default="llama-110m")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument(
-        "--nodes", type=number(1, 128), default=16, help="tree nodes, the root included; 1: no speculation"
+        "--rows", type=number(1, 128), default=16, help="known and draft tokens of a step; 1: no speculation"
     )
     parser.add_argument("--max-len", type=number(2 * PROMPT), default=512, help="tokens of prompt and answer")
     parser.add_argument("--steps", type=number(1), default=60)

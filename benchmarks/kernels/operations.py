@@ -62,7 +62,7 @@ def copies_of(num_bytes: int) -> int:
 
 def attention_case(
     context: int,
-    nodes: int,
+    rows: int,
     heads: int,
     kv_heads: int,
     dim: int,
@@ -71,21 +71,21 @@ def attention_case(
     with_flex: bool,
 ) -> Case:
     """Return one request's tree attention; the alternative gathers the pages and calls SDPA with a dense mask."""
-    pages = -(-(context + nodes) // PAGE)
-    parents = np.asarray([max(0, (node - 1) // 2) for node in range(1, nodes)], dtype=np.int32)
+    pages = -(-(context + rows) // PAGE)
+    parents = np.asarray([max(0, (node - 1) // 2) for node in range(1, rows)], dtype=np.int32)
     shuffled = np.random.default_rng(0).permutation(pages).astype(np.int32)
     segment = SegmentShape(num_new_tokens=1, context=context, parents=parents, pages=shuffled)
     kind: dict[str, Any] = {"dtype": dtype, "device": device}
     num_bytes = 2 * context * kv_heads * dim * dtype.itemsize
     caches = [torch.randn(2, pages, kv_heads, PAGE, dim, **kind) for _ in range(copies_of(num_bytes))]
-    q, scratch = torch.randn(nodes, heads, dim, **kind), torch.randn(2, nodes, kv_heads, dim, **kind)
+    q, scratch = torch.randn(rows, heads, dim, **kind), torch.randn(2, rows, kv_heads, dim, **kind)
     ours, theirs = (StepMetadata.build([segment], PAGE, device) for _ in range(2))
 
     def reference(copy: int) -> torch.Tensor:
         with backend.forced("reference"):
             return tree_attention(q, scratch, caches[copy], theirs, dim**-0.5)
 
-    name = f"attention {heads}/{kv_heads}x{dim}, context {context}, {nodes} nodes"
+    name = f"attention {heads}/{kv_heads}x{dim}, context {context}, {rows} rows"
     runs: dict[str, Callable[[int], object]] = {
         "ours": lambda copy: tree_attention(q, scratch, caches[copy], ours, dim**-0.5),
         "gather + SDPA": reference,
@@ -102,7 +102,7 @@ def attention_case(
         runs=runs,
         copies=len(caches),
         num_bytes=num_bytes,
-        flops=4 * nodes * heads * dim * (context + nodes),
+        flops=4 * rows * heads * dim * (context + rows),
     )
 
 
@@ -203,7 +203,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"{report['machine']}, {args.dtype}, {report['threads']} threads")
     print(f"reads {report['read_GBps']} GB/s, products {report['product_GFLOPps']} GFLOP/s")
     print(f"{'case':<46}{'us':>10}{'GB/s':>8}{'GFLOP/s':>9}{'of limit':>9}  alternatives")
-    shapes = itertools.product(args.contexts, args.nodes)
+    shapes = itertools.product(args.contexts, args.rows)
     heads, kv_heads = args.heads
     cases = (attention_case(c, n, heads, kv_heads, args.head_dim, dtype, device, args.flex) for c, n in shapes)
     products = itertools.product((1, 8, 32), ((512, 256), (2304, 768), (4096, 4096)))
@@ -228,7 +228,7 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--head-dim", type=number(1), default=64)
     parser.add_argument("--heads", type=number(1), nargs=2, default=[8, 2], help="query heads and KV heads")
     parser.add_argument("--contexts", type=number(1), nargs="+", default=[128, 1000, 4000, 16000])
-    parser.add_argument("--nodes", type=number(1, 128), nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--rows", type=number(1, 128), nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--rounds", type=number(1), default=15)
     parser.add_argument(
         "--flex",

@@ -126,7 +126,7 @@ class RecordedAnswers:
                     name: arrays[name] for name in ("starts", "prompts", "tokens", "ids", "logits", "vocab_size")
                 }
         except (OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is no recording of heads: {error}. Make one with record_heads") from error
+            raise ValueError(f"{path} is not a recording of heads: {error}. Make one with record_heads") from error
         self.num_heads, self.vocab_size = self._file["ids"].shape[1], int(self._file["vocab_size"])
 
     def __len__(self) -> int:

@@ -124,7 +124,7 @@ inline vfloat power_of_two(vfloat x) {
     return p * (vfloat)((vuint)moved << 23);
 }
 
-// Words: 32 bits of numbers in every lane, one float or two bfloat16 side by side, whose products a lane adds up.
+// A word is 32 bits: one float, or two adjacent bfloat16 whose products are summed in one lane.
 inline vfloat load_words(const float* p) { return load(p); }
 inline vuint load_words(const bfloat16* p) { return *(const vuint_at*)p; }
 inline void store_words(float* p, vfloat words) { store(p, words); }
@@ -135,7 +135,7 @@ inline vuint spread_word(const bfloat16* p) {
     __builtin_memcpy(&both, p, sizeof both);
     return both - vuint{};
 }
-// The words of numbers whose first of each two are in `even` and second in `odd`.
+// Packs floats into words of two bfloat16: `even` gives the first (low) half of each word, `odd` the second.
 inline vuint to_words(vfloat even, vfloat odd) {
     const vuint first = (vuint)even, second = (vuint)odd;  // rounded to nearest, ties to even
     return ((first + 0x7fff + ((first >> 16) & 1)) >> 16) | ((second + 0x7fff + ((second >> 16) & 1)) & 0xffff0000u);
@@ -185,7 +185,7 @@ inline void fold_stage(vfloat* v) {
         }
 }
 
-// Lane i of the result is all lanes of v[i] put together by F; v is used up.
+// Lane i of the result is the reduction by F of all lanes of v[i]. Overwrites v.
 template <vfloat (*F)(vfloat, vfloat)>
 inline vfloat fold_lanes(vfloat* v) {
     if (W > 8) fold_stage<8 % W, F>(v);

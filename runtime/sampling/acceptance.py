@@ -33,7 +33,11 @@ class AcceptanceResult:
 
 
 def decide(shard: VocabShard, logits_NV: torch.Tensor, batch: StepBatch) -> AcceptanceResult:
-    """Accept draft tokens and draw bonus tokens, from the logits of the batch's decided rows."""
+    """Accept draft tokens and draw bonus tokens.
+
+    ``logits_NV``: processed logits of the batch's decided rows (see StepBatch), this rank's vocabulary shard.
+    Every rank returns the same result. Collective: raises RankLost.
+    """
     good = scores = pairs = None
     if batch.rules is None:
         # Greedy rows need no distribution, because typical acceptance at temperature 0 accepts only the argmax.

@@ -26,23 +26,24 @@ class RowParams:
     """Sampling parameters of each row.
 
     ``temperature`` float32 [N] (0: greedy), ``top_k`` int64 [N] (0: off), ``top_p`` float32 [N] (1: off), ``min_p``
-    float32 [N] (0: off), ``keys`` int64 [N]: keys of the rows' noise. ``is_plain``: no row is filtered, and only the
-    drawn tokens are needed.
+    float32 [N] (0: off), ``is_filtered`` int8 [N]: 1 for rows that are sampled with one of these filters. ``keys``
+    int64 [N]: keys of the rows' noise. ``is_plain``: no row is filtered, and only the drawn tokens are needed.
     """
 
-    ARRAYS: ClassVar = ("temperature", "keys", "top_k", "top_p", "min_p")
+    ARRAYS: ClassVar = ("temperature", "keys", "top_k", "top_p", "min_p", "is_filtered")
 
     temperature: torch.Tensor
     keys: torch.Tensor
     top_k: torch.Tensor
     top_p: torch.Tensor
     min_p: torch.Tensor
+    is_filtered: torch.Tensor
     is_plain: bool
 
     @property
     def filtered(self) -> torch.Tensor:
         """Rows that are sampled with top-k, top-p or min-p: bool [N]."""
-        return (self.temperature > 0) & ((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0))
+        return self.is_filtered.bool()
 
 
 def row_arrays(rows: list[tuple[SamplingParams, int, int]]) -> dict[str, np.ndarray]:
@@ -54,6 +55,7 @@ def row_arrays(rows: list[tuple[SamplingParams, int, int]]) -> dict[str, np.ndar
         "top_k": np.asarray([p.top_k for p in params], dtype=np.int64),
         "top_p": np.asarray([p.top_p for p in params], dtype=np.float32),
         "min_p": np.asarray([p.min_p for p in params], dtype=np.float32),
+        "is_filtered": np.asarray([p.is_filtered for p in params], dtype=np.int8),
     }
 
 
@@ -87,24 +89,24 @@ def draw(shard: VocabShard, logits_NV: torch.Tensor, params: RowParams, pairs: t
         pair_logits = shard.group.all_gather(shard.pick(scaled[pairs[:, 0]], pairs[:, 1])).max(dim=0).values
     merged = Merged.gather(shard, *_local_columns(shard, scaled, best, is_filtered))
     tokens = vocabulary.best(merged.best_values, merged.best_ids)
-    borders = None
+    threshold = None
     if is_filtered:
-        borders, is_complete = thresholds(shard, scaled, merged, params)
+        threshold, is_complete = thresholds(shard, scaled, merged, params)
         keys = params.keys
         if bool(is_complete.all()):
             scores = merged.candidate_values + gumbel(keys[:, None], merged.candidate_ids)
-            scores = torch.where(merged.candidate_values >= borders[:, None], scores, -torch.inf)
+            scores = torch.where(merged.candidate_values >= threshold[:, None], scores, -torch.inf)
             picked = vocabulary.best(scores.T, merged.candidate_ids.T)
         else:
             noisy = scaled + gumbel(keys[:, None], torch.arange(shard.length, device=keys.device) + shard.offset)
-            picked = vocabulary.argmax(shard, torch.where(scaled >= borders[:, None], noisy, -torch.inf))
+            picked = vocabulary.argmax(shard, torch.where(scaled >= threshold[:, None], noisy, -torch.inf))
         tokens = torch.where(filtered, picked, tokens)
     tokens = tokens.to(torch.int32)
     if pairs is None:
         return Draw(tokens=tokens)
     logp = pair_logits - merged.log_total[pairs[:, 0]]
-    if borders is not None:
-        logp = torch.where(pair_logits >= borders[pairs[:, 0]], logp, -torch.inf)
+    if threshold is not None:
+        logp = torch.where(pair_logits >= threshold[pairs[:, 0]], logp, -torch.inf)
     return Draw(tokens=tokens, child_logp=logp, entropy=merged.entropy)
 
 

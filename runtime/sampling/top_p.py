@@ -1,7 +1,7 @@
 """Top-k, top-p and min-p over a sharded vocabulary: finds the smallest logit that a row may draw.
 
-A filter keeps the tokens whose logit is at least a *border*, ties included. Filters apply in transformers' order:
-top-k, then top-p of the rest, then min-p. Usually the gathered candidates determine the border. Otherwise a bounded
+A filter keeps the tokens whose logit is at least a *threshold*, ties included. Filters apply in transformers' order:
+top-k, then top-p of the rest, then min-p. Usually the gathered candidates determine the threshold. Otherwise a bounded
 search over float values finds it with scalar gathers. Legend: N rows, V local vocabulary, S ranks, M merged candidates.
 """
 
@@ -77,37 +77,37 @@ class Merged:
 def thresholds(
     shard: VocabShard, scaled: torch.Tensor, merged: Merged, params: "RowParams"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each row's border and whether the candidates contain all tokens at or above it: float32 and bool [N].
+    """Return each row's threshold and whether the candidates contain all tokens at or above it: float32 and bool [N].
 
-    ``scaled`` float32 [N, V]: logits divided by temperature. A border of -inf keeps every token.
+    ``scaled`` float32 [N, V]: logits divided by temperature. A threshold of -inf keeps every token.
     """
     values = merged.candidate_values.double()
     weights = (values - merged.log_total.double()[:, None]).exp()
-    border = torch.full_like(merged.top, -torch.inf)
-    mass = torch.ones_like(border, dtype=torch.float64)
+    threshold = torch.full_like(merged.top, -torch.inf)
+    mass = torch.ones_like(threshold, dtype=torch.float64)
     has_k, has_p = params.filtered & (params.top_k > 0), params.filtered & (params.top_p < 1)
     if bool(has_k.any()):
-        border_k = _top_k_border(shard, scaled, merged, params.top_k, has_k)
-        border = torch.where(has_k, border_k, border)
-        inside = torch.where(values >= border[:, None], weights, 0).sum(dim=1)
-        inside = _exact_mass(shard, scaled, merged, border, inside, has_k & has_p)
+        threshold_k = _top_k_threshold(shard, scaled, merged, params.top_k, has_k)
+        threshold = torch.where(has_k, threshold_k, threshold)
+        inside = torch.where(values >= threshold[:, None], weights, 0).sum(dim=1)
+        inside = _exact_mass(shard, scaled, merged, threshold, inside, has_k & has_p)
         mass = torch.where(has_k, inside, mass)
     if bool(has_p.any()):
-        border_p = _top_p_border(shard, scaled, merged, params.top_p.double() * mass, weights, has_p)
-        border = torch.where(has_p, torch.maximum(border, border_p), border)
-    border_m = torch.where(params.min_p > 0, merged.top + params.min_p.log(), -torch.inf)
-    border = torch.maximum(border, border_m)
-    border = torch.where(params.filtered, border, -torch.inf)
-    return border, ~params.filtered | (border > merged.floor) | (merged.floor == -torch.inf)
+        threshold_p = _top_p_threshold(shard, scaled, merged, params.top_p.double() * mass, weights, has_p)
+        threshold = torch.where(has_p, torch.maximum(threshold, threshold_p), threshold)
+    threshold_m = torch.where(params.min_p > 0, merged.top + params.min_p.log(), -torch.inf)
+    threshold = torch.maximum(threshold, threshold_m)
+    threshold = torch.where(params.filtered, threshold, -torch.inf)
+    return threshold, ~params.filtered | (threshold > merged.floor) | (merged.floor == -torch.inf)
 
 
-def _top_k_border(
+def _top_k_threshold(
     shard: VocabShard, scaled: torch.Tensor, merged: Merged, top_k: torch.Tensor, wanted: torch.Tensor
 ) -> torch.Tensor:
     """Return the k-th largest logit of each row that is ``wanted``, bool [N]."""
     place = (top_k - 1).clamp(0, merged.candidate_values.shape[1] - 1)
     found = merged.candidate_values.gather(1, place[:, None])[:, 0]
-    # A token that is no candidate is at most the floor, so it cannot raise a border at or above the floor.
+    # A token that is not a candidate is at most the floor, so it cannot raise a threshold at or above the floor.
     unknown = wanted & ((found < merged.floor) | (top_k > merged.candidate_values.shape[1]))
     unknown &= top_k < shard.vocab_size
     found = torch.where(top_k >= shard.vocab_size, -torch.inf, found)
@@ -117,7 +117,7 @@ def _top_k_border(
     return torch.where(unknown, searched, found)
 
 
-def _top_p_border(
+def _top_p_threshold(
     shard: VocabShard,
     scaled: torch.Tensor,
     merged: Merged,
@@ -127,7 +127,7 @@ def _top_p_border(
 ) -> torch.Tensor:
     """Return the logit at which the largest tokens reach a total probability of ``needed`` float64 [N].
 
-    ``weights`` float64 [N, M]: probabilities of the candidates. ``wanted`` bool [N]: rows that need a border.
+    ``weights`` float64 [N, M]: probabilities of the candidates. ``wanted`` bool [N]: rows that need a threshold.
     """
     before = weights.cumsum(dim=1) - weights
     last = (before < needed[:, None]).sum(dim=1).clamp(min=1) - 1
@@ -145,19 +145,19 @@ def _exact_mass(
     shard: VocabShard,
     scaled: torch.Tensor,
     merged: Merged,
-    border: torch.Tensor,
+    threshold: torch.Tensor,
     inside: torch.Tensor,
     wanted: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the probability of all tokens at or above ``border`` [N]: float64 [N].
+    """Return the probability of all tokens at or above ``threshold`` [N]: float64 [N].
 
     That is ``inside``, the candidates' probability, if they contain all such tokens of the ``wanted`` rows. Otherwise
     it is summed over the ranks.
     """
-    if not bool((wanted & (border <= merged.floor)).any()):
+    if not bool((wanted & (threshold <= merged.floor)).any()):
         return inside
     probabilities = (scaled.double() - merged.log_total.double()[:, None]).exp()
-    local = torch.where(scaled >= border[:, None], probabilities, 0).sum(dim=1)
+    local = torch.where(scaled >= threshold[:, None], probabilities, 0).sum(dim=1)
     return shard.group.all_gather(local).sum(dim=0)
 
 
@@ -167,9 +167,9 @@ def _search(
     needed: torch.Tensor,
     measure: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Return each row's largest float32 border with a measure of at least ``needed`` float64 [N].
+    """Return each row's largest float32 threshold with a measure of at least ``needed`` float64 [N].
 
-    ``measure`` maps the tokens at or above a border, bool [N, V], to float64 [N, V], whose sum over all ranks is the
+    ``measure`` maps the tokens at or above a threshold, bool [N, V], to float64 [N, V], whose sum over all ranks is the
     measure. A binary search over floats, ordered as integers, finds the exact value in 32 steps.
     """
     low = torch.full_like(needed, _order(torch.tensor(-torch.inf)).item(), dtype=torch.int64)

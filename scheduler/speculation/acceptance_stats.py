@@ -42,20 +42,20 @@ class AcceptanceStats:
     ``ratios`` float32 [NUM_CLASSES, depths, RANK_CLASSES, BINS]: ``accepted`` draft tokens over ``predicted`` ones,
     both float64 of the same shape. All depths below the heads count as one.
 
-    ``weights`` float32 [NUM_CLASSES, evidences]: how much the request's own context counts beside heads, traffic and
-    text. It is ``context_accepted`` over ``context_cases``, both float64. An evidence is (length of the context - 1) *
-    SUCCESSORS + number of known successors, or 0 if the context is unknown.
+    ``weights`` float32 [NUM_CLASSES, evidence classes]: how much the request's own context counts beside heads, traffic
+    and text. It is ``context_accepted`` over ``context_cases``, both float64. The evidence class is (length of the
+    context - 1) * SUCCESSORS + number of known successors, or 0 if the context is unknown.
     """
 
     def __init__(self, num_heads: int) -> None:
         self.num_depths, self.rank_classes, self.bins = num_heads + 1, RANK_CLASSES, BINS
-        self.evidences = ORDERS * SUCCESSORS + 1
+        self.num_evidence_classes = ORDERS * SUCCESSORS + 1
         shape = (NUM_CLASSES, self.num_depths, RANK_CLASSES, BINS)
         self.accepted = np.full(shape, PRIOR_CASES)
         self.predicted = np.full(shape, PRIOR_CASES)
         self.ratios = np.ones(shape, dtype=np.float32)
         self.weights = np.tile(np.array(CONTEXT_WEIGHTS, dtype=np.float32), (NUM_CLASSES, 1))
-        self.context_cases = np.full((NUM_CLASSES, self.evidences), 4 * PRIOR_CASES)
+        self.context_cases = np.full((NUM_CLASSES, self.num_evidence_classes), 4 * PRIOR_CASES)
         self.context_accepted = self.weights * self.context_cases
 
     def to_json(self) -> dict[str, Any]:

@@ -22,14 +22,14 @@ FOLD_BITS = np.uint64(29)
 
 # ---- acceptance statistics
 NUM_CLASSES = 4  # sampling classes: greedy, temperature up to 0.5, above, typical acceptance
-RANK_CLASSES = 4  # a head's likeliest candidate, its second, its others, and tokens that are none
+RANK_CLASSES = 4  # a head's likeliest candidate, its second, its others, and tokens that are not candidates
 LIKELY_BINS = 8  # bins of probabilities from 1/2 on, two for each halving of the distance to 1
 BINS = 18 + LIKELY_BINS  # bins of probabilities, below 1/2 two for each factor of two
 WINDOW = 60.0  # cases after which an estimate forgets
 PRIOR_CASES = 4.0  # weight of an initial value, in cases
 CORRECTION_DECAY = 0.93  # per step, of an acceptance-rate correction
 CORRECTION_RANGE = (0.3, 1.6)
-# Initial weight of the request's own context beside heads, traffic and text, by evidence (see AcceptanceStats).
+# Initial weight of the request's own context beside heads, traffic and text, by evidence class (see AcceptanceStats).
 # Measured on sampled code.
 CONTEXT_WEIGHTS = (0, 0.15, 0.1, 0.2, 0.25, 0.4, 0.3, 0.35, 0.5, 0.6, 0.6, 0.75, 0.9)
 
@@ -44,7 +44,7 @@ PRODUCT = {
     "prior_floor": 1e-4,  # prior of a token that never followed
     "other_mass": 2e-3,  # mass of all tokens that no source proposes, beside the products
     "text_cases": 2.0,  # weight of the text, in cases of recent traffic
-    "outsider_nats": 1.0,  # by which a token that is no head candidate is less likely than the last candidate
+    "outsider_nats": 1.0,  # nats by which a token outside the head candidates is less likely than the last candidate
     "max_probability": 0.98,  # maximum acceptance probability of a draft token below its parent
     "min_child_probability": 2e-3,  # minimum probability of a child below its parent
     "window": WINDOW,

@@ -99,7 +99,7 @@ class _LoadState:
         self.is_speculating, self.num_paused, self.num_on = False, self.pause, 0
 
     def weigh(self, gain: float) -> None:
-        """Add the logarithm of the rate with draft tokens over the rate without; change the mode if it pays."""
+        """Update the mean gain with the log ratio of the two rates, and change the mode if that pays."""
         if self.is_speculating:
             self.num_on += 1
             self.gain += NEWEST_WEIGHT * (gain - self.gain)
@@ -229,7 +229,9 @@ class DraftBudget:
         return seconds, True if has_prompts else costs.are_full(num_requests, extra)
 
     def _unit(self, choice: BudgetChoice) -> float:
-        """Return the profiled seconds of a plain step. Times tokens per second and request, this is a relative rate."""
+        """Return the profiled seconds of a plain step.
+
+        Multiplied by tokens per second per request, it gives a rate relative to plain decoding."""
         return self.costs.profiled_plain(choice.num_requests, choice.num_context_tokens)
 
     def _is_trial(self, load: _LoadState, choice: BudgetChoice) -> bool:

@@ -80,7 +80,7 @@ class Drafter(Protocol):
     def draft(self, decoding: list[Request], depths: list[int], room: int, num_prompt_rows: int) -> Drafts:
         """Return draft tokens for the ``decoding`` requests, at most ``room`` in total.
 
-        ``depths``: maximum depth for each request, at most 0 for no draft tokens. ``num_prompt_rows``: prompt rows in
+        ``depths``: maximum depth of each request's tree; 0 means no draft tokens. ``num_prompt_rows``: prompt rows in
         the same step."""
         ...
 

@@ -30,11 +30,13 @@ from euryale.scheduler.speculation.constants import (
 
 FILE = "ngrams.safetensors"
 
-# Rows of the text hold the ``total`` likeliest successors, with their fractions in 65535ths in ``shares``. Rows of
-# other sources hold the latest successors, with repetitions. The next one goes to place ``total`` modulo SUCCESSORS,
-# which is empty or has the oldest one.
-ROW = np.dtype([("fingerprint", "u4"), ("total", "u4"), ("successors", "i4", SUCCESSORS), ("shares", "u2", SUCCESSORS)])
-_COLUMNS = ("fingerprint", "total", "successors", "shares")
+# Rows of the text hold the ``total`` likeliest successors, with their fractions in units of 1/65535 in ``fractions``.
+# Rows of other sources hold the latest successors, with repetitions. The next one goes to place ``total`` modulo
+# SUCCESSORS, which is empty or has the oldest one.
+ROW = np.dtype(
+    [("fingerprint", "u4"), ("total", "u4"), ("successors", "i4", SUCCESSORS), ("fractions", "u2", SUCCESSORS)]
+)
+_COLUMNS = ("fingerprint", "total", "successors", "fractions")
 
 
 def _windows(tokens: np.ndarray) -> np.ndarray:
@@ -94,7 +96,7 @@ class NgramTable:
             row = table.rows[rows[i]]
             row["fingerprint"], row["total"] = contexts[i].astype(np.uint32), len(likeliest)
             row["successors"][: len(likeliest)] = tokens[likeliest]
-            row["shares"][: len(likeliest)] = counts[likeliest] * 65535 // totals[i]
+            row["fractions"][: len(likeliest)] = counts[likeliest] * 65535 // totals[i]
         return table
 
     @staticmethod
@@ -119,15 +121,18 @@ class NgramTable:
             for name in _COLUMNS:
                 kind = ROW[name]
                 if arrays[name].dtype != kind.base or arrays[name].shape != (len(arrays["total"]), *kind.shape):
-                    raise ValueError(f"its tensor {name} is not of rows of {kind}")
+                    columns = f", {kind.shape[0]}" if kind.shape else ""
+                    raise ValueError(f"its tensor {name} must be {kind.base} [rows{columns}]")
             table = cls(len(arrays["total"]).bit_length() - 1, live_bits)
             for name in _COLUMNS:
                 table.rows[name][: 1 << table.text_bits] = arrays[name]
             successors, totals = table.rows["successors"], table.rows["total"]
-            if successors.max() >= vocab_size or successors.min() < -1 or totals.max() > SUCCESSORS:
-                raise ValueError(f"it has tokens outside the vocabulary of {vocab_size}")
+            if successors.max() >= vocab_size or successors.min() < -1:
+                raise ValueError(f"it has tokens outside the vocabulary of {vocab_size}: it belongs to another model")
+            if totals.max() > SUCCESSORS:
+                raise ValueError(f"its tensor total exceeds {SUCCESSORS}")
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise ValueError(
-                f"{directory / FILE} is no table of n-grams ({error}): calibrate the heads again or remove it"
+                f"{directory / FILE} is not an n-gram table ({error}): calibrate the heads again or remove it"
             ) from error
         return table

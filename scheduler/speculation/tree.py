@@ -1,6 +1,6 @@
 """Shapes of draft trees, and the ``--tree`` option.
 
-Node 0 of a tree is the root, the last sampled token. Every other node is a draft token. Its path of ranks identifies
+Node 0 of a tree is the root, the last known token. Every other node is a draft token. Its path of ranks identifies
 it, as in the ``medusa_choices`` format: path [0, 2] is the third likeliest token of the second head, below the
 likeliest token of the first. This file knows neither probabilities of running requests nor tensors.
 """
@@ -17,7 +17,9 @@ from euryale.client.rules import list_of, shown, whole
 from euryale.scheduler import json_file
 
 MAX_NODES = 128  # with the root: two words of ancestor bits
-_PATH = list_of(whole(0, 2**31 - 2), MAX_NODES - 1, least=1)  # ranks; int32, and one more is the number of candidates
+_PATH = list_of(
+    whole(0, 2**31 - 2), MAX_NODES - 1, least=1
+)  # a list of ranks; rank + 1, the number of candidates, fits int32
 DYNAMIC_DEPTH = 12  # maximum depth of dynamic trees; below the heads they use n-grams
 DYNAMIC_CANDIDATES = 10  # candidates of each head for dynamic trees
 
@@ -42,7 +44,7 @@ class TreeShape:
     def from_paths(cls, paths: Sequence[Sequence[int]]) -> "TreeShape":
         """Return the tree of ``medusa_choices``. Missing prefixes of a path are added before it.
 
-        Raises ValueError for an empty or repeated path, a rank that is no integer >= 0, or too many nodes.
+        Raises ValueError for an empty or repeated path, a rank that is not an integer >= 0, or too many nodes.
         """
         index: dict[tuple[int, ...], int] = {(): 0}
         listed: set[tuple[int, ...]] = set()
@@ -197,7 +199,7 @@ def parse_tree_option(text: str, heads_tree: Path | None, num_heads: int) -> Tre
 def load_tree(source: str | Path, num_heads: int) -> TreeShape:
     """Return the tree in the JSON file ``source``, a list of paths.
 
-    Raises ValueError if the file is no such list, or if the tree is deeper than ``num_heads``.
+    Raises ValueError if the file is not such a list, or if the tree is deeper than ``num_heads``.
     """
     paths = json_file.read(source, "give --tree dynamic, dynamic:N, static:FILE, chain or off")
     if not isinstance(paths, list) or not paths:

@@ -12,7 +12,7 @@ namespace {
 // All of these are compared with constants.py when the library is loaded.
 constexpr int ORDERS = 3, SUCCESSORS = 4, NUM_SOURCES = 3, MAX_RANKS = 32, LIKELY_BINS = 8, FOLD_BITS = 29;
 constexpr int EXTRA = NUM_SOURCES * SUCCESSORS;
-constexpr int OWN = 0, TRAFFIC = 1, TEXT = 2;
+constexpr int CONTEXT = 0, TRAFFIC = 1, TEXT = 2;
 constexpr uint64_t PLACE_MULTIPLIERS[] = {0x6A09E667F3BCC909, 0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B};
 constexpr uint64_t ORDER_OFFSETS[] = {0x510E527FADE682D1, 0x9B05688C2B3E6C1F, 0x1F83D9ABFB41BD6B};
 constexpr uint64_t SOURCE_MULTIPLIER = 0xA54FF53A5F1D36F1, MIX_MULTIPLIER = 0x5BE0CD19137E2179;
@@ -45,22 +45,22 @@ void find(const Table& table, const int32_t* last, const int64_t* sources, Known
     int length = 0;
     for (; length < ORDERS && last[length] >= 0; ++length) {
         sum = place_sum(sum, length, last[length]);
-        for (int d = 0; d < NUM_SOURCES; ++d) {
-            rows[d][length] = row_of(table, sum, length, sources[d], fingerprints[d][length]);
-            __builtin_prefetch(rows[d][length]);  // rows are scattered: fetch all of them at once
+        for (int s = 0; s < NUM_SOURCES; ++s) {
+            rows[s][length] = row_of(table, sum, length, sources[s], fingerprints[s][length]);
+            __builtin_prefetch(rows[s][length]);  // rows are scattered: fetch all of them at once
         }
     }
-    for (int d = 0; d < NUM_SOURCES; ++d) {
-        Known& known = out[d] = {{-1, -1, -1, -1}, {0, 0, 0, 0}, 0, 0};
+    for (int s = 0; s < NUM_SOURCES; ++s) {
+        Known& known = out[s] = {{-1, -1, -1, -1}, {0, 0, 0, 0}, 0, 0};
         int o = length - 1;
-        while (o >= 0 && (rows[d][o]->fingerprint != fingerprints[d][o] || !rows[d][o]->total)) --o;
+        while (o >= 0 && (rows[s][o]->fingerprint != fingerprints[s][o] || !rows[s][o]->total)) --o;
         if (o < 0) continue;
-        const Row& row = *rows[d][o];
+        const Row& row = *rows[s][o];
         known.cases = std::min<uint32_t>(row.total, SUCCESSORS);
         known.evidence = o * SUCCESSORS + known.cases;
-        for (int s = 0; s < known.cases; ++s) {
-            known.tokens[s] = row.successors[s];
-            known.fractions[s] = sources[d] ? 1.0f / known.cases : row.shares[s] / 65535.0f;
+        for (int i = 0; i < known.cases; ++i) {
+            known.tokens[i] = row.successors[i];
+            known.fractions[i] = sources[s] ? 1.0f / known.cases : row.fractions[i] / 65535.0f;
         }
     }
 }
@@ -155,14 +155,14 @@ struct Growth {
         int total = ranks;
         Known known[NUM_SOURCES];
         find(f.table, lasts.data() + node * ORDERS, f.sources + r * NUM_SOURCES, known);
-        for (int d = 0; d < NUM_SOURCES; ++d) {
-            for (int s = 0; s < known[d].cases; ++s) {
-                const int place = std::find(tokens, tokens + total, known[d].tokens[s]) - tokens;
-                if (place == total) tokens[total++] = known[d].tokens[s];
-                fractions[d][place] += known[d].fractions[s];
+        for (int s = 0; s < NUM_SOURCES; ++s) {
+            for (int i = 0; i < known[s].cases; ++i) {
+                const int place = std::find(tokens, tokens + total, known[s].tokens[i]) - tokens;
+                if (place == total) tokens[total++] = known[s].tokens[i];
+                fractions[s][place] += known[s].fractions[i];
             }
         }
-        f.evidence[node] = known[OWN].evidence;
+        f.evidence[node] = known[CONTEXT].evidence;
         const float cases = known[TRAFFIC].cases, text_cases = known[TEXT].cases ? f.text_cases : 0;
         const float traffic_weight = cases / (cases + text_cases + 1e-6f), power = ranks ? f.prior_power : 1;
         const float floor = std::pow(f.prior_floor, power), *powers = ranks ? powers_of(head) : nullptr;
@@ -174,10 +174,11 @@ struct Growth {
             sum += product[i];
         }
         const int cls = f.classes[r], level = std::min<int>(depth, f.num_depths - 1);
-        const float weight = f.weights[cls * f.evidences + known[OWN].evidence], rest = (1 - weight) / sum;
+        const float weight = f.weights[cls * f.num_evidence_classes + known[CONTEXT].evidence];
+        const float rest = (1 - weight) / sum;
         int written = 0;
         for (int i = 0; i < total; ++i) {
-            const float own = weight * fractions[OWN][i], probability = own + rest * product[i];
+            const float context = weight * fractions[CONTEXT][i], probability = context + rest * product[i];
             if (probability < f.min_child_probability) continue;
             const int rank = i < ranks ? std::min(i, 2) : 3;
             const int row = (cls * f.num_depths + level) * f.rank_classes + rank;
@@ -186,7 +187,7 @@ struct Growth {
             const float joint = f.acceptance_probability[node] * alone;
             int place = written++;
             for (; place > 0 && out[place - 1].acceptance_probability < joint; --place) out[place] = out[place - 1];
-            out[place] = {tokens[i], cell, joint, probability, own};
+            out[place] = {tokens[i], cell, joint, probability, context};
         }
         return written;
     }
@@ -225,11 +226,11 @@ extern "C" void tree_builder_learn(const Arguments* arguments, int64_t count, co
     for (int64_t i = 0; i < count; ++i) {
         const int node = nodes[i], cls = f.classes[f.request[node]];
         if (f.evidence[node] < 0) continue;  // its children were not searched
-        double own = 0;
+        double context = 0;
         for (int g = f.first[node]; g < f.first[node] + f.count[node]; ++g) {
             const Child& child = f.children[g];
             const bool is_right = child.token == truths[i];
-            if (is_right) own = child.context / child.probability;
+            if (is_right) context = child.context / child.probability;
             double &accepted = f.accepted[child.cell], &predicted = f.predicted[child.cell];
             accepted += is_right, predicted += child.probability;
             const double shrink = f.window / std::max(predicted, (double)f.window);
@@ -237,8 +238,8 @@ extern "C" void tree_builder_learn(const Arguments* arguments, int64_t count, co
             f.ratios[child.cell] = accepted / predicted;
         }
         if (!f.evidence[node]) continue;
-        const int64_t at = cls * f.evidences + f.evidence[node];
-        f.context_accepted[at] += own, f.context_cases[at] += 1;
+        const int64_t at = cls * f.num_evidence_classes + f.evidence[node];
+        f.context_accepted[at] += context, f.context_cases[at] += 1;
         const double shrink = f.window / std::max(f.context_cases[at], (double)f.window);
         f.context_accepted[at] *= shrink, f.context_cases[at] *= shrink;
         f.weights[at] = f.context_accepted[at] / f.context_cases[at];

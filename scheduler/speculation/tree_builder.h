@@ -5,7 +5,7 @@
 struct Row {
     uint32_t fingerprint, total;
     int32_t successors[4];
-    uint16_t shares[4];  // fractions in rows of the text, in 65535ths
+    uint16_t fractions[4];  // in rows of the text, in units of 1/65535
 };
 
 struct Table {
@@ -21,7 +21,8 @@ struct Child {
 
 struct Arguments {
     Table table;
-    int64_t requests, heads, ranks, max_draft_tokens, max_per_request, num_depths, rank_classes, bins, evidences;
+    int64_t requests, heads, ranks, max_draft_tokens, max_per_request, num_depths, rank_classes, bins,
+        num_evidence_classes;
     float min_probability, head_power, prior_power, prior_floor, other_mass, text_cases, outsider_nats, max_probability,
         min_child_probability, window;
     // Requests (TreeRoots).

@@ -79,7 +79,7 @@ class GrownTrees:
     * ``expected_children`` float32 [N]: probability that one of the node's children is accepted, if the node is.
     * ``children`` CHILD [...]: possible children, likeliest first. Those of a node are the ``count`` int32 [N] ones
       from ``first`` int32 [N] on.
-    * ``evidence`` int32 [N]: that of the context with which the children were found (-1: not searched).
+    * ``evidence`` int32 [N]: evidence class of the context with which the children were found (-1: not searched).
 
     Arrays may be longer than ``num_nodes``.
     """
@@ -124,7 +124,7 @@ class _Arguments(ctypes.Structure):
     _fields_ = (
         ("table", _Table),
         *((n, c_int64) for n in ("requests", "heads", "ranks", "max_draft_tokens", "max_per_request")),
-        *((n, c_int64) for n in ("num_depths", "rank_classes", "bins", "evidences")),
+        *((n, c_int64) for n in ("num_depths", "rank_classes", "bins", "num_evidence_classes")),
         ("min_probability", c_float),
         *((name, c_float) for name in PRODUCT),
         *((name, c_void_p) for name in (*_ROOTS, *_STATS, *_NODES, "children")),
@@ -143,7 +143,7 @@ class TreeBuilder:
         self._arguments.table = _Table(table.rows.ctypes.data, table.text_bits, table.live_bits)
         for name in _STATS:
             setattr(self._arguments, name, _address(getattr(stats, name)))
-        for name in ("num_depths", "rank_classes", "bins", "evidences"):
+        for name in ("num_depths", "rank_classes", "bins", "num_evidence_classes"):
             setattr(self._arguments, name, getattr(stats, name))
 
     def grow(self, roots: TreeRoots, max_draft_tokens: int, max_per_request: int, min_probability: float) -> GrownTrees:
@@ -232,6 +232,10 @@ def _library() -> ctypes.CDLL | None:
         if not library.tree_builder_matches(_address(constants), len(constants)):
             raise OSError("it was built from other sources")
     except (OSError, AttributeError) as error:
-        logger.warning("trees are built in Python, far more slowly (%s): install a C++ compiler and reinstall", error)
+        logger.warning(
+            "trees are built in Python, which is about a hundred times slower (%s): install a C++ compiler and run "
+            "`pip install -e .`",
+            error,
+        )
         return None
     return library

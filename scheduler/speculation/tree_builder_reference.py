@@ -40,8 +40,8 @@ _CONTEXT, _TRAFFIC, _TEXT = range(NUM_SOURCES)
 def find(table: NgramTable, last: np.ndarray, source: int) -> tuple[dict[int, float], int, int]:
     """Look up the longest known context in ``last`` int32 [ORDERS], the last tokens, latest first.
 
-    Returns the fraction of each successor, the evidence (see ``AcceptanceStats``) and the number of cases; all are
-    empty or 0 if no context is known."""
+    Returns the fraction of each successor, the evidence class (see ``AcceptanceStats``) and the number of cases; all
+    are empty or 0 if no context is known."""
     keys = keys_of(last[None], np.asarray([source]))[0]
     rows = table.rows_of(keys, source == TEXT_SOURCE)
     for order in reversed(range(ORDERS)):
@@ -51,7 +51,7 @@ def find(table: NgramTable, last: np.ndarray, source: int) -> tuple[dict[int, fl
         cases = min(int(row["total"]), SUCCESSORS)
         fractions: dict[int, float] = {}
         for i, token in enumerate(row["successors"][:cases].tolist()):
-            fraction = int(row["shares"][i]) / 65535 if source == TEXT_SOURCE else 1 / cases
+            fraction = int(row["fractions"][i]) / 65535 if source == TEXT_SOURCE else 1 / cases
             fractions[token] = fractions.get(token, 0.0) + fraction
         return fractions, order * SUCCESSORS + cases, cases
     return {}, 0, 0
@@ -231,6 +231,6 @@ def add(table: NgramTable, sequences: list[tuple[np.ndarray, int, int]]) -> None
             for fingerprint, place in zip(keys.astype(np.uint32), rows, strict=True):
                 row = table.rows[place]
                 if row["fingerprint"] != fingerprint:
-                    row["fingerprint"], row["total"], row["successors"], row["shares"] = fingerprint, 0, -1, 0
+                    row["fingerprint"], row["total"], row["successors"], row["fractions"] = fingerprint, 0, -1, 0
                 row["successors"][row["total"] % SUCCESSORS] = tokens[at]
                 row["total"] = row["total"] + 1 if row["total"] + 1 < 2 * SUCCESSORS else SUCCESSORS

@@ -17,7 +17,7 @@ COMMANDS = {
     "kernels.loop": [
         "--model",
         "demo-6m",
-        "--nodes",
+        "--rows",
         "3",
         "--max-len",
         "64",
@@ -42,7 +42,7 @@ COMMANDS = {
 }
 BAD = {
     "kernels.step": [["--rows", "1000"], ["--contexts", "-5"], ["--quantization", "fp8", "--device", "cpu"]],
-    "kernels.loop": [["--nodes", "0"], ["--max-len", "20"]],
+    "kernels.loop": [["--rows", "0"], ["--max-len", "20"]],
     "kernels.operations": [["--heads", "3", "2"], ["--rounds", "0"]],
     "kernels.gpu": [[]],
     "contention": [["--model", "nowhere"], ["--model", "demo-6m", "--core", "99999"], ["--rounds", "1"]],
@@ -75,7 +75,7 @@ def test_a_benchmark(name):
 
 def test_the_benchmark_of_kernels(monkeypatch, capsys):
     monkeypatch.setattr(kernels, "CACHES", 1)  # times are not asserted, so the caches need not be exceeded
-    arguments = ["--contexts", "40", "--nodes", "3", "--rounds", "1", "--dtype", "bfloat16"]
+    arguments = ["--contexts", "40", "--rows", "3", "--rounds", "1", "--dtype", "bfloat16"]
     kernels.main(kernels.parser_of_arguments().parse_args(arguments))
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert all(case["us"] > 0 for case in report["cases"].values())

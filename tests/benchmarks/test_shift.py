@@ -29,7 +29,7 @@ def run(tmp_path, monkeypatch, capsys, *flags: str) -> dict:
     record(tmp_path / "first.npz", 1, rank=1, count=8)
     record(tmp_path / "second.npz", 2, rank=0, count=120)
     (tmp_path / "text.jsonl").write_text(json.dumps({"question": "how many clips?", "answer": "72"}) + "\n")
-    command = ["shift", "--model", str(ROOT / "demo" / "model"), "--nodes", "4", *flags]
+    command = ["shift", "--model", str(ROOT / "demo" / "model"), "--draft-tokens", "4", *flags]
     for name in ("first.npz", "second.npz", "text.jsonl"):
         command += [f"--{name.split('.')[0]}", str(tmp_path / name)]
     monkeypatch.setattr(sys, "argv", command)

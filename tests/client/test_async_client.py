@@ -127,9 +127,9 @@ def test_cancel():
 def test_errors_of_the_connection():
     async def main(address):
         async with AsyncClient("tcp://127.0.0.1:1", connect_timeout=0.2) as client:
-            with pytest.raises(euryale.ServerLost, match="no server answers"):
+            with pytest.raises(euryale.ServerLost, match="no server answered"):
                 await client.hello()
-            with pytest.raises(euryale.ServerLost, match="no server answers"):
+            with pytest.raises(euryale.ServerLost, match="no server answered"):
                 await client.generate("hello").result()
         with pytest.raises(ValueError, match="address must be tcp://host:port or ipc://path, not 'nonsense'"):
             AsyncClient("nonsense")

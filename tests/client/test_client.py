@@ -198,7 +198,7 @@ def test_stop_strings_and_tokens():
         ),
         ({"prompt": "a", "seed": 2**64}, f"seed must be a whole number from 0 to {2**64 - 1}, not {2**64}"),
         ({"prompt": "a", "seed": 10**5000}, "seed must be .* not a value of type int"),
-        ({"prompt": "a", "temperatur": 1.0}, "unknown sampling parameter 'temperatur'; known are acceptance"),
+        ({"prompt": "a", "temperatur": 1.0}, "unknown sampling parameter 'temperatur': use one of acceptance"),
         ({"prompt_tokens": [2**40]}, "prompt_tokens must be a list of token ids, whole numbers of 32 bits"),
         ({"prompt_tokens": "hi"}, "prompt_tokens must be a list of token ids"),
         (

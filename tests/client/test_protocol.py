@@ -214,7 +214,7 @@ def test_a_hostile_body_is_refused_quickly():
     ("fields", "code", "text"),
     [
         ({"type": "hello", "v": 1}, "unsupported_version", "version 1 is not supported, only version 2"),
-        ({"type": "evaluate", "v": 2}, "unknown_verb", "known are hello, generate"),
+        ({"type": "evaluate", "v": 2}, "unknown_verb", "use one of hello, generate"),
         ({"type": "hello", "v": 2, "name": "x"}, "invalid_request", "unknown field 'name'"),
         ({"type": "cancel", "v": 2}, "invalid_request", "target .bytes. is missing"),
         ({"type": "cancel", "v": 2, "target": "text"}, "invalid_request", "must be bytes, not 'text'"),

@@ -36,7 +36,7 @@ GENERATE = {"type": "generate", "v": 2}
         ({"prompt_tokens": wire.pack_tokens([5] * 190), "params": {"max_tokens": 11}}, "use max_tokens 10 or less"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "the last role must be user"),
         ({"prompt": "a", "continue_from": b""}, "unknown field 'continue_from'"),
-        ({"prompt": "a", "params": {"temperatur": 1}}, "unknown sampling parameter 'temperatur'; known are"),
+        ({"prompt": "a", "params": {"temperatur": 1}}, "unknown sampling parameter 'temperatur': use one of"),
         ({"prompt": "a", "params": {"max_tokens": 0}}, "max_tokens must be a whole number of tokens from 1 to"),
         ({"prompt": "a", "params": {"max_tokens": -5}}, "max_tokens must be a whole number of tokens from 1 to"),
         ({"prompt": "a", "params": {"max_tokens": "5"}}, "max_tokens must be a whole number of tokens from 1"),

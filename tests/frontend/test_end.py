@@ -116,7 +116,7 @@ def test_addresses_in_use(tmp_path):
                 assert client.health().status == "ok"
         file = tmp_path / "file"
         file.write_text("precious")
-        with pytest.raises(ValueError, match="is no socket"):
+        with pytest.raises(ValueError, match="the file exists and is not a socket"):
             front_end(link, bind=f"ipc://{file}")
         assert file.read_text() == "precious"
 

@@ -29,7 +29,7 @@ def test_local_addresses(address):
     ["tcp://0.0.0.0:5555", "tcp://*:5555", "tcp://10.0.0.1:1", "tcp://eth0:1", "tcp://[::]:1", "tcp://host:1"],
 )
 def test_remote_addresses_need_leave(address):
-    with pytest.raises(ValueError, match="can be reached from other machines, and nothing protects it yet"):
+    with pytest.raises(ValueError, match="can be reached from other machines, and there is no encryption or password"):
         FrontEndConfig(bind=address)
     assert FrontEndConfig(bind=address, allow_remote=True).bind == address
 
@@ -48,7 +48,7 @@ def test_remote_addresses_need_leave(address):
     ],
 )
 def test_no_addresses(address):
-    with pytest.raises(ValueError, match="use tcp://host:port or ipc://path"):
+    with pytest.raises(ValueError, match="--bind must be tcp://host:port or ipc://path, not"):
         FrontEndConfig(bind=address, allow_remote=True)
 
 

@@ -45,7 +45,7 @@ def test_a_taken_port_is_noticed_before_the_model_is_loaded(damaged, size):
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"tcp://127.0.0.1:{other.getsockname()[1]}"
         done = start("serve", size, "--model", str(damaged), "--bind", address, "--device", "cpu")
-    refused(done, f"cannot listen at '{address}': Address already in use")
+    refused(done, f"cannot listen at '{address}': Address already in use: give --bind another address")
 
 
 def test_a_broken_tokenizer_is_noticed_before_the_model_is_loaded(damaged):

@@ -70,7 +70,7 @@ def test_pages_run_short_among_equals(ranks, model, undisturbed, size):
     assert few["outputs"] == undisturbed["outputs"]
 
 
-def test_a_better_priority_takes_the_only_seat(ranks, model, undisturbed):
+def test_a_better_priority_takes_the_only_place(ranks, model, undisturbed):
     asked = [
         (prompt, dataclasses.replace(params, priority=p))
         for (prompt, params), p in zip(wanted()[:3], (1, 2, 0), strict=True)

@@ -142,8 +142,8 @@ def test_cancelling_a_preempted_request_wakes_those_that_wait_for_its_pages():
 
 def test_a_step_visits_few_waiting_requests():
     """Thousands wait: for pages, for one of max_num_seqs places, or for a prefix that is being computed."""
-    for seats, first in ((1, None), (8, None), (8, 7)):
-        limits = dataclasses.replace(LIMITS, max_num_seqs=seats, max_num_batched_tokens=8)
+    for max_num_seqs, first in ((1, None), (8, None), (8, 7)):
+        limits = dataclasses.replace(LIMITS, max_num_seqs=max_num_seqs, max_num_batched_tokens=8)
         scheduler = Scheduler(limits, None)
         for key in range(3000):
             scheduler.add(request(key, 25, first=first or key % 50, max_tokens=5))
@@ -152,5 +152,5 @@ def test_a_step_visits_few_waiting_requests():
                 scheduler.admission, "_hash_known", side_effect=scheduler.admission._hash_known
             ) as looked:
                 step(scheduler)
-            assert looked.call_count <= seats
+            assert looked.call_count <= max_num_seqs
         assert len(scheduler.admission.waiting) > 2900

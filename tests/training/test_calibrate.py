@@ -39,7 +39,7 @@ def options(model_dir, text_file, heads_dir, out, **changes) -> CalibrateOptions
     fields = {"model": model_dir, "data": (text_file,), "heads": heads_dir, "out": str(out), "held_out_percent": 20.0}
     fields |= {
         "dtype": "float32",
-        "nodes": 6,
+        "draft_tokens": 6,
         "num_prompts": 8,
         "prompt_tokens": 12,
         "max_tokens": 16,
@@ -98,10 +98,10 @@ def test_files_beside_the_heads(calibrated):
     with pytest.raises(ValueError, match=r"acceptance_stats.accepted must be .* numbers .* for 2 heads"):
         AcceptanceStats.from_json(written["acceptance_stats"], NUM_HEADS - 1)
     assert NgramTable.load_text(out, 1 << 20).rows["total"].any()
-    assert [row["nodes"] for row in written["dynamic"]] == list(calibrate.DYNAMIC_SIZES)
+    assert [row["num_draft_tokens"] for row in written["dynamic"]] == list(calibrate.DYNAMIC_SIZES)
     assert all(1 <= row["tokens_per_step"] <= 1 + NUM_HEADS for row in written["trees"])
-    assert [row["nodes"] for row in written["compared"]] == [5]  # the fourth head's draft token is cut off
-    assert written["compared"][0]["nodes_before_cut"] == 6
+    assert [row["num_draft_tokens"] for row in written["compared"]] == [5]  # the fourth head's draft token is cut off
+    assert written["compared"][0]["num_draft_tokens_before_cut"] == 6
     for name in ("tree.png", "accuracy.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
@@ -186,5 +186,5 @@ def test_trees_with_unmeasured_ranks_and_too_few_prompts_are_refused(model_dir, 
 def test_missing_heads_and_bad_sizes_are_refused(model_dir, text_file, tmp_path):
     with pytest.raises(ValueError, match="has no Medusa heads in it"):
         calibrate.run(options(model_dir, text_file, "", tmp_path), single())
-    with pytest.raises(ValueError, match="--nodes must be a whole number from 1 to 127"):
-        options(model_dir, text_file, "", tmp_path, nodes=200)
+    with pytest.raises(ValueError, match="--draft-tokens must be a whole number from 1 to 127"):
+        options(model_dir, text_file, "", tmp_path, draft_tokens=200)

@@ -156,7 +156,9 @@ def test_two_ranks_train_as_one(trained, ranks, model_dir, text_file, tmp_path, 
     assert reports[1] == {}
 
 
-@pytest.mark.parametrize("changes", [{"quantize": "int8"}, {"cache_hidden_states": True}, {"precision": "bfloat16"}])
+@pytest.mark.parametrize(
+    "changes", [{"quantization": "int8"}, {"cache_hidden_states": True}, {"precision": "bfloat16"}]
+)
 def test_two_ranks_learn_in_every_mode(ranks, model_dir, text_file, tmp_path, changes):
     report = ranks(2).run(on_rank, options(model_dir, text_file, tmp_path, **changes))[0]
     assert sum(report["head_losses"]) < sum(report["first"]["head_losses"]) - 0.1
@@ -197,7 +199,7 @@ def test_hidden_states_that_do_not_fit_are_refused(model_dir, text_file, tmp_pat
 
 
 def test_an_int8_backbone_is_smaller_and_good_enough(trained, model_dir, text_file, tmp_path):
-    report = medusa1.run(options(model_dir, text_file, tmp_path, quantize="int8"), single())
+    report = medusa1.run(options(model_dir, text_file, tmp_path, quantization="int8"), single())
     whole = backbone.load_backbone(model_dir, None)
     # Two bytes per weight become one, except in the embedding, which is half of this tiny backbone.
     assert report["backbone_bytes"] < 0.85 * backbone.size_in_bytes(whole) == 0.85 * trained[1]["backbone_bytes"]

@@ -62,15 +62,18 @@ class DemoOptions:
         PretrainOptions.tokens, "tokens of the backbone's training", TRAINING, number(1, 1e15, "tokens")
     )
     polish_steps: int = flag(
-        PretrainOptions.polish_steps, "last steps, which show beginnings too", TRAINING, COUNT_OR_NONE
+        PretrainOptions.polish_steps,
+        "final steps in which every second batch holds prompt-like text",
+        TRAINING,
+        COUNT_OR_NONE,
     )
     heads_tokens: float = flag(1.5e6, "tokens of Medusa-1", TRAINING, number(1, 1e15, "tokens"))
     joint_tokens: float = flag(1.2e6, "tokens of Medusa-2", TRAINING, number(1, 1e15, "tokens"))
-    length: int = flag(512, "tokens of a window in both", TRAINING, TOKENS)
-    batch: int = flag(8, "windows of a step in all trainings", TRAINING, COUNT)
+    length: int = flag(512, "tokens per window of both", TRAINING, TOKENS)
+    batch: int = flag(8, "windows per step of all trainings", TRAINING, COUNT)
     num_heads: int = flag(4, "Medusa heads; they share the backbone's lm_head", HEADS, whole(1, 64, "heads"))
     head_layers: int = flag(2, "residual blocks of a head", HEADS, whole(1, 64, "blocks"))
-    nodes: int = flag(5, "draft tokens of tree.json, the root not counted", HEADS, whole(1, MAX_NODES - 1))
+    draft_tokens: int = flag(5, "number of draft tokens of tree.json", HEADS, whole(1, MAX_NODES - 1))
     calibration_prompts: int = flag(
         CalibrateOptions.num_prompts, "held-out prompts on which the tree is searched", HEADS, whole(4, 2**31 - 1)
     )
@@ -114,7 +117,7 @@ class DemoOptions:
             model=joint,
             data=(STANDARD_LIBRARY,),
             dtype="float32",
-            nodes=self.nodes,
+            draft_tokens=self.draft_tokens,
             num_prompts=self.calibration_prompts,
             length=self.length,
         )

@@ -78,7 +78,7 @@ greedy continuations of held-out prompts ({num_positions} positions), and agains
 
 ![Rank of the target among the head candidates](accuracy.png)
 
-`tree.json` holds {tree[nodes]} draft tokens and emits **{tree[tokens_per_step]:.2f} tokens per step** (plain
+`tree.json` holds {tree[num_draft_tokens]} draft tokens and emits **{tree[tokens_per_step]:.2f} tokens per step** (plain
 decoding: 1, the chain of top candidates: {chain:.2f}). Below, trees of other sizes, searched on
 {num_searched_positions} of these positions and measured on the other {num_measured_positions}. "Expected" averages over
 all positions instead of those where steps start. "Independent" is a tree of that size searched as if the heads were
@@ -137,7 +137,7 @@ def heads_section(calibration: dict) -> str:
             top = [sum(values[:n]) for n in range(1, 6)]
             accuracies.append([f"{k} (token t+{k + 2})", what, *(f"{100 * value:.1f} %" for value in top)])
     columns = ("tokens_per_step", "expected", "independent")
-    trees = [[str(row["nodes"]), *(f"{row[name]:.2f}" for name in columns)] for row in calibration["trees"]]
+    trees = [[str(row["num_draft_tokens"]), *(f"{row[name]:.2f}" for name in columns)] for row in calibration["trees"]]
     return _HEADS.format(
         accuracy_table=table(["head", "measured on", "top-1", "top-2", "top-3", "top-4", "top-5"], accuracies),
         tree_table=table(["draft tokens", "tokens per step", "expected", "independent"], trees),

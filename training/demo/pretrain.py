@@ -36,14 +36,14 @@ class PretrainOptions:
     vocab_size: int = flag(4096, "tokens of the byte-level BPE vocabulary", SHAPE, whole(257, 1 << 20, "tokens"))
     hidden_size: int = flag(256, "width of the model", SHAPE, WIDTH)
     num_layers: int = flag(6, "decoder layers", SHAPE, whole(1, 1 << 10, "layers"))
-    tokens: float = flag(10e6, "tokens to train on, repetitions counted", TRAINING, number(1, 1e15, "tokens"))
-    batch: int = flag(8, "windows of a step", TRAINING, COUNT)
-    length: int = flag(1024, "tokens of a window", TRAINING, whole(2, 1 << 20, "tokens"))
+    tokens: float = flag(10e6, "tokens to train on, with repetitions", TRAINING, number(1, 1e15, "tokens"))
+    batch: int = flag(8, "windows per step", TRAINING, COUNT)
+    length: int = flag(1024, "tokens per window", TRAINING, whole(2, 1 << 20, "tokens"))
     polish_steps: int = flag(
-        160, "last steps, of which every other one shows beginnings, as prompts are", TRAINING, COUNT_OR_NONE
+        160, "final steps in which every second batch holds prompt-like text", TRAINING, COUNT_OR_NONE
     )
     lr: float = flag(6e-3, "learning rate", TRAINING, RATE)
-    seed: int = flag(0, "what everything that is drawn depends on", EXECUTION, whole(0, 2**63 - 1))
+    seed: int = flag(0, "random seed", EXECUTION, whole(0, 2**63 - 1))
     compile: bool = flag(True, "compile the model", EXECUTION)
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from euryale.scheduler.sampling_params import SamplingParams
 from euryale.scheduler.speculation import tree_builder as builders
@@ -122,8 +123,8 @@ def test_a_table_knows_successors_and_overwrites_other_contexts():
     sequences = np.asarray([5, 6, 7, 8, 5, 6, 7, 9, 5, 6, 7, 9, 5, 6, 7, 9, 5, 6, 7, 9], dtype=np.int32)
     builder.add([(sequences[:3], 0, 77)])
     builder.add([(sequences, 3, 77)])
-    shares, evidence, cases = builders.reference.find(table, np.asarray([7, 6, 5], dtype=np.int32), 77)
-    assert shares == {9: 1.0}, "four cases are remembered, the eldest is forgotten"
+    fractions, evidence, cases = builders.reference.find(table, np.asarray([7, 6, 5], dtype=np.int32), 77)
+    assert fractions == {9: 1.0}, "four cases are remembered, the eldest is forgotten"
     assert (evidence, cases) == ((ORDERS - 1) * SUCCESSORS + 4, 4)
     assert builders.reference.find(table, np.asarray([7, 6, 5], dtype=np.int32), 78)[0] == {}
     shorter = builders.reference.find(table, np.asarray([7, 1, 1], dtype=np.int32), 77)
@@ -141,16 +142,23 @@ def test_a_table_knows_successors_and_overwrites_other_contexts():
 def test_the_text_counts_successors(tmp_path):
     text = np.asarray([1, 2, 3, 1, 2, 3, 1, 2, 4, 1, 2, 3], dtype=np.int32)
     table = NgramTable.of_text([text], text_bits=8)
-    shares, evidence, _ = builders.reference.find(table, np.asarray([2, 1, 9], dtype=np.int32), TEXT_SOURCE)
-    assert shares == pytest.approx({3: 0.75, 4: 0.25}, abs=1e-4)
+    fractions, evidence, _ = builders.reference.find(table, np.asarray([2, 1, 9], dtype=np.int32), TEXT_SOURCE)
+    assert fractions == pytest.approx({3: 0.75, 4: 0.25}, abs=1e-4)
     assert evidence == SUCCESSORS + 2
     table.save_text(tmp_path)
     again = NgramTable.load_text(tmp_path, vocab_size=5)
     assert np.array_equal(again.rows[:256], table.rows[:256])
-    with pytest.raises(ValueError, match="outside the vocabulary of 4"):
+    with pytest.raises(ValueError, match="outside the vocabulary of 4: it belongs to another model"):
         NgramTable.load_text(tmp_path, vocab_size=4)
+    arrays = load_file(tmp_path / FILE)
+    save_file(arrays | {"fractions": arrays["fractions"][:, :2].copy()}, tmp_path / FILE)
+    with pytest.raises(ValueError, match=r"its tensor fractions must be uint16 \[rows, 4\]"):
+        NgramTable.load_text(tmp_path, vocab_size=5)
+    save_file(arrays | {"total": arrays["total"] + np.uint32(SUCCESSORS)}, tmp_path / FILE)
+    with pytest.raises(ValueError, match="its tensor total exceeds 4"):
+        NgramTable.load_text(tmp_path, vocab_size=5)
     (tmp_path / FILE).write_bytes(b"no table")
-    with pytest.raises(ValueError, match="no table of n-grams"):
+    with pytest.raises(ValueError, match="is not an n-gram table"):
         NgramTable.load_text(tmp_path, vocab_size=5)
 
 
@@ -159,8 +167,8 @@ def test_a_context_may_occur_without_limit():
     for builder in pair():
         tokens = np.asarray([3, 4] * (250 if builder._native is None else 250_000) + [3, 5], dtype=np.int32)
         builder.add([(tokens, 0, 3)])
-        shares, *_ = builders.reference.find(builder.table, np.asarray([3, 4, 3], dtype=np.int32), 3)
-        assert shares == {4: 0.75, 5: 0.25}
+        fractions, *_ = builders.reference.find(builder.table, np.asarray([3, 4, 3], dtype=np.int32), 3)
+        assert fractions == {4: 0.75, 5: 0.25}
         assert builder.table.rows["total"][1 << builder.table.text_bits :].max() < 2 * SUCCESSORS
 
 
@@ -170,15 +178,15 @@ def test_stats_follow_the_acceptance_rate():
     rng, stats = np.random.default_rng(0), builder.stats
     made = roots(rng, 1, True)
     made.depths[:], made.factors[:] = 1, 1.0
-    for true_share in (0.25, 0.9):
+    for true_fraction in (0.25, 0.9):
         for _ in range(600):
             trees = builder.grow(made, 4, 4, 1e-3)
             child = trees.children[trees.first[0]]
-            truth = child["token"] if rng.random() < true_share else VOCAB + 1
+            truth = child["token"] if rng.random() < true_fraction else VOCAB + 1
             builder.learn(trees, np.zeros(1, dtype=np.int32), np.asarray([truth], dtype=np.int32))
         trees = builder.grow(made, 4, 4, 1e-3)
         likeliest = trees.children[trees.first[0]]
-        assert likeliest["acceptance_probability"] == pytest.approx(true_share, abs=0.12)
+        assert likeliest["acceptance_probability"] == pytest.approx(true_fraction, abs=0.12)
     assert stats.ratios.shape == (NUM_CLASSES, HEADS + 1, 4, BINS)
 
 

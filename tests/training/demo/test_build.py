@@ -48,7 +48,7 @@ def options(tmp_path_factory):
         length=32,
         batch=4,
         num_heads=3,
-        nodes=6,
+        draft_tokens=6,
         calibration_prompts=8,
         compile=False,
     )
@@ -81,10 +81,10 @@ def test_the_engine_serves_it(built):
 
 def test_tree_and_calibration(built, options):
     tree = load_tree(built / "tree.json", options.num_heads)
-    assert tree.num_draft_tokens == options.nodes
+    assert tree.num_draft_tokens == options.draft_tokens
     calibration = json.loads((built / "calibration.json").read_text())
     assert [len(row) for row in calibration["accuracy"]] == [NUM_RANKS] * options.num_heads
-    assert [row["nodes"] for row in calibration["trees"]] == list(TREE_SIZES)
+    assert [row["num_draft_tokens"] for row in calibration["trees"]] == list(TREE_SIZES)
 
 
 def test_model_card_states_what_it_must(built):
@@ -133,7 +133,7 @@ def test_a_killed_training_of_the_backbone_goes_on_as_if_undisturbed(options, bu
 
 
 def test_the_command_repeats_what_was_asked_for():
-    args = DemoOptions(out="x", nodes=9, compile=False)
-    assert args.command() == "python launch/train.py demo --out DIR --nodes 9"
-    assert args.for_tree().nodes == 9
+    args = DemoOptions(out="x", draft_tokens=9, compile=False)
+    assert args.command() == "python launch/train.py demo --out DIR --draft-tokens 9"
+    assert args.for_tree().draft_tokens == 9
     assert args.for_joint().model == args.for_heads().model == "x/work/backbone"
