@@ -3,8 +3,7 @@
 ``python -m euryale.benchmarks.load --model DIR --medusa DIR --published TREE.json --out DIR`` decodes held-out code at
 each concurrency with every kind in turn, round by round; another kind begins each round. A turn answers 16 prompts or
 more, so that it is long enough to be timed. Ratios are taken within a round; their interval is the bootstrap interval
-of the median over rounds. Dynamic trees do not learn from traffic here, because every round uses the
-same prompts.
+of the median over rounds. Dynamic trees do not learn from traffic here, because every round uses the same prompts.
 """
 
 import argparse

@@ -15,7 +15,6 @@ from euryale.scheduler.sampling_params import PLAN_TYPES, params_of_plan
 from euryale.scheduler.step_plan import PlanKind, Segment, StepPlan
 
 MAGIC = 0x45555259  # "EURY"
-VERSION = 4
 HEADER = np.dtype(
     [(name, "<u4") for name in ("magic", "version", "checksum", "num_words", "kind", "epoch", "step", "digest")]
     + [(name, "<u4") for name in ("num_segments", "num_rows", "num_pages", "num_input_words")]
@@ -31,6 +30,8 @@ _ARRAYS = {name: value for name, value in vars(LogitsInputs()).items() if isinst
 INPUTS = struct.Struct(
     "<" + "".join("f" if isinstance(n, float) else "i" for n in _NUMBERS.values()) + "i" * len(_ARRAYS)
 )
+# Of the layout: it changes with every field, so that hosts with different code refuse each other's plans.
+VERSION = zlib.crc32(repr((HEADER.descr, SEGMENT.descr, list(_NUMBERS), list(_ARRAYS), INPUTS.format)).encode())
 _CHECKSUM = slice(8, 12)  # bytes of the header's field
 _MASK = 0xFFFFFFFF
 
@@ -71,7 +72,8 @@ def decode(buffer: np.ndarray, epoch: int) -> StepPlan:
     if header["magic"] != MAGIC or header["version"] != VERSION or header["num_words"] != len(buffer):
         version, words = header["version"], header["num_words"]
         raise PlanError(
-            f"not a plan of version {VERSION} with {len(buffer)} words: its header has version {version}, {words} words"
+            f"not a plan of layout {VERSION:08x} with {len(buffer)} words: its header has layout {version:08x} and "
+            f"{words} words; all hosts need the same code"
         )
     step = int(header["step"])
     raw[_CHECKSUM] = bytes(4)
