@@ -1,15 +1,17 @@
 """Tokens per second by number of concurrent requests, for every kind of tree and for plain decoding.
 
 ``python -m euryale.benchmarks.load --model DIR --medusa DIR --published TREE.json --out DIR`` decodes held-out code at
-each concurrency with every kind in turn, round by round; another kind begins each round. A turn answers 16 prompts or
-more, so that it is long enough to be timed. Ratios are taken within a round; their interval is the bootstrap interval
-of the median over rounds. Dynamic trees do not learn from traffic here, because every round uses the same prompts.
+each concurrency with every kind. Concurrency is constant: a request that ends is replaced by the next prompt at once,
+and what is timed begins and ends in the midst of that. In a round all kinds take short turns. Ratios are taken within a
+round; their interval is the bootstrap interval of the median over rounds. Dynamic trees do not learn from traffic here,
+because every round uses the same prompts.
 """
 
 import argparse
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,18 @@ import torch
 
 from euryale.benchmarks import arguments
 from euryale.benchmarks.arguments import number
-from euryale.benchmarks.compare.peers import run_engine, steps_of
 from euryale.benchmarks.machine import describe
 from euryale.benchmarks.prompts import code_prompts, gsm8k_prompts
 from euryale.frontend.tokenizer import load_tokenizer
 from euryale.parallel.group import single
 from euryale.runtime.config import EngineConfig
 from euryale.runtime.engine import Engine
+from euryale.scheduler.request import Request
+from euryale.scheduler.sampling_params import SamplingParams
 
 PLAIN, DYNAMIC = "plain", "dynamic"
-MIN_PROMPTS = 16  # of a turn, answered as many at a time as the load says
+MIN_ANSWERS = 16  # worth of tokens that are timed in a round
+TURN = 0.1  # seconds
 
 
 def kinds(args: argparse.Namespace, directory: Path) -> dict[str, str]:
@@ -38,6 +42,8 @@ def kinds(args: argparse.Namespace, directory: Path) -> dict[str, str]:
         raise ValueError(f"the calibration has no tree of {args.searched} draft tokens: see tree_search.TREE_SIZES")
     path = directory / "searched.json"
     path.write_text(json.dumps(searched[0]))
+    if args.only_plain:
+        return {PLAIN: "off", DYNAMIC: "dynamic"}
     found = {PLAIN: "off", "chain": "chain", f"searched ({args.searched})": f"static:{path}", DYNAMIC: "dynamic"}
     if args.published:
         found["published"] = f"static:{args.published}"
@@ -52,26 +58,81 @@ def interval(ratios: list[float], draws: int = 2000) -> tuple[float, float, floa
     return float(np.median(ratios)), float(low), float(high)
 
 
+class ConstantLoad:
+    """An engine with ``load`` requests at all times: a request that ends is replaced by the next prompt."""
+
+    def __init__(self, engine: Engine, prompts: list[list[int]], load: int, args: argparse.Namespace) -> None:
+        self._engine, self._prompts, self._args = engine, prompts, args
+        self._num_added = 0
+        # The first answers' worth of tokens is not timed. Then as many tokens are timed as two or more answers of each
+        # request have, so that every kind of decoding has its share of prompts in the time.
+        self._warm_up = load * args.max_tokens
+        self._wanted = max(2, MIN_ANSWERS // load) * load * args.max_tokens
+        self.tokens = self.steps = 0
+        self.seconds = 0.0
+        for i in range(load):  # the first answers end at different times, as answers in service do
+            self._add(args.max_tokens * (i + 1) // load)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all tokens are timed."""
+        return self.tokens >= self._wanted
+
+    def run(self, seconds: float) -> None:
+        """Run steps for about ``seconds``."""
+        started = time.perf_counter()
+        while (elapsed := time.perf_counter() - started) < seconds and not self.is_done:
+            outputs = self._engine.step().outputs
+            for output in outputs:
+                if output.finish_reason:
+                    self._add(self._args.max_tokens)
+            if self._warm_up > 0:
+                self._warm_up -= sum(len(output.tokens) for output in outputs)
+                continue
+            self.seconds += time.perf_counter() - started - elapsed
+            self.tokens += sum(len(output.tokens) for output in outputs)
+            self.steps += len(outputs)
+
+    def stop(self) -> None:
+        """Cancel the requests under way."""
+        for key in range(self._num_added):
+            self._engine.scheduler.cancel(key)
+
+    def _add(self, max_tokens: int) -> None:
+        key, self._num_added = self._num_added, self._num_added + 1
+        params = SamplingParams(
+            max_tokens=max(max_tokens, 1), ignore_eos=True, temperature=self._args.temperature, seed=key
+        )
+        prompt = np.asarray(self._prompts[key % len(self._prompts)], dtype=np.int32)
+        self._engine.scheduler.add(Request(key=key, prompt=prompt, params=params))
+
+
+def run_round(
+    args: argparse.Namespace, engines: dict[str, Engine], prompts: list[list[int]], load: int
+) -> dict[str, ConstantLoad]:
+    """Run every engine at a load in turns of TURN seconds: whatever disturbs the machine for longer disturbs all."""
+    loads = {name: ConstantLoad(engine, prompts, load, args) for name, engine in engines.items()}
+    while not all(made.is_done for made in loads.values()):
+        for made in loads.values():
+            made.run(TURN)
+    for made in loads.values():
+        made.stop()
+    return loads
+
+
 def measure(args: argparse.Namespace, engines: dict[str, Engine], prompts: list[list[int]], load: int) -> dict:
     """Return the rows of one concurrency: tokens per second and per step, and ratios to plain decoding and to the best
     other kind."""
-    asked = [prompts[i % len(prompts)] for i in range(max(load, MIN_PROMPTS // load * load))]
-    num_tokens, names = len(asked) * args.max_tokens, list(engines)
-    speeds: dict[str, list[float]] = {name: [] for name in engines}
-    steps: dict[str, float] = {}
-    for turn in range(args.rounds + 1):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            found = run_engine(engines[name], asked, args.max_tokens, load, args.temperature)
-            if turn:  # the first turn warms up
-                speeds[name].append(num_tokens / found.seconds)
-                steps[name] = num_tokens / steps_of(found)
+    run_round(args, engines, prompts, load)  # warms up
+    rounds = [run_round(args, engines, prompts, load) for _ in range(args.rounds)]
+    speeds = {name: [found[name].tokens / found[name].seconds for found in rounds] for name in engines}
     others = {name: float(np.median(s)) for name, s in speeds.items() if name != DYNAMIC}
     best = max(others, key=others.__getitem__)
     rows: dict[str, dict[str, Any]] = {}
     for name, rates in speeds.items():
         ratios = [a / b for a, b in zip(rates, speeds[PLAIN], strict=True)]
-        rows[name] = {"tokens_per_second": float(np.median(rates)), "tokens_per_step": steps[name]}
+        last = rounds[-1][name]
+        rows[name] = {"tokens_per_second": float(np.median(rates)), "tokens_per_step": last.tokens / last.steps}
         rows[name]["over_plain"] = interval(ratios)
     rows[DYNAMIC]["over_best"] = interval([a / b for a, b in zip(speeds[DYNAMIC], speeds[best], strict=True)])
     rows[DYNAMIC]["best"] = best
@@ -114,6 +175,7 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True)
     parser.add_argument("--medusa", default="")
     parser.add_argument("--published", type=Path, help="a published tree, at most as deep as the number of heads")
+    parser.add_argument("--only-plain", action="store_true", help="compare dynamic trees with plain decoding alone")
     parser.add_argument("--searched", type=number(1), default=16, help="draft tokens of the searched tree")
     parser.add_argument("--gsm8k", type=Path, help="JSONL of GSM8K questions, used instead of held-out code")
     parser.add_argument("--loads", type=number(1), nargs="+", default=[1, 2, 4, 8, 16, 32, 64])

@@ -69,7 +69,7 @@ def measure(requests: int, drafter: Drafter | None, steps: int) -> dict[str, flo
         plan_seconds = time.perf_counter() - started
         results = random_results(planned.plan, rng)
         begun = time.perf_counter()
-        scheduler.advance(planned, results, 1e-3)
+        scheduler.observe(scheduler.advance(planned, results), 1e-3)
         if step > 3:
             found["plan"].append(1e3 * plan_seconds)
             found["advance"].append(1e3 * (time.perf_counter() - begun))

@@ -67,7 +67,8 @@ class Engine:
         if meanwhile and self.overlaps:
             meanwhile()
         results = self.runner.finish(started)
-        finished = self.scheduler.advance(planned, results, time.perf_counter() - begun)
+        finished = self.scheduler.advance(planned, results)
+        self.scheduler.observe(finished, time.perf_counter() - begun)
         if self._trace:
             self._trace.write(self.scheduler, finished)
         return finished

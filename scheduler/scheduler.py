@@ -5,7 +5,6 @@ runs on rank 0 between steps. This file knows no tensor, no socket and no text.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -41,18 +40,22 @@ class PlannedStep:
         return self.drafts.choice
 
 
-class FinishedStep(NamedTuple):
-    """A step that has run: the ``planned`` step, an output and a result for each request that emitted tokens, and how
-    many ``seconds`` it took (0: not measured)."""
+@dataclass
+class FinishedStep:
+    """A step that has run: the ``planned`` step, and an output and a result for each request that emitted tokens.
+
+    ``seconds``: its measured time, set by ``Scheduler.observe``; 0 before."""
 
     planned: PlannedStep
     outputs: list[RequestOutput]
     results: list[RequestStepResult]
-    seconds: float
+    seconds: float = 0.0
 
 
 class Scheduler:
-    """Plans steps for the running requests of ``admission``. For each step call ``plan``, then ``advance``."""
+    """Plans steps for the running requests of ``admission``.
+
+    For each step call ``plan``, ``advance`` and, if it was timed, ``observe``."""
 
     def __init__(
         self,
@@ -95,7 +98,7 @@ class Scheduler:
         room = self.limits.max_num_batched_tokens - len(decoding)
         before = prefilling[0].num_computed if prefilling else 0
         prompt_rows = self._prompt_rows(len(decoding), sum(r.num_uncomputed for r in prefilling), room, before)
-        drafts = self._draft(decoding, room - prompt_rows, prompt_rows)
+        drafts = self._draft(decoding, room - prompt_rows, prompt_rows, len(prefilling))
         segments = [
             self._segment(request, 1, draft, drafts.wants_heads)
             for request, draft in zip(decoding, drafts.trees, strict=True)
@@ -119,11 +122,10 @@ class Scheduler:
         plan = StepPlan(epoch=epoch, step=self.num_steps, digest=digest, segments=segments)
         return PlannedStep(plan=plan, requests=requests, drafts=drafts, prefill_seconds=seconds)
 
-    def advance(self, planned: PlannedStep, results: list[SegmentResult], seconds: float = 0.0) -> FinishedStep:
+    def advance(self, planned: PlannedStep, results: list[SegmentResult]) -> FinishedStep:
         """Apply the ``results`` of a step and return each request's new tokens and step result.
 
-        ``results``: one for each segment with ``has_result``, in order. ``seconds``: the measured time of the step, 0
-        if it was not measured."""
+        ``results``: one for each segment with ``has_result``, in order."""
         outputs, request_results, in_order = [], [], iter(results)
         for request, segment in zip(planned.requests, planned.plan.segments, strict=True):
             request.num_computed += segment.num_new_tokens
@@ -145,10 +147,16 @@ class Scheduler:
             if request.finish_reason:
                 self.admission.end(request)
         if self.drafter:
-            self.drafter.learn(planned.drafts, request_results, seconds)
-        if self._costs and planned.prefill_seconds and seconds:
+            self.drafter.learn(planned.drafts, request_results)
+        return FinishedStep(planned, outputs, request_results)
+
+    def observe(self, finished: FinishedStep, seconds: float) -> None:
+        """Learn from the measured ``seconds`` of a step, planning and ``advance`` included."""
+        finished.seconds, planned = seconds, finished.planned
+        if self.drafter:
+            self.drafter.observe(planned.drafts, finished.results, seconds)
+        if self._costs and planned.prefill_seconds:
             self._costs.learn_prompts(planned.prefill_seconds, seconds)
-        return FinishedStep(planned, outputs, request_results, seconds)
 
     def _bounds_prompts(self, num_decoding: int) -> bool:
         """Return whether the time of prompt rows is bounded in a step with so many decoding requests."""
@@ -168,7 +176,7 @@ class Scheduler:
         fits = self._costs.prefilling(num_decoding, sizes, before=before) <= _SAFETY * self._max_prefill_seconds
         return min(rows, max(int(sizes[fits][-1]) if fits.any() else 0, self.limits.page_size))
 
-    def _draft(self, decoding: list[Request], room: int, num_prompt_rows: int) -> Drafts:
+    def _draft(self, decoding: list[Request], room: int, num_prompt_rows: int, num_prefilling: int) -> Drafts:
         """Return the drafter's proposal for at most ``room`` rows, with pages held for it."""
         if self.drafter is None:
             return Drafts(trees=[NO_DRAFT] * len(decoding), wants_heads=False)
@@ -177,7 +185,7 @@ class Scheduler:
             min(self.drafter.depth, r.num_remaining - 1, pages) if r.params.speculation else 0
             for r, pages in zip(decoding, self.admission.room_for_drafts(decoding), strict=True)
         ]
-        drafts = self.drafter.draft(decoding, depths, room, num_prompt_rows)
+        drafts = self.drafter.draft(decoding, depths, room, num_prompt_rows, num_prefilling)
         for request, tree in zip(decoding, drafts.trees, strict=True):
             self.admission.hold_for_drafts(request, tree.depth)
         return drafts

@@ -6,8 +6,10 @@ measured sizes, in the logarithm of requests and linearly in rows. Steps padded 
 larger measured numbers of requests and rows. More rows never cost less.
 """
 
+import math
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, field, fields
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -98,29 +100,24 @@ class StepCosts:
     prompt_scale: float = 1.0
     # The raw values are measured ones with all corrections. The others are made from them so that costs never fall with
     # the number of requests or rows, however noisy the measurements.
-    _raw_plain: np.ndarray = field(init=False)
+    _raw_plain: list[float] = field(init=False)
     _raw_added: np.ndarray = field(init=False)
-    _plain: np.ndarray = field(init=False)
+    _plain: list[float] = field(init=False)
     _added: np.ndarray = field(init=False)
     _edges: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        self._raw_plain = np.asarray(self.profile.plain, dtype=np.float64).copy()
-        added = np.asarray(self.profile.speculating, dtype=np.float64) - np.maximum.accumulate(self._raw_plain)[:, None]
-        self._raw_added = np.maximum(added, 0)
-        self._edges = np.asarray(self.profile.extra)
-        self._smooth()
-
-    def _smooth(self) -> None:
-        """Update the costs in use from the raw ones."""
-        self._plain = np.maximum.accumulate(self._raw_plain)
+        self._raw_plain = list(self.profile.plain)
+        self._plain = list(accumulate(self._raw_plain, max))
+        self._raw_added = np.maximum(np.asarray(self.profile.speculating) - np.asarray(self._plain)[:, None], 0)
         self._added = np.maximum.accumulate(self._raw_added, axis=1)
+        self._edges = np.asarray(self.profile.extra)
 
     def plain(self, requests: int, context: int = 0) -> float:
         """Return the seconds of a plain step, ``context`` being the committed tokens of all requests together."""
         low, high, fraction = self._between(requests)
         seconds = (1 - fraction) * self._plain[low] + fraction * self._plain[high]
-        return self.scale * float(seconds) + self.profile.per_token * context
+        return self.scale * seconds + self.profile.per_token * context
 
     def profiled_plain(self, requests: int, context: int = 0) -> float:
         """Return the profiled seconds of a plain step, without corrections."""
@@ -169,9 +166,10 @@ class StepCosts:
         if is_speculating:
             place = min(bisect_left(self.profile.extra, extra + self._start(nearest)), len(self.profile.extra) - 1)
             self._raw_added[nearest, place] *= ratio**_DRAFT_RATE
+            self._added[nearest] = np.maximum.accumulate(self._raw_added[nearest])
         else:
             self._raw_plain[nearest] *= ratio**_PLAIN_RATE
-        self._smooth()
+            self._plain = list(accumulate(self._raw_plain, max))
 
     def learn_prompts(self, predicted: float, measured: float) -> None:
         """Correct the cost of prompt rows by a step that had some. The rate is high, as the next chunk is similar."""
@@ -185,7 +183,7 @@ class StepCosts:
         low = high if sizes[high] <= requests or self.profile.is_padded else max(0, high - 1)
         if low == high:
             return low, high, 0.0
-        return low, high, float(np.log(requests / sizes[low]) / np.log(sizes[high] / sizes[low]))
+        return low, high, math.log(requests / sizes[low]) / math.log(sizes[high] / sizes[low])
 
     def _start(self, place: int) -> int:
         """Return which number of extra rows in the profile stands for none, at a measured number of requests."""

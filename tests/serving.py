@@ -24,7 +24,9 @@ def served(model, size: int = 2, *flags: str, nodes: tuple[str, ...] = ()):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), *nodes]
     command += [str(ROOT / "launch" / "serve.py"), "--model", str(model[0]), "--medusa", str(model[0] / "medusa")]
     command += ["--dtype", "float32", "--bind", "tcp://127.0.0.1:0", "--max-num-seqs", "8", "--tree", "static", *flags]
-    temporary = tempfile.mkdtemp(prefix="served-")  # its sockets' directory, as other groups may start and end meanwhile
+    temporary = tempfile.mkdtemp(
+        prefix="served-"
+    )  # its sockets' directory, as other groups may start and end meanwhile
     before, environment = leftovers(), os.environ | {"TMPDIR": temporary}
     group = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/", env=environment

@@ -87,4 +87,4 @@ def _advance(
     if at == len(record.answer) - 1:
         request.finish_reason = FinishReason.LENGTH
     request.head_candidates = HeadCandidates(record.ids_PKR[at], record.logits_PKR[at])
-    drafter.learn(drafts, [RequestStepResult(request, emitted, path[: len(emitted)])], 0.0)
+    drafter.learn(drafts, [RequestStepResult(request, emitted, path[: len(emitted)])])

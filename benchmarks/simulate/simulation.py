@@ -154,7 +154,8 @@ class Simulation:
         results = [self._result(segment) for segment in planned.plan.segments if segment.emits_tokens]
         self.now += seconds
         begun = time.perf_counter()
-        step = self.scheduler.advance(planned, results, seconds)
+        step = self.scheduler.advance(planned, results)
+        self.scheduler.observe(step, seconds)
         self.host_seconds.append(planning + time.perf_counter() - begun)
         if self.trace is not None:
             self.trace.append(record(self.scheduler, step, self.now))

@@ -4,7 +4,7 @@ A step yields one token for each decoding request, plus the accepted draft token
 the highest expected yield per second, as the cost model predicts it.
 
 Whether a load speculates at all is decided by *measured* rates of both modes: tokens per second with and without draft
-tokens. A load is a range of numbers of decoding requests. Rates are in units of plain decoding as profiled. Where
+tokens. A load is a range of numbers of running requests. Rates are in units of plain decoding as profiled. Where
 speculation does not pay, the heads pause and are tried again from time to time. A speculating load tries a few plain
 steps now and then, so that both rates stay known.
 """
@@ -37,14 +37,16 @@ from euryale.scheduler.step_cost import StepCosts
 class BudgetChoice:
     """The decision of the budget for one step.
 
-    ``num_requests`` requests decode beside ``num_prompt_rows`` prompt rows, with ``num_context_tokens`` committed
-    tokens in total. ``is_urgent``: some request is behind its latency target. ``considers_drafts``: draft tokens are
-    proposed; then ``num_draft_tokens`` of ``num_proposed_tokens`` are verified, and ``expected_accepted_tokens`` of
-    these should be accepted. ``wants_heads``: the heads run in this step, for the next one. ``predicted_seconds``: time
-    of the step. ``predicted_rate``: expected tokens per second, in units of plain decoding as profiled.
+    ``num_requests`` of ``num_running`` requests decode beside ``num_prompt_rows`` prompt rows, with
+    ``num_context_tokens`` committed tokens in total. ``is_urgent``: some request is behind its latency target.
+    ``considers_drafts``: draft tokens are proposed; then ``num_draft_tokens`` of ``num_proposed_tokens`` are verified,
+    and ``expected_accepted_tokens`` of these should be accepted. ``wants_heads``: the heads run in this step, for the
+    next one. ``predicted_seconds``: time of the step. ``predicted_rate``: expected tokens per second, in units of plain
+    decoding as profiled.
     """
 
     num_requests: int = 0
+    num_running: int = 0
     num_prompt_rows: int = 0
     num_context_tokens: int = 0
     is_urgent: bool = False
@@ -131,23 +133,29 @@ class DraftBudget:
         self._correction = AcceptanceRateCorrection()  # of all requests together
 
     def begin(
-        self, num_requests: int, num_prompt_rows: int, num_context_tokens: int = 0, is_urgent: bool = False
+        self,
+        num_requests: int,
+        num_prompt_rows: int,
+        num_context_tokens: int = 0,
+        is_urgent: bool = False,
+        num_prefilling: int = 0,
     ) -> BudgetChoice:
         """Return whether draft tokens are considered in a step and whether the heads run.
 
         ``num_requests`` requests decode beside ``num_prompt_rows``; ``num_context_tokens``: their committed tokens;
-        ``is_urgent``: one of them is behind its latency target."""
+        ``is_urgent``: one of them is behind its latency target. ``num_prefilling`` requests have uncomputed prompt
+        tokens; they count for the load, which a prompt must not change for the steps that it takes."""
         choice = BudgetChoice(
             num_requests=num_requests,
+            num_running=num_requests + num_prefilling,
             num_prompt_rows=num_prompt_rows,
             num_context_tokens=num_context_tokens,
             is_urgent=is_urgent,
         )
-        if not num_requests:  # prompts only: the last load most likely comes back
-            load = self._loads.get(self._last_load)
-            choice.wants_heads = load is None or load.is_speculating or load.num_paused <= 0
+        load = self._state(choice.num_running)
+        if not num_requests:
+            choice.wants_heads = load.is_speculating or load.num_paused <= 0
             return choice
-        load = self._state(num_requests)
         choice.predicted_seconds = self.costs.plain(num_requests, num_context_tokens)
         if num_prompt_rows:
             rows = np.array([num_prompt_rows])
@@ -187,7 +195,7 @@ class DraftBudget:
         choice.predicted_seconds += float(seconds[best]) - costs.plain(num_requests, choice.num_context_tokens)
         choice.predicted_rate = float(rates[best]) * self._unit(choice)
         if not choice.is_urgent:
-            load = self._state(num_requests)
+            load = self._state(choice.num_running)
             gain = math.log(choice.predicted_rate * load.measured / load.predicted / load.plain_rate)
             # If no draft token is chosen, the gain does not include the host's time for proposing them.
             load.weigh(gain if best else min(gain, -2 * GAIN_MARGIN))
@@ -203,7 +211,7 @@ class DraftBudget:
             return
         if not (choice.considers_drafts or not choice.wants_heads):
             return  # heads without draft tokens: neither mode
-        load, rate = self._state(choice.num_requests), self._unit(choice) / seconds
+        load, rate = self._state(choice.num_running), self._unit(choice) / seconds
         # The floor limits the effect of a disturbed step.
         rate = max(rate, 0.25 * min(load.plain_rate, 1.0))
         if not choice.considers_drafts:
@@ -246,9 +254,9 @@ class DraftBudget:
             load.num_until_trial = load.trial_interval
         return True
 
-    def _state(self, num_requests: int) -> _LoadState:
+    def _state(self, num_running: int) -> _LoadState:
         """Return the state of a load, which spans half an octave of requests. A change of load shortens its pause."""
-        load = int(2 * math.log2(max(num_requests, 1)))
+        load = int(2 * math.log2(max(num_running, 1)))
         state = self._loads.setdefault(load, _LoadState())
         if load != self._last_load:
             self._last_load = load

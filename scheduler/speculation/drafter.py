@@ -77,15 +77,20 @@ class Drafter(Protocol):
 
     depth: int
 
-    def draft(self, decoding: list[Request], depths: list[int], room: int, num_prompt_rows: int) -> Drafts:
+    def draft(
+        self, decoding: list[Request], depths: list[int], room: int, num_prompt_rows: int = 0, num_prefilling: int = 0
+    ) -> Drafts:
         """Return draft tokens for the ``decoding`` requests, at most ``room`` in total.
 
         ``depths``: maximum depth of each request's tree; 0 means no draft tokens. ``num_prompt_rows``: prompt rows in
-        the same step."""
+        the same step, of some of ``num_prefilling`` requests."""
         ...
 
-    def learn(self, drafts: Drafts, results: list[RequestStepResult], seconds: float) -> None:
-        """Learn from the ``results`` of a step and its ``seconds`` (0: not measured)."""
+    def learn(self, drafts: Drafts, results: list[RequestStepResult]) -> None:
+        """Learn from the ``results`` of a step."""
+
+    def observe(self, drafts: Drafts, results: list[RequestStepResult], seconds: float) -> None:
+        """Learn from the measured ``seconds`` of a step, after ``learn``."""
         ...
 
 
@@ -95,7 +100,9 @@ class StaticDrafter:
     def __init__(self, shape: TreeShape) -> None:
         self._shape, self.depth = shape, shape.depth
 
-    def draft(self, decoding: list[Request], depths: list[int], room: int, num_prompt_rows: int) -> Drafts:
+    def draft(
+        self, decoding: list[Request], depths: list[int], room: int, num_prompt_rows: int = 0, num_prefilling: int = 0
+    ) -> Drafts:
         """See Drafter. Every request gets an equal part of ``room``, and the first ones the remainder."""
         drafting = [i for i, r in enumerate(decoding) if r.head_candidates is not None and depths[i]]
         rows, remainder = divmod(max(room, 0), max(1, len(drafting)))
@@ -108,5 +115,8 @@ class StaticDrafter:
             trees[i] = DraftTree(tokens, shape.parents[1:], shape.depth)
         return Drafts(trees=trees, wants_heads=True)
 
-    def learn(self, drafts: Drafts, results: list[RequestStepResult], seconds: float) -> None:
+    def learn(self, drafts: Drafts, results: list[RequestStepResult]) -> None:
+        """See Drafter; static trees learn nothing."""
+
+    def observe(self, drafts: Drafts, results: list[RequestStepResult], seconds: float) -> None:
         """See Drafter; static trees learn nothing."""

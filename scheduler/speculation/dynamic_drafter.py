@@ -76,14 +76,16 @@ class DynamicDrafter:
         self._secret, self._numbers = secret, itertools.count()
         self._now = 0.0  # the drafter's clock: total seconds of all steps
 
-    def draft(self, decoding: list[Request], depths: list[int], room: int, num_prompt_rows: int) -> Drafts:
+    def draft(
+        self, decoding: list[Request], depths: list[int], room: int, num_prompt_rows: int = 0, num_prefilling: int = 0
+    ) -> Drafts:
         """See Drafter."""
         drafting = [(r, depth) for r, depth in zip(decoding, depths, strict=True) if depth]
         values = [BEHIND_TARGET_VALUE if self._is_behind(r) else 1.0 for r, _ in drafting]
         choice = None
         if self._budget:
             context, is_urgent = sum(r.num_computed for r in decoding), BEHIND_TARGET_VALUE in values
-            choice = self._budget.begin(len(decoding), num_prompt_rows, context, is_urgent)
+            choice = self._budget.begin(len(decoding), num_prompt_rows, context, is_urgent, num_prefilling)
         if not drafting or (choice and not choice.considers_drafts):
             return Drafts(
                 trees=[NO_DRAFT] * len(decoding), wants_heads=choice is None or choice.wants_heads, choice=choice
@@ -101,20 +103,23 @@ class DynamicDrafter:
             grown=grown,
         )
 
-    def learn(self, drafts: Drafts, results: list[RequestStepResult], seconds: float) -> None:
+    def learn(self, drafts: Drafts, results: list[RequestStepResult]) -> None:
         """See Drafter."""
-        self._now += seconds
-        for result in results:
-            state = self._state(result.request)
-            if state.since is None:
-                state.since = self._now
         if drafts.grown:
             self._learn_acceptance(drafts.grown, results)
         # Running requests learn only before a step that may speculate; they catch up on missed tokens then.
         learns_running = self._sources.context and drafts.wants_heads
         requests = [result.request for result in results]
         self._learn_tokens([r for r in requests if (self._sources.traffic if r.finish_reason else learns_running)])
-        if self._budget and drafts.choice and seconds:
+
+    def observe(self, drafts: Drafts, results: list[RequestStepResult], seconds: float) -> None:
+        """See Drafter."""
+        self._now += seconds
+        for result in results:
+            state = self._state(result.request)
+            if state.since is None:
+                state.since = self._now
+        if self._budget and drafts.choice:
             num_accepted = sum(len(result.accepted_nodes) for result in results)
             self._budget.observe(drafts.choice, seconds, num_accepted)
 

@@ -75,7 +75,8 @@ class Batches(RuleBasedStateMachine):
     @precondition(lambda self: len(self.all) > len(self.ended))
     @rule(data=st.data())
     def cancel(self, data):
-        key = data.draw(st.sampled_from(sorted(self.all)))
+        preempted = [r.key for r in self.admission.waiting if r.num_preempted]
+        key = data.draw(st.sampled_from(sorted(self.all) + len(self.all) * preempted))  # rare, so they come often
         self.seen["cancelled preempted"] += self.admission.waiting.find(key) is not None and self.all[key].num_preempted
         found = self.scheduler.cancel(key)
         assert (found is None) == (key in self.ended)
@@ -102,7 +103,9 @@ class Batches(RuleBasedStateMachine):
         assert len(planned.plan.segments) > 0 or not self.scheduler.has_work, "no request makes progress"
         found = results(planned, self.rng, token)
         self.write(planned, found)
-        for output in self.scheduler.advance(planned, found, self.rng.uniform(1e-3, 3e-3)).outputs:
+        step = self.scheduler.advance(planned, found)
+        self.scheduler.observe(step, self.rng.uniform(1e-3, 3e-3))
+        for output in step.outputs:
             key = output.key
             assert key not in self.ended
             self.emitted[key] += output.tokens

@@ -70,7 +70,8 @@ def run(drafter, path=None) -> tuple[EngineStats, list[dict], list[RequestStepRe
         scheduler.add(Request(key=key, prompt=prompt, params=params))
     while scheduler.has_work:
         planned = scheduler.plan(0, 0)
-        step = scheduler.advance(planned, results(planned.plan, known, rng), 2e-3)
+        step = scheduler.advance(planned, results(planned.plan, known, rng))
+        scheduler.observe(step, 2e-3)
         stats.count_step(step)
         records.append(trace.record(scheduler, step, len(records)))
         tested += step.results

@@ -24,9 +24,12 @@ def without_heads(key: int, output: list[int], **params) -> Request:
 
 
 def take(drafter, made: Request, tokens: list[int], ends: bool = False) -> None:
+    """A step of 10 ms emits ``tokens``."""
     made.output += tokens
     made.finish_reason = FinishReason.LENGTH if ends else None
-    drafter.learn(Drafts(trees=[NO_DRAFT], wants_heads=True), [RequestStepResult(made, tokens, [])], 0.01)
+    drafts, found = Drafts(trees=[NO_DRAFT], wants_heads=True), [RequestStepResult(made, tokens, [])]
+    drafter.learn(drafts, found)
+    drafter.observe(drafts, found, 0.01)
 
 
 def proposed(drafter, made: Request, room: int = 6) -> list[int]:
@@ -85,12 +88,13 @@ def test_a_step_with_prompts_only_does_not_count_as_decoding():
     rng = np.random.default_rng(0)
     while scheduler.has_work:
         planned = scheduler.plan(1, 0)
-        scheduler.advance(planned, results(planned, rng), 1e-3)
+        scheduler.observe(scheduler.advance(planned, results(planned, rng)), 1e-3)
     scale = costs.scale
     scheduler.add(request(1, 50, max_tokens=4))
     planned = scheduler.plan(1, 0)
     assert not planned.plan.segments[0].emits_tokens
-    step = scheduler.advance(planned, results(planned, rng), 5e-3)
+    step = scheduler.advance(planned, results(planned, rng))
+    scheduler.observe(step, 5e-3)
     assert costs.scale == scale
     assert record(scheduler, step, 0.0)["predicted_seconds"] is None
     assert record(scheduler, step, 0.0)["expected_accepted_tokens"] is None
@@ -105,7 +109,7 @@ def test_a_latency_target_without_speculation_does_not_run_the_heads():
     for _ in range(40):
         planned = scheduler.plan(1, 0)
         asked += any(segment.wants_head_candidates for segment in planned.plan.segments)
-        scheduler.advance(planned, results(planned, rng), 1e-3)
+        scheduler.observe(scheduler.advance(planned, results(planned, rng)), 1e-3)
     assert 0 < asked < 10
 
 
@@ -147,7 +151,7 @@ def test_an_urgent_request_gets_draft_tokens_where_others_do_not_pay():
             drafts.append(planned.plan.segments[0].num_draft_tokens)
             found = results(planned, rng)
             found = [type(f)(tokens=f.tokens[-1:], accepted_nodes=[], head_candidates=f.head_candidates) for f in found]
-            scheduler.advance(planned, found, 1e-3)
+            scheduler.observe(scheduler.advance(planned, found), 1e-3)
         assert (sum(drafts[3:]) > 0) == pays
 
 
