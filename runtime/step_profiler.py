@@ -149,7 +149,7 @@ def _choice(requests: int, num_heads: int) -> Callable[[], object]:
         prompt = prompt.astype(np.int32)
         made.append(Request(key=key, prompt=prompt, params=SamplingParams(), head_candidates=candidates))
     drafter, room = DynamicDrafter(num_heads, MAX_NODES - 1), max(MIN_PROPOSED, 2 * requests)
-    return lambda: drafter.draft(made, [DYNAMIC_DEPTH] * requests, room, 0)
+    return lambda: drafter.draft(made, lambda: [DYNAMIC_DEPTH] * requests, room)
 
 
 def _segments(limits: SchedulerLimits, requests: int, extra: int, heads: bool, context: int = 0) -> list[Segment]:

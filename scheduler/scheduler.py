@@ -180,14 +180,19 @@ class Scheduler:
         """Return the drafter's proposal for at most ``room`` rows, with pages held for it."""
         if self.drafter is None:
             return Drafts(trees=[NO_DRAFT] * len(decoding), wants_heads=False)
-        # The bonus token takes the last of the output tokens still allowed. Draft tokens also need room in pages.
-        depths = [
-            min(self.drafter.depth, r.num_remaining - 1, pages) if r.params.speculation else 0
-            for r, pages in zip(decoding, self.admission.room_for_drafts(decoding), strict=True)
-        ]
-        drafts = self.drafter.draft(decoding, depths, room, num_prompt_rows, num_prefilling)
+        depth = self.drafter.depth
+
+        def max_depths() -> list[int]:
+            # The bonus token takes the last of the output tokens still allowed. Draft tokens also need room in pages.
+            return [
+                min(depth, r.num_remaining - 1, pages) if r.params.speculation else 0
+                for r, pages in zip(decoding, self.admission.room_for_drafts(decoding), strict=True)
+            ]
+
+        drafts = self.drafter.draft(decoding, max_depths, room, num_prompt_rows, num_prefilling)
         for request, tree in zip(decoding, drafts.trees, strict=True):
-            self.admission.hold_for_drafts(request, tree.depth)
+            if tree.depth:
+                self.admission.hold_for_drafts(request, tree.depth)
         return drafts
 
     def _segment(self, request: Request, num_new_tokens: int, draft: DraftTree, wants_heads: bool) -> Segment:

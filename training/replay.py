@@ -57,10 +57,14 @@ def replay(
 def _decode(drafter: Drafter, request: Request, record: AnswerRecord, num_draft_tokens: int) -> Iterator[int]:
     """Yield the number of tokens of each step except the first and the last."""
     answer = record.answer.tolist()
+
+    def max_depths() -> list[int]:
+        return [min(drafter.depth, len(answer) - len(request.output) - 1)]
+
     _advance(drafter, Drafts(trees=[NO_DRAFT], wants_heads=True), request, record, answer[:1], [])
     while len(request.output) < len(answer):
         begun = len(request.output)
-        drafts = drafter.draft([request], [min(drafter.depth, len(answer) - begun - 1)], num_draft_tokens, 0)
+        drafts = drafter.draft([request], max_depths, num_draft_tokens)
         draft = drafts.trees[0]
         children = {
             (p, t): i + 1

@@ -20,6 +20,7 @@ from euryale.scheduler.speculation.constants import (
     GAIN_MARGIN,
     MAX_PAUSE,
     MAX_TRIAL_INTERVAL,
+    MEASURED_INTERVAL,
     MIN_PAUSE,
     MIN_PROPOSED,
     MIN_TRIAL_INTERVAL,
@@ -120,17 +121,27 @@ class _LoadState:
 class DraftBudget:
     """Chooses the number of draft tokens of each step.
 
-    For each step call ``begin``, then ``choose`` if draft tokens are considered, then ``observe``. The caller passes
-    the BudgetChoice from one call to the next.
+    For each step call ``is_resting``. If it is False, call ``begin``, then ``choose`` if draft tokens are considered,
+    then ``observe``. The caller passes the BudgetChoice from one call to the next.
     """
 
     def __init__(self, costs: StepCosts, max_draft_tokens: int) -> None:
         """``max_draft_tokens``: the maximum of a step, for all requests together."""
         self.costs, self.max_draft_tokens = costs, max_draft_tokens
         self._loads: dict[int, _LoadState] = {}
-        self._last_load = -1
+        self._last: _LoadState | None = None  # of the last step
         self._num_chosen = 0  # draft tokens of the last step that considered any
         self._correction = AcceptanceRateCorrection()  # of all requests together
+
+    def is_resting(self, num_running: int) -> bool:
+        """Return whether the next step decodes plainly and is not measured either, as most steps of a pause.
+
+        ``num_running``: running requests. Call ``begin`` if not."""
+        load = self._loads.get(_load_of(num_running))
+        if load is not self._last or load is None or load.is_speculating or load.num_paused <= MEASURED_INTERVAL:
+            return False
+        load.num_paused -= 1
+        return load.num_paused % MEASURED_INTERVAL > 0
 
     def begin(
         self,
@@ -255,13 +266,19 @@ class DraftBudget:
         return True
 
     def _state(self, num_running: int) -> _LoadState:
-        """Return the state of a load, which spans half an octave of requests. A change of load shortens its pause."""
-        load = int(2 * math.log2(max(num_running, 1)))
-        state = self._loads.setdefault(load, _LoadState())
-        if load != self._last_load:
-            self._last_load = load
+        """Return the state of a load. A change of load shortens its pause."""
+        state = self._loads.get(load := _load_of(num_running))
+        if state is None:
+            state = self._loads[load] = _LoadState()
+        if state is not self._last:
+            self._last = state
             state.num_paused = min(state.num_paused, MIN_PAUSE)
         return state
+
+
+def _load_of(num_running: int) -> int:
+    """Return the number of a load, which spans half an octave of running requests."""
+    return int(2 * math.log2(max(num_running, 1)))
 
 
 def _is_edge(rows: np.ndarray) -> np.ndarray:

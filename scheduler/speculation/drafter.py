@@ -1,5 +1,6 @@
 """The protocol of drafters, which propose draft tokens for each step, and the drafter of static trees."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -78,12 +79,18 @@ class Drafter(Protocol):
     depth: int
 
     def draft(
-        self, decoding: list[Request], depths: list[int], room: int, num_prompt_rows: int = 0, num_prefilling: int = 0
+        self,
+        decoding: list[Request],
+        max_depths: Callable[[], list[int]],
+        room: int,
+        num_prompt_rows: int = 0,
+        num_prefilling: int = 0,
     ) -> Drafts:
         """Return draft tokens for the ``decoding`` requests, at most ``room`` in total.
 
-        ``depths``: maximum depth of each request's tree; 0 means no draft tokens. ``num_prompt_rows``: prompt rows in
-        the same step, of some of ``num_prefilling`` requests."""
+        ``max_depths`` returns the maximum depth of each request's tree, 0 for no draft tokens; a step without draft
+        tokens need not call it. ``num_prompt_rows``: prompt rows in the same step, of some of ``num_prefilling``
+        requests."""
         ...
 
     def learn(self, drafts: Drafts, results: list[RequestStepResult]) -> None:
@@ -101,9 +108,15 @@ class StaticDrafter:
         self._shape, self.depth = shape, shape.depth
 
     def draft(
-        self, decoding: list[Request], depths: list[int], room: int, num_prompt_rows: int = 0, num_prefilling: int = 0
+        self,
+        decoding: list[Request],
+        max_depths: Callable[[], list[int]],
+        room: int,
+        num_prompt_rows: int = 0,
+        num_prefilling: int = 0,
     ) -> Drafts:
         """See Drafter. Every request gets an equal part of ``room``, and the first ones the remainder."""
+        depths = max_depths()
         drafting = [i for i, r in enumerate(decoding) if r.head_candidates is not None and depths[i]]
         rows, remainder = divmod(max(room, 0), max(1, len(drafting)))
         trees = [NO_DRAFT] * len(decoding)

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -39,8 +40,8 @@ class Sources:
 class _DrafterState:
     """The drafter's state of one request.
 
-    ``sources``: ids of its own tokens, its traffic and the text. ``since``: when it began to decode, in seconds on the
-    drafter's clock. ``num_learned``: known tokens that the n-gram table has learned.
+    ``sources``: ids of its own tokens, its traffic and the text. ``since``: when a request with a latency target began
+    to decode, in seconds on the drafter's clock. ``num_learned``: known tokens that the n-gram table has learned.
     """
 
     sampling_class: int
@@ -77,20 +78,29 @@ class DynamicDrafter:
         self._now = 0.0  # the drafter's clock: total seconds of all steps
 
     def draft(
-        self, decoding: list[Request], depths: list[int], room: int, num_prompt_rows: int = 0, num_prefilling: int = 0
+        self,
+        decoding: list[Request],
+        max_depths: Callable[[], list[int]],
+        room: int,
+        num_prompt_rows: int = 0,
+        num_prefilling: int = 0,
     ) -> Drafts:
         """See Drafter."""
-        drafting = [(r, depth) for r, depth in zip(decoding, depths, strict=True) if depth]
-        values = [BEHIND_TARGET_VALUE if self._is_behind(r) else 1.0 for r, _ in drafting]
+        behind = {r.key for r in decoding if r.params.latency_target and r.params.speculation and self._is_behind(r)}
         choice = None
         if self._budget:
-            context, is_urgent = sum(r.num_computed for r in decoding), BEHIND_TARGET_VALUE in values
-            choice = self._budget.begin(len(decoding), num_prompt_rows, context, is_urgent, num_prefilling)
-        if not drafting or (choice and not choice.considers_drafts):
+            if not behind and self._budget.is_resting(len(decoding) + num_prefilling):
+                return Drafts(trees=[NO_DRAFT] * len(decoding), wants_heads=False)
+            context = sum(r.num_computed for r in decoding)
+            choice = self._budget.begin(len(decoding), num_prompt_rows, context, bool(behind), num_prefilling)
+        depths = max_depths() if choice is None or choice.considers_drafts else []
+        if not any(depths):
             return Drafts(
                 trees=[NO_DRAFT] * len(decoding), wants_heads=choice is None or choice.wants_heads, choice=choice
             )
+        drafting = [(r, depth) for r, depth in zip(decoding, depths, strict=True) if depth]
         requests = [r for r, _ in drafting]
+        values = [BEHIND_TARGET_VALUE if r.key in behind else 1.0 for r in requests]
         roots = self._roots(requests, [depth for _, depth in drafting], values)
         trees, total = self._grow(roots, room, choice)
         drafts, nodes, starts = _split(trees, len(requests), total)
@@ -115,8 +125,8 @@ class DynamicDrafter:
     def observe(self, drafts: Drafts, results: list[RequestStepResult], seconds: float) -> None:
         """See Drafter."""
         self._now += seconds
-        for result in results:
-            state = self._state(result.request)
+        for request in (result.request for result in results if result.request.params.latency_target):
+            state = self._state(request)
             if state.since is None:
                 state.since = self._now
         if self._budget and drafts.choice:
@@ -175,8 +185,6 @@ class DynamicDrafter:
     def _is_behind(self, request: Request) -> bool:
         """Return whether the mean time of the request's tokens exceeds its latency target."""
         target = request.params.latency_target
-        if not target:
-            return False
         since = self._state(request).since
         return since is not None and 1000 * (self._now - since) > target * (len(request.output) - 1)
 

@@ -33,7 +33,7 @@ def take(drafter, made: Request, tokens: list[int], ends: bool = False) -> None:
 
 
 def proposed(drafter, made: Request, room: int = 6) -> list[int]:
-    return drafter.draft([made], [8], room, 0).trees[0].tokens[1:].tolist()
+    return drafter.draft([made], lambda: [8], room).trees[0].tokens[1:].tolist()
 
 
 @pytest.mark.parametrize(
@@ -133,9 +133,9 @@ def test_draft_tokens_go_first_to_requests_behind_their_target():
     for made in (relaxed, behind):
         take(drafter, made, [12])
         made.head_candidates = candidates
-    assert [len(d.parents) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0).trees] == [2, 2]
+    assert [len(d.parents) for d in drafter.draft([relaxed, behind], lambda: [8, 8], 4).trees] == [2, 2]
     take(drafter, behind, [12])  # 10 ms for a token that should take 5
-    drafts = [len(d.parents) for d in drafter.draft([relaxed, behind], [8, 8], 4, 0).trees]
+    drafts = [len(d.parents) for d in drafter.draft([relaxed, behind], lambda: [8, 8], 4).trees]
     assert drafts[1] > drafts[0]
 
 
@@ -162,7 +162,7 @@ def test_static_trees_divide_rows_equally():
         r.head_candidates = HeadCandidates(
             np.arange(30, dtype=np.int32).reshape(3, 10), np.zeros((3, 10), dtype=np.float32)
         )
-    drafts = drafter.draft(made, [8, 8, 8], 7, 0).trees
+    drafts = drafter.draft(made, lambda: [8, 8, 8], 7).trees
     assert [len(d.parents) for d in drafts] == [4, 3, 0]
-    assert len(drafter.draft(made, [8, 1, 8], 100, 0).trees[0].parents) == TREE.num_draft_tokens
-    assert all(d.depth <= 1 for d in drafter.draft(made, [1, 1, 1], 100, 0).trees)
+    assert len(drafter.draft(made, lambda: [8, 1, 8], 100).trees[0].parents) == TREE.num_draft_tokens
+    assert all(d.depth <= 1 for d in drafter.draft(made, lambda: [1, 1, 1], 100).trees)
