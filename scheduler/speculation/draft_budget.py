@@ -111,7 +111,7 @@ class _LoadState:
         elif gain > GAIN_MARGIN:
             self.is_speculating, self.gain = True, gain
             self.trial_interval = self.num_until_trial = MIN_TRIAL_INTERVAL
-        elif self.pause == MAX_PAUSE and gain > -UNCERTAINTY:
+        elif self.pause == MAX_PAUSE and gain > -UNCERTAINTY * math.sqrt(PRIOR_STEPS / self.num_measured):
             # Speculate for one or two steps, to measure the predicted rate.
             self.is_speculating, self.gain = True, 0.0
         else:
