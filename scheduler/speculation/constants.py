@@ -52,7 +52,7 @@ PRODUCT = {
 
 # ---- budget
 MIN_PAUSE, MAX_PAUSE = 16, 256  # steps without heads until they are tried again
-MEASURED_INTERVAL = 4  # steps of a pause of which one is measured
+MEASURED_INTERVAL = 8  # steps of a pause of which one is measured
 MIN_TRIAL_INTERVAL, MAX_TRIAL_INTERVAL = 64, 512  # speculative steps between two trials of plain decoding
 TRIAL_STEPS = 2  # plain steps of a trial
 GAIN_MARGIN = 0.01  # log ratio of two rates below which the mode is not changed

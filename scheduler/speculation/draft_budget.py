@@ -140,8 +140,10 @@ class DraftBudget:
         load = self._loads.get(_load_of(num_running))
         if load is not self._last or load is None or load.is_speculating or load.num_paused <= MEASURED_INTERVAL:
             return False
+        if load.num_paused % MEASURED_INTERVAL == 0:
+            return False
         load.num_paused -= 1
-        return load.num_paused % MEASURED_INTERVAL > 0
+        return True
 
     def begin(
         self,

@@ -119,16 +119,14 @@ class DynamicDrafter:
             self._learn_acceptance(drafts.grown, results)
         # Running requests learn only before a step that may speculate; they catch up on missed tokens then.
         learns_running = self._sources.context and drafts.wants_heads
-        requests = [result.request for result in results]
-        self._learn_tokens([r for r in requests if (self._sources.traffic if r.finish_reason else learns_running)])
+        learns_finished = self._sources.traffic
+        requests = [r.request for r in results if (learns_finished if r.request.finish_reason else learns_running)]
+        if requests:
+            self._learn_tokens(requests)
 
     def observe(self, drafts: Drafts, results: list[RequestStepResult], seconds: float) -> None:
         """See Drafter."""
         self._now += seconds
-        for request in (result.request for result in results if result.request.params.latency_target):
-            state = self._state(request)
-            if state.since is None:
-                state.since = self._now
         if self._budget and drafts.choice:
             num_accepted = sum(len(result.accepted_nodes) for result in results)
             self._budget.observe(drafts.choice, seconds, num_accepted)
@@ -163,8 +161,7 @@ class DynamicDrafter:
             first = max(0, start - ORDERS)
             sequences.append((request.known_tokens(first, request.num_known), start - first, source))
             state.num_learned = request.num_known
-        if sequences:
-            self.builder.add(sequences)
+        self.builder.add(sequences)
 
     def _state(self, request: Request) -> _DrafterState:
         """Return the request's state, made on first use."""
@@ -184,9 +181,10 @@ class DynamicDrafter:
 
     def _is_behind(self, request: Request) -> bool:
         """Return whether the mean time of the request's tokens exceeds its latency target."""
-        target = request.params.latency_target
-        since = self._state(request).since
-        return since is not None and 1000 * (self._now - since) > target * (len(request.output) - 1)
+        state = self._state(request)
+        if state.since is None:  # before its first decoding step
+            state.since = self._now
+        return 1000 * (self._now - state.since) > request.params.latency_target * (len(request.output) - 1)
 
     def _roots(self, requests: list[Request], depths: list[int], values: list[float]) -> TreeRoots:
         """Return the inputs of the tree builder for the requests."""
