@@ -59,6 +59,7 @@ GAIN_MARGIN = 0.01  # log ratio of two rates below which the mode is not changed
 NEWEST_WEIGHT = 0.2  # weight of the newest step in the mean log ratio
 RATE_WEIGHT = 0.05  # weight of the newest step in the measured rate of speculation
 PRIOR_STEPS = 8  # weight of the profile, in measured steps
+FORGETTING = 0.005  # what measured rates of speculation lose of their weight at each pause
 UNCERTAINTY = 0.25  # possible error of a profiled log ratio, before any measurement; smaller losses are measured
 NUM_PLAIN_SAMPLES = 9  # plain steps whose median is the measured rate of plain decoding
 MIN_PROPOSED = 32  # minimum number of draft tokens that the budget chooses from

@@ -17,6 +17,7 @@ import numpy as np
 
 from euryale.scheduler.speculation.acceptance_stats import AcceptanceRateCorrection
 from euryale.scheduler.speculation.constants import (
+    FORGETTING,
     GAIN_MARGIN,
     MAX_PAUSE,
     MAX_TRIAL_INTERVAL,
@@ -100,6 +101,8 @@ class _LoadState:
         """Pause the heads: briefly after many speculative steps, else for longer than the last time."""
         self.pause = MIN_PAUSE if self.num_on > self.pause else min(2 * self.pause, MAX_PAUSE)
         self.is_speculating, self.num_paused, self.num_on = False, self.pause, 0
+        # Measurements of speculation age while there are no new ones: they may be of a disturbed machine.
+        self.measured += FORGETTING * (self.predicted - self.measured)
 
     def weigh(self, gain: float) -> None:
         """Update the mean gain with the log ratio of the two rates, and change the mode if that pays."""

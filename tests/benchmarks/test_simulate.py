@@ -176,7 +176,7 @@ def test_recorded_heads_are_replayed(tmp_path):
         assert request.output == source.make(key).truth.tolist()
     assert sum(len(t.deliveries) for t in run.timings.values()) == 2 * (5 + 3), "8 tokens: 1, 2, 2, 2, 1; 4: 1, 2, 1"
     path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="no recording"):
+    with pytest.raises(ValueError, match="not a recording"):
         RecordedAnswers(path)
 
 

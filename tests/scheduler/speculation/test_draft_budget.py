@@ -116,6 +116,10 @@ class Machine:
         """Whether each step speculated, and how fast all were, in units of plain decoding."""
         found, tokens, seconds = [], 0, 0.0
         for _ in range(steps):
+            if self.budget.is_resting(num_requests):
+                found.append(False)
+                tokens, seconds = tokens + num_requests, seconds + self.factors[0] * self.truth.plain(num_requests)
+                continue
             choice, accepted = self.budget.begin(num_requests, 0), 0
             took = self.factors[0] * self.truth.plain(num_requests)
             if choice.considers_drafts:
@@ -170,6 +174,46 @@ def test_speculation_resumes_soon_when_the_load_falls(acceptance_before):
     found, _ = machine.run(1, 32, 0.7)
     assert found[-1]
     assert sum(found) > 8
+
+
+def test_a_disturbed_time_is_forgotten():
+    """Speculation pays, but its first steps were measured while the machine was slow."""
+    machine = Machine()
+    machine.factors = (1.0, 8.0)
+    machine.run(8, 300, 0.4)
+    machine.factors = (1.0, 1.0)
+    machine.run(8, 6000, 0.4)
+    found, speed = machine.run(8, 1000, 0.4)
+    assert np.mean(found) > 0.9
+    assert speed > 1.1
+
+
+def test_one_of_eight_steps_of_a_long_pause_is_measured():
+    machine = Machine()
+    machine.run(8, 1000, 0.0)
+    budget, resting = machine.budget, []
+    assert not budget.is_resting(1), "another load"
+    budget.begin(1, 0)
+    budget.begin(8, 0)  # its pause has 16 steps left, this one included
+    for _ in range(40):
+        resting.append(budget.is_resting(8))
+        if not resting[-1] and budget.begin(8, 0).considers_drafts:
+            break
+    assert resting == [True] * 7 + [False] * 9, "the end of a pause is measured whole"
+
+
+def test_a_prompt_does_not_change_the_load():
+    """Of 32 requests one has a prompt to compute. Draft tokens do not pay, which 31 requests alone would not know."""
+    machine = Machine()
+    machine.run(32, 1000, 0.0)
+    considered = 0
+    for _ in range(100):
+        if not machine.budget.is_resting(32):
+            choice = machine.budget.begin(31, 64, num_prefilling=1)
+            considered += choice.considers_drafts
+            if choice.considers_drafts:
+                machine.budget.choose(choice, np.full(8, 0.01, dtype=np.float32))
+    assert considered < 10, "a trial takes a few steps"
 
 
 def test_costs_are_interpolated_and_monotone():
