@@ -29,6 +29,7 @@ from euryale.scheduler.speculation.constants import (
     NUM_PLAIN_SAMPLES,
     PRIOR_STEPS,
     RATE_WEIGHT,
+    STARTING_GAIN,
     TRIAL_STEPS,
     UNCERTAINTY,
 )
@@ -111,7 +112,7 @@ class _LoadState:
             self.gain += NEWEST_WEIGHT * (gain - self.gain)
             if self.gain < -GAIN_MARGIN:
                 self.begin_pause()
-        elif gain > GAIN_MARGIN:
+        elif gain > STARTING_GAIN:
             self.is_speculating, self.gain = True, gain
             self.trial_interval = self.num_until_trial = MIN_TRIAL_INTERVAL
         elif self.pause == MAX_PAUSE and gain > -UNCERTAINTY * math.sqrt(PRIOR_STEPS / self.num_measured):
