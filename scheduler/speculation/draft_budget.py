@@ -210,7 +210,7 @@ class DraftBudget:
         choice.num_draft_tokens, choice.num_proposed_tokens = best, len(acceptance_probability)
         choice.expected_accepted_tokens = float(num_tokens[best]) - num_requests
         choice.predicted_seconds += float(seconds[best]) - costs.plain(num_requests, choice.num_context_tokens)
-        choice.predicted_rate = float(rates[best]) * self._unit(choice)
+        choice.predicted_rate = float(rates[best]) * self._unit(choice) / num_requests
         if not choice.is_urgent:
             load = self._state(choice.num_running)
             gain = math.log(choice.predicted_rate * load.measured / load.predicted / load.plain_rate)

@@ -55,6 +55,8 @@ def test_the_choice_is_that_of_brute_force(requests, num_prompt_rows, acceptance
     assert chosen in rates
     assert rates[chosen] == pytest.approx(max(rates.values()), rel=1e-6)
     assert choice.expected_accepted_tokens == pytest.approx(sum(acceptance_probability[:chosen]), rel=1e-5, abs=1e-9)
+    plain = requests / costs.profiled_plain(requests)
+    assert choice.predicted_rate == pytest.approx(rates[chosen] / plain, rel=1e-6), "over plain decoding as profiled"
     prompts = costs.prefilling(requests, np.array([num_prompt_rows]))[0] - costs.plain(requests)
     assert choice.predicted_seconds > prompts
 
@@ -158,7 +160,7 @@ def test_measured_rates_overrule_a_profile_that_is_too_pessimistic():
     """The profile predicts 0.9 times the tokens per second; speculation really has 1.4 times as many."""
     sizes = [[1.1e-3, 2.0e-3], [2.2e-3, 4.5e-3], [4.4e-3, 9e-3]]
     machine = Machine(draft_factor=0.6, speculating=sizes)
-    machine.run(8, 4000, 0.5)
+    machine.run(8, 6000, 0.5)
     found, speed = machine.run(8, 1000, 0.5)
     assert np.mean(found) > 0.9
     assert speed > 1.1
