@@ -45,8 +45,8 @@ class EngineConfig:
     )
     tree: str = flag(
         "dynamic",
-        "draft tokens of each step: dynamic (the number that maximises expected throughput), dynamic:N (N for each "
-        "request), static:FILE (a JSON list of paths), static (the tree.json beside the heads, else a generic tree), "
+        "draft tokens of a step: dynamic (as many as maximise throughput), dynamic:N (N for each request), "
+        "static:FILE (a JSON list of paths), static (tree.json beside the heads, else a generic tree), "
         "chain (the likeliest token of each head) or off",
         SPECULATION,
     )

@@ -146,7 +146,7 @@ def test_the_engine_takes_the_steps_of_the_replay(model_dir, text_file, heads_di
     assert [row["tokens"] for row in written] == found["outputs"]
     means = [np.mean(accepted[1:-1]) if accepted[1:-1] else np.nan for accepted in found["tokens_per_step"]]
     np.testing.assert_allclose(taken, means)
-    assert np.nanmax(means) > 1.5
+    assert np.nanmax(means) > 1, "some draft token was accepted"
 
 
 def test_two_ranks_measure_the_same(calibrated, ranks, model_dir, text_file, heads_dir, tmp_path):
