@@ -23,7 +23,7 @@ _NO_DRAFTS = Drafts(trees=[], wants_heads=False)
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedStep:
-    """A step that is about to run; ``Scheduler.advance`` consumes it.
+    """A step that is about to run; ``Scheduler.advance`` turns it into a FinishedStep.
 
     ``plan`` is what the ranks execute, ``requests`` those of its segments, ``drafts`` what the drafter proposed.
     ``prefill_seconds``: the predicted time of a step whose prompt rows are bounded by time, else 0.

@@ -73,8 +73,10 @@ class RequestStepResult(NamedTuple):
 
 
 class Drafter(Protocol):
-    """Proposes draft tokens. For each step the scheduler calls ``draft`` and, after it, ``learn`` with what ``draft``
-    returned. ``depth`` is the maximum depth of a draft token."""
+    """Proposes draft tokens. ``depth`` is the maximum depth of a draft token.
+
+    For each step the scheduler calls ``draft``, then ``learn`` and, if the step was timed, ``observe``, both with what
+    ``draft`` returned."""
 
     depth: int
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from euryale.client.rules import Rule, number, whole
+from euryale.client.rules import Rule, is_whole, number, whole
 from euryale.parallel import fsdp
 from euryale.parallel.group import Group
 from euryale.scheduler.flag import check_flags, flag
@@ -23,7 +23,7 @@ from euryale.training import corpus
 from euryale.training.options import COUNT, COUNT_OR_NONE, EXECUTION, RATE, TRAINING
 
 OUTPUT, SHAPE = "result", "model"
-WIDTH = Rule("a multiple of 16 from 16 to 65536", lambda v: v in range(16, (1 << 16) + 1, 16))  # 8 even heads
+WIDTH = Rule("a multiple of 16 from 16 to 65536", lambda v: is_whole(v) and v in range(16, (1 << 16) + 1, 16))  # 8 even heads
 CHECKPOINT_STEPS = 100
 OPENING_LENGTH = 128  # tokens of a prompt-like excerpt
 
