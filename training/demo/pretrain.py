@@ -23,7 +23,8 @@ from euryale.training import corpus
 from euryale.training.options import COUNT, COUNT_OR_NONE, EXECUTION, RATE, TRAINING
 
 OUTPUT, SHAPE = "result", "model"
-WIDTH = Rule("a multiple of 16 from 16 to 65536", lambda v: is_whole(v) and v in range(16, (1 << 16) + 1, 16))  # 8 even heads
+# Eight heads whose dimension is even.
+WIDTH = Rule("a multiple of 16 from 16 to 65536", lambda v: is_whole(v) and v in range(16, (1 << 16) + 1, 16))
 CHECKPOINT_STEPS = 100
 OPENING_LENGTH = 128  # tokens of a prompt-like excerpt
 
